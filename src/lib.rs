@@ -1,0 +1,1 @@
+//! People and programs find each other by name and talk, with no central server.
