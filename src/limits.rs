@@ -1,0 +1,138 @@
+//! Every protocol id, size and interval of the network on one page, each with its reason.
+//!
+//! What one module alone uses stands in that module; what two share, or what an operator may want
+//! to change ([`Limits`]), stands here.
+
+use std::time::Duration;
+
+use libp2p::StreamProtocol;
+
+use crate::store::Bounds;
+
+/// Kademlia between grapes and their clients. Its own id keeps this network apart from others.
+pub const KAD_PROTOCOL: StreamProtocol = StreamProtocol::new("/grapevine/kad/1.0.0");
+
+/// The standard rendezvous protocol, so that a stock client works against a grape.
+pub const RENDEZVOUS_PROTOCOL: StreamProtocol = StreamProtocol::new("/rendezvous/1.0.0");
+
+/// Requests and replies.
+pub const RPC_PROTOCOL: StreamProtocol = StreamProtocol::new("/grapevine/rpc/1.0.0");
+
+/// The protocol version that identify tells.
+pub const IDENTIFY_VERSION: &str = "/grapevine/1.0.0";
+
+/// The agent that identify tells.
+pub const AGENT_VERSION: &str = concat!("grapevine/", env!("CARGO_PKG_VERSION"));
+
+/// How long a grape keeps an announcement that is not renewed. Three renewals fit in, so that one
+/// lost message does not make a living peer disappear.
+pub const LEASE: Duration = Duration::from_secs(90);
+
+/// A lease is renewed when this part of it has passed.
+pub const RENEWALS_PER_LEASE: u32 = 3;
+
+/// The shortest lease a grape grants. Below it renewals would be the main load.
+pub const MIN_LEASE: Duration = Duration::from_secs(3);
+
+/// How long a whole lookup may take. Two rounds of dialling (a grape, then the provider) fit in.
+pub const LOOKUP_DEADLINE: Duration = Duration::from_secs(10);
+
+/// How long a lookup that has found a live provider waits for slower ones.
+pub const LOOKUP_SETTLE: Duration = Duration::from_millis(500);
+
+/// How long a provider may take to say whether it serves the name.
+pub const SERVES_DEADLINE: Duration = Duration::from_secs(3);
+
+/// The lookups that run at once; further ones wait. Kademlia walks all its queries at each step,
+/// so that more of them at once would be slower than one after another.
+pub const MAX_LOOKUPS: usize = 256;
+
+/// The providers that one lookup dials. A name with more of them is found by some of them.
+pub const MAX_CANDIDATES: usize = 64;
+
+/// How long a request may take when its caller does not say, as in Grenache.
+pub const REQUEST_DEADLINE: Duration = Duration::from_secs(10);
+
+/// The longest a request may stay open at either end, whatever the caller's deadline.
+pub const MAX_REQUEST_TIME: Duration = Duration::from_secs(60);
+
+/// How long a peer may take to send one frame it has begun, or to take one.
+pub const FRAME_DEADLINE: Duration = Duration::from_secs(10);
+
+/// The requests that a node keeps open to one peer; further ones wait their turn. Stays below
+/// [`MAX_RPC_STREAMS`], over which the remote drops streams without an answer.
+pub const MAX_REQUESTS_PER_PEER: usize = 64;
+
+/// The RPC streams of one connection, both directions together.
+pub const MAX_RPC_STREAMS: usize = 256;
+
+/// The streams of one connection that yamux accepts: all protocols together.
+pub const MAX_STREAMS: usize = 512;
+
+/// How long a dial and the handshake after it may take.
+pub const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
+
+/// A connection on which nothing happens is closed after this. Longer than a renewal interval, so
+/// that announcing peers stay connected to their grapes.
+pub const IDLE_TIMEOUT: Duration = Duration::from_secs(120);
+
+/// How often a connection is checked to be alive, and how long the answer may take.
+pub const PING_INTERVAL: Duration = Duration::from_secs(15);
+/// See [`PING_INTERVAL`].
+pub const PING_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// The first and the longest pause before a bootstrap address is dialled again.
+pub const REDIAL_MIN: Duration = Duration::from_millis(250);
+/// See [`REDIAL_MIN`]. Short, because a grape that is restarted should be found within seconds.
+pub const REDIAL_MAX: Duration = Duration::from_secs(5);
+
+/// The bootstrap addresses a node takes.
+pub const MAX_BOOTSTRAP: usize = 64;
+
+/// The names that one node announces.
+pub const MAX_ANNOUNCED: usize = 20_000;
+
+/// The addresses of a provider that are kept and dialled.
+pub const MAX_ADDRESSES: usize = 8;
+
+/// How long shutting down waits for the withdrawals and the open requests.
+pub const SHUTDOWN_DEADLINE: Duration = Duration::from_secs(2);
+
+/// What a node takes on at once. Every field bounds something a remote can make grow.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Limits {
+    /// The requests of others that are open at once; one more is answered `busy`. 1,024 by default.
+    pub inbound_requests: usize,
+    /// The payload bytes of those requests and of their replies that are held at once. 64 MiB by
+    /// default: 64 of the largest payloads.
+    pub inbound_bytes: usize,
+    /// The established connections that others opened. 4,096 by default, each about 100 KB.
+    pub inbound_connections: u32,
+    /// The connections that others have begun and not finished. 512 by default.
+    pub pending_connections: u32,
+    /// The connections from one address prefix (/24 of IPv4, /48 of IPv6), so that one network
+    /// cannot take them all. 2,048 by default.
+    pub connections_per_prefix: u32,
+    /// The connections with one peer. 8 by default: TCP and QUIC, each way, twice.
+    pub connections_per_peer: u32,
+    /// No new connection is accepted while the process uses more bytes of memory than this.
+    /// 1 GiB by default; `None` switches the check off.
+    pub memory: Option<usize>,
+    /// The provider records that a grape keeps.
+    pub store: Bounds,
+}
+
+impl Default for Limits {
+    fn default() -> Self {
+        Self {
+            inbound_requests: 1_024,
+            inbound_bytes: 64 << 20,
+            inbound_connections: 4_096,
+            pending_connections: 512,
+            connections_per_prefix: 2_048,
+            connections_per_peer: 8,
+            memory: Some(1 << 30),
+            store: Bounds::default(),
+        }
+    }
+}

@@ -1,0 +1,282 @@
+//! Whom this node is connected to: its bootstrap grapes, grapes that dialled it, all peers.
+//!
+//! A grape that dials this grape is dialled back at an address it tells, at the host it came from
+//! and nowhere else, before Kademlia may pass it on: what a peer claims is never believed, and no
+//! peer can make this node dial a third.
+
+use std::collections::{HashMap, HashSet};
+use std::net::IpAddr;
+use std::time::Instant;
+
+use libp2p::core::ConnectedPoint;
+use libp2p::multiaddr::Protocol;
+use libp2p::swarm::{ConnectionId, DialError};
+use libp2p::{Multiaddr, PeerId, StreamProtocol, identify};
+use tokio::sync::watch;
+
+use crate::error::DialFailure;
+use crate::limits::{KAD_PROTOCOL, MAX_ADDRESSES};
+use crate::proto::bootstrap::{BootstrapStatus, Bootstraps};
+
+/// What a node knows of its own place in the network.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Status {
+    /// Each bootstrap address, in the order they were given.
+    pub bootstrap: Vec<BootstrapStatus>,
+    /// The addresses this node can be dialled at, each ending in `/p2p/<id>`.
+    pub addresses: Vec<Multiaddr>,
+    /// How many peers are connected, grapes and others.
+    pub peers: usize,
+}
+
+impl Status {
+    /// Whether a bootstrap grape is connected.
+    pub fn is_online(&self) -> bool {
+        self.bootstrap.iter().any(|entry| entry.connected.is_some())
+    }
+}
+
+/// The connections of a node.
+#[derive(Debug)]
+pub(crate) struct Connectivity {
+    local: PeerId,
+    pub(crate) bootstraps: Bootstraps<ConnectionId>,
+    peers: HashMap<PeerId, Peer>,
+    /// Dials to a candidate of a lookup, or back to a grape.
+    dials: HashMap<PeerId, ConnectionId>,
+    addresses: Vec<Multiaddr>,
+    status: watch::Sender<Status>,
+}
+
+#[derive(Debug, Default)]
+struct Peer {
+    connections: HashMap<ConnectionId, Multiaddr>,
+    is_grape: bool,
+    /// This node has dialled it, or tried to.
+    dialled: bool,
+}
+
+/// What has become of a connection.
+#[derive(Debug, Default, PartialEq, Eq)]
+pub(crate) struct Change {
+    /// It is the first or was the last one with the peer.
+    pub(crate) peer: bool,
+    /// It leads to a bootstrap grape.
+    pub(crate) bootstrap: bool,
+}
+
+impl Connectivity {
+    pub(crate) fn new(
+        local: PeerId,
+        bootstrap: Vec<Multiaddr>,
+        now: Instant,
+    ) -> (Self, watch::Receiver<Status>) {
+        let (status, receiver) = watch::channel(Status::default());
+        let connectivity = Self {
+            local,
+            bootstraps: Bootstraps::new(bootstrap, now),
+            peers: HashMap::new(),
+            dials: HashMap::new(),
+            addresses: Vec::new(),
+            status,
+        };
+        connectivity.publish();
+        (connectivity, receiver)
+    }
+
+    pub(crate) fn is_connected(&self, peer: &PeerId) -> bool {
+        self.peers.contains_key(peer)
+    }
+
+    /// The grapes this node is connected to, bootstrap grapes or not.
+    pub(crate) fn grapes(&self) -> Vec<PeerId> {
+        let mut grapes = self.bootstraps.connected();
+        let others = self.peers.iter().filter(|(_, peer)| peer.is_grape);
+        for (peer, _) in others {
+            if !grapes.contains(peer) {
+                grapes.push(*peer);
+            }
+        }
+        grapes
+    }
+
+    /// The address a peer is connected from, for its prefix.
+    pub(crate) fn remote_address(&self, peer: &PeerId) -> Option<&Multiaddr> {
+        self.peers.get(peer)?.connections.values().next()
+    }
+
+    /// This node listens on an address.
+    pub(crate) fn on_listening(&mut self, address: Multiaddr) {
+        let address = address.with_p2p(self.local).unwrap_or_else(|other| other);
+        if !self.addresses.contains(&address) {
+            self.addresses.push(address);
+            self.publish();
+        }
+    }
+
+    /// This node does not listen on an address any more.
+    pub(crate) fn on_unlistened(&mut self, address: Multiaddr) {
+        let address = address.with_p2p(self.local).unwrap_or_else(|other| other);
+        self.addresses.retain(|known| *known != address);
+        self.publish();
+    }
+
+    /// Whether a dial to this peer may begin.
+    pub(crate) fn is_dialling(&self, peer: &PeerId) -> bool {
+        self.dials.contains_key(peer)
+    }
+
+    /// A dial to a peer has begun.
+    pub(crate) fn on_dialling(&mut self, peer: PeerId, connection: ConnectionId) {
+        self.dials.insert(peer, connection);
+    }
+
+    /// A connection stands.
+    pub(crate) fn on_established(
+        &mut self,
+        peer: PeerId,
+        connection: ConnectionId,
+        endpoint: &ConnectedPoint,
+    ) -> Change {
+        self.dials.remove(&peer);
+        let known = self.peers.entry(peer).or_default();
+        known.dialled |= endpoint.is_dialer();
+        let first = known.connections.is_empty();
+        let remote = endpoint.get_remote_address().clone();
+        known.connections.insert(connection, remote);
+        let bootstrap = self.bootstraps.on_connected(connection, peer);
+        self.publish();
+        Change {
+            peer: first,
+            bootstrap,
+        }
+    }
+
+    /// A connection has closed.
+    pub(crate) fn on_closed(
+        &mut self,
+        peer: PeerId,
+        connection: ConnectionId,
+        now: Instant,
+    ) -> Change {
+        let Some(known) = self.peers.get_mut(&peer) else {
+            return Change::default();
+        };
+        known.connections.remove(&connection);
+        if !known.connections.is_empty() {
+            return Change::default();
+        }
+        self.peers.remove(&peer);
+        let bootstrap = self.bootstraps.connected().contains(&peer);
+        self.bootstraps.on_disconnected(&peer, now);
+        self.publish();
+        Change {
+            peer: true,
+            bootstrap,
+        }
+    }
+
+    /// A dial has failed. Returns the peer if the dial was begun for a lookup.
+    pub(crate) fn on_dial_failed(
+        &mut self,
+        connection: ConnectionId,
+        peer: Option<PeerId>,
+        error: &DialError,
+        now: Instant,
+    ) -> Option<PeerId> {
+        let failure = describe(error, peer);
+        if self.bootstraps.on_failed(connection, failure, now) {
+            self.publish();
+        }
+        let peer = peer?;
+        if self.dials.get(&peer) != Some(&connection) {
+            return None;
+        }
+        self.dials.remove(&peer);
+        Some(peer)
+    }
+
+    /// A peer has told what it speaks and where it listens. Returns where to dial it back, if it
+    /// is a grape that only it has dialled so far.
+    pub(crate) fn on_identified(
+        &mut self,
+        peer: PeerId,
+        info: &identify::Info,
+        is_registrar: bool,
+    ) -> Vec<Multiaddr> {
+        let Some(known) = self.peers.get_mut(&peer) else {
+            return Vec::new();
+        };
+        known.is_grape = info.protocols.iter().any(is_kademlia);
+        if !known.is_grape || known.dialled || !is_registrar {
+            return Vec::new();
+        }
+        known.dialled = true;
+        let hosts: HashSet<_> = known.connections.values().map(host).collect();
+        info.listen_addrs
+            .iter()
+            .filter(|address| hosts.contains(&host(address)))
+            .take(MAX_ADDRESSES)
+            .cloned()
+            .collect()
+    }
+
+    /// Tells who watches, if anything has changed.
+    pub(crate) fn publish(&self) {
+        let status = Status {
+            bootstrap: self.bootstraps.status(),
+            addresses: self.addresses.clone(),
+            peers: self.peers.len(),
+        };
+        self.status.send_if_modified(|known| {
+            let changed = *known != status;
+            *known = status;
+            changed
+        });
+    }
+}
+
+fn is_kademlia(protocol: &StreamProtocol) -> bool {
+    *protocol == KAD_PROTOCOL
+}
+
+/// The host part of an address. In-process ones have none, and are all one host.
+fn host(address: &Multiaddr) -> Option<IpAddr> {
+    address.iter().find_map(|part| match part {
+        Protocol::Ip4(ip) => Some(ip.into()),
+        Protocol::Ip6(ip) => Some(IpAddr::from(ip).to_canonical()),
+        _ => None,
+    })
+}
+
+/// A dial error in words for a person.
+pub(crate) fn describe(error: &DialError, expected: Option<PeerId>) -> DialFailure {
+    match error {
+        DialError::LocalPeerId { .. } => DialFailure::OwnAddress,
+        DialError::WrongPeerId { obtained, .. } => match expected {
+            Some(expected) => DialFailure::WrongPeer {
+                expected,
+                found: *obtained,
+            },
+            None => DialFailure::Unreachable(format!("the node {obtained} answers there")),
+        },
+        DialError::Transport(errors) => {
+            let reasons: Vec<_> = errors
+                .iter()
+                .map(|(_, error)| innermost(error))
+                .collect();
+            DialFailure::Unreachable(reasons.join(", "))
+        }
+        DialError::Denied { cause } => DialFailure::Unreachable(cause.to_string()),
+        other => DialFailure::Unreachable(other.to_string()),
+    }
+}
+
+/// The cause that says most: libp2p wraps what the system said in several layers.
+fn innermost(error: &(dyn std::error::Error + 'static)) -> String {
+    let mut error = error;
+    while let Some(source) = error.source() {
+        error = source;
+    }
+    error.to_string()
+}

@@ -1,0 +1,222 @@
+//! Who serves which name: carries [`Lookups`] and [`Announcements`] to and from Kademlia.
+//!
+//! Both decide; this struct keeps the ids of Kademlia's queries and the callers that wait.
+
+use std::collections::HashMap;
+use std::time::Instant;
+
+use libp2p::kad::{
+    self, GetProvidersError, GetProvidersOk, InboundRequest, QueryId, QueryResult, RecordKey,
+};
+use libp2p::{Multiaddr, PeerId};
+use tokio::sync::oneshot;
+
+use crate::error::LookupError;
+use crate::limits::MAX_ADDRESSES;
+use crate::name::ServiceName;
+use crate::proto::announce::{Announcements, Place};
+use crate::proto::lookup::{Lookups, Outcome};
+use crate::store::Store;
+
+/// The Kademlia behaviour of the Swarm.
+pub(crate) type Kademlia = kad::Behaviour<Store>;
+
+/// Where a caller waits for a lookup.
+#[derive(Debug)]
+pub(crate) enum Waiter {
+    /// For all live providers.
+    All(oneshot::Sender<Result<Vec<PeerId>, LookupError>>),
+    /// For the first one.
+    First(oneshot::Sender<Result<PeerId, LookupError>>),
+}
+
+/// What the driver must know of an event of Kademlia.
+#[derive(Debug)]
+pub(crate) enum Learned {
+    /// A query named providers of a name.
+    Providers(ServiceName, Vec<PeerId>),
+    /// A peer asks this node to keep a provider record of its own.
+    Record(kad::ProviderRecord),
+    /// A name was sent to the closest grapes; `false`: there was none.
+    Provided(ServiceName, bool),
+}
+
+/// Lookups and announcements of a node.
+#[derive(Debug)]
+pub(crate) struct Discovery {
+    pub(crate) lookups: Lookups<QueryId>,
+    pub(crate) announcements: Announcements,
+    waiters: HashMap<ServiceName, Vec<Waiter>>,
+    providing: HashMap<QueryId, ServiceName>,
+}
+
+impl Discovery {
+    pub(crate) fn new(local: PeerId) -> Self {
+        Self {
+            lookups: Lookups::new(local),
+            announcements: Announcements::new(),
+            waiters: HashMap::new(),
+            providing: HashMap::new(),
+        }
+    }
+
+    /// Somebody waits for a lookup of the name.
+    pub(crate) fn wait(&mut self, name: ServiceName, waiter: Waiter) {
+        self.waiters.entry(name).or_default().push(waiter);
+    }
+
+    /// Whether anybody still waits for the name. Callers that went away are forgotten.
+    pub(crate) fn is_awaited(&mut self, name: &ServiceName) -> bool {
+        let Some(waiters) = self.waiters.get_mut(name) else {
+            return false;
+        };
+        waiters.retain(|waiter| !waiter.is_gone());
+        if waiters.is_empty() {
+            self.waiters.remove(name);
+            return false;
+        }
+        true
+    }
+
+    /// The names that somebody waits for.
+    pub(crate) fn awaited(&self) -> Vec<ServiceName> {
+        self.waiters.keys().cloned().collect()
+    }
+
+    /// A provider is live: who waits for the first one has it.
+    pub(crate) fn on_found(&mut self, name: &ServiceName, provider: PeerId) {
+        let Some(waiters) = self.waiters.get_mut(name) else {
+            return;
+        };
+        let firsts = waiters.extract_if(.., |waiter| matches!(waiter, Waiter::First(_)));
+        for waiter in firsts {
+            waiter.answer(Ok(vec![provider]));
+        }
+    }
+
+    /// A lookup is over: everybody who waits is answered.
+    pub(crate) fn on_done(&mut self, name: &ServiceName, outcome: &Outcome) {
+        let result = match outcome {
+            Outcome::Live(providers) => Ok(providers.clone()),
+            Outcome::NotFound => Err(LookupError::NotFound(name.clone())),
+            Outcome::Unreachable(providers) => Err(LookupError::Unreachable {
+                name: name.clone(),
+                providers: *providers,
+            }),
+            Outcome::TimedOut => Err(LookupError::TimedOut(name.clone())),
+        };
+        self.answer(name, &result);
+    }
+
+    /// Nothing can be looked up: everybody who waits for the name is told why.
+    pub(crate) fn refuse(&mut self, name: &ServiceName, error: LookupError) {
+        self.answer(name, &Err(error));
+    }
+
+    fn answer(&mut self, name: &ServiceName, result: &Result<Vec<PeerId>, LookupError>) {
+        for waiter in self.waiters.remove(name).unwrap_or_default() {
+            waiter.answer(result.clone());
+        }
+    }
+
+    /// Asks Kademlia for providers.
+    pub(crate) fn query(&mut self, kad: &mut Kademlia, name: &ServiceName) {
+        let id = kad.get_providers(RecordKey::new(&name.key()));
+        self.lookups.on_query_started(name, id);
+    }
+
+    /// Sends a name to the closest grapes.
+    pub(crate) fn provide(&mut self, kad: &mut Kademlia, name: ServiceName, now: Instant) {
+        match kad.start_providing(RecordKey::new(&name.key())) {
+            Ok(id) => {
+                self.providing.insert(id, name);
+            }
+            Err(error) => {
+                tracing::warn!(%name, ?error, "cannot provide the name");
+                self.announcements
+                    .on_refused(&name, Place::Kademlia, now);
+            }
+        }
+    }
+
+    /// Handles what Kademlia tells.
+    pub(crate) fn on_event(
+        &mut self,
+        kad: &mut Kademlia,
+        event: kad::Event,
+        now: Instant,
+    ) -> Option<Learned> {
+        match event {
+            kad::Event::OutboundQueryProgressed {
+                id, result, step, ..
+            } => self.on_progress(kad, id, result, step.last, now),
+            kad::Event::InboundRequest {
+                request: InboundRequest::AddProvider { record },
+            } => record.map(Learned::Record),
+            // PUT_VALUE comes up here too, and ends here: values are not kept.
+            _ => None,
+        }
+    }
+
+    fn on_progress(
+        &mut self,
+        kad: &mut Kademlia,
+        id: QueryId,
+        result: QueryResult,
+        last: bool,
+        now: Instant,
+    ) -> Option<Learned> {
+        match result {
+            QueryResult::GetProviders(Ok(GetProvidersOk::FoundProviders { providers, .. })) => {
+                let name = self.lookups.name_of(&id)?.clone();
+                Some(Learned::Providers(name, providers.into_iter().collect()))
+            }
+            QueryResult::GetProviders(
+                Ok(GetProvidersOk::FinishedWithNoAdditionalRecord { closest_peers })
+                | Err(GetProvidersError::Timeout { closest_peers, .. }),
+            ) if last => {
+                self.lookups
+                    .on_query_ended(&id, !closest_peers.is_empty(), now);
+                None
+            }
+            QueryResult::StartProviding(result) => {
+                let name = self.providing.remove(&id)?;
+                Some(Learned::Provided(name, result.is_ok() && knows_grapes(kad)))
+            }
+            _ => None,
+        }
+    }
+
+    /// The addresses at which this node's own store has a provider.
+    pub(crate) fn stored_addresses(kad: &mut Kademlia, peer: &PeerId) -> Vec<Multiaddr> {
+        let mut addresses = kad.store_mut().addresses(peer);
+        addresses.truncate(MAX_ADDRESSES);
+        addresses
+    }
+}
+
+fn knows_grapes(kad: &mut Kademlia) -> bool {
+    kad.kbuckets().next().is_some()
+}
+
+impl Waiter {
+    fn is_gone(&self) -> bool {
+        match self {
+            Self::All(sender) => sender.is_closed(),
+            Self::First(sender) => sender.is_closed(),
+        }
+    }
+
+    /// A caller that went away does not want to know.
+    fn answer(self, result: Result<Vec<PeerId>, LookupError>) {
+        match self {
+            Self::All(sender) => drop(sender.send(result)),
+            Self::First(sender) => {
+                // A lookup that succeeds has at least one provider.
+                if let Some(result) = result.map(|live| live.first().copied()).transpose() {
+                    drop(sender.send(result));
+                }
+            }
+        }
+    }
+}

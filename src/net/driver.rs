@@ -1,0 +1,863 @@
+//! The loop that owns the Swarm: it routes events and commands to the concerns and carries out what
+//! they decide. It holds no logic of its own, and waits nowhere but in its `select!`.
+
+use std::collections::{BTreeSet, HashMap, HashSet};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use futures::future::BoxFuture;
+use futures::stream::FuturesUnordered;
+use futures::{FutureExt, StreamExt};
+use libp2p::core::ConnectedPoint;
+use libp2p::swarm::dial_opts::{DialOpts, PeerCondition};
+use libp2p::swarm::{ConnectionId, DialError, SwarmEvent};
+use libp2p::{Multiaddr, PeerId, Swarm, identify, kad, ping};
+use tokio::sync::{mpsc, oneshot, watch};
+use tokio::time::{sleep_until, timeout};
+use void::Void;
+
+use super::connectivity::{Connectivity, describe};
+use super::discovery::{self, Discovery, Waiter};
+use super::rendezvous::{self, Rendezvous};
+use super::rpc::{self, Answer, Inbound, Rpc};
+use super::swarm::{Behaviour, BehaviourEvent, build};
+use super::{COMMANDS, Command, Handle, Settings, Status};
+use crate::error::{AnnounceError, DialFailure, LookupError, SpawnError};
+use crate::limits::{MAX_ADDRESSES, MAX_ANNOUNCED, SHUTDOWN_DEADLINE};
+use crate::metrics::Metrics;
+use crate::name::ServiceName;
+use crate::proto::announce::Place;
+use crate::proto::lookup::{Outcome, Step};
+use crate::proto::rate::RateLimit;
+use crate::proto::routes::Routes;
+use crate::store::{NewRecord, Origin, Prefix};
+
+/// How often the store is swept and the gauges are set.
+const HOUSEKEEPING: Duration = Duration::from_secs(1);
+
+/// How long an address may take to be listened on. The system answers at once; interfaces are told
+/// by events that follow within milliseconds.
+const LISTEN_DEADLINE: Duration = Duration::from_secs(5);
+
+/// The provider records taken from one peer by Kademlia each second: as many as by rendezvous.
+const RECORDS_PER_SECOND: u32 = 2_000;
+
+/// When something is to be looked at again.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+enum Timer {
+    Bootstrap,
+    Announcements,
+    Lookup(ServiceName),
+    Housekeeping,
+}
+
+/// Why the loop ended. It never does by itself.
+#[derive(Debug)]
+enum Stop {
+    /// Somebody asked for it and waits.
+    Asked(oneshot::Sender<()>),
+    /// Nobody holds the node any more.
+    Unused,
+}
+
+/// Binds every address and starts the loop in a task of its own.
+pub(super) async fn start(settings: Settings) -> Result<Handle, SpawnError> {
+    let mut swarm = build(&settings).map_err(|error| SpawnError::Transport(error.to_string()))?;
+    let listening = listen(&mut swarm, &settings.listen).await?;
+    let now = Instant::now();
+    let local = *swarm.local_peer_id();
+    let bootstrap = settings.bootstrap.clone();
+    let (connectivity, status) = Connectivity::new(local, bootstrap, now);
+    let (rpc, answers) = Rpc::new(&settings.limits);
+    let (sender, commands) = mpsc::channel(COMMANDS);
+    let routes = Arc::new(Mutex::new(Routes::new()));
+    let metrics = Arc::new(Metrics::default());
+    let mut driver = Driver {
+        swarm,
+        commands,
+        answers,
+        dropped: FuturesUnordered::new(),
+        timers: BTreeSet::new(),
+        connectivity,
+        discovery: Discovery::new(local),
+        rendezvous: Rendezvous::new(settings.identity.keypair().clone()),
+        rpc,
+        handlers: HashMap::new(),
+        publishing: HashMap::new(),
+        held: HashSet::new(),
+        records: RateLimit::new(RECORDS_PER_SECOND),
+        registrar: settings.registrar,
+        routes: Arc::clone(&routes),
+        metrics: Arc::clone(&metrics),
+    };
+    for address in settings.external {
+        driver.on_address(address);
+    }
+    for address in listening {
+        driver.on_address(address);
+    }
+    driver.wake(now, Timer::Bootstrap);
+    driver.wake(now + HOUSEKEEPING, Timer::Housekeeping);
+    tokio::spawn(driver.run());
+    Ok(Handle {
+        commands: sender,
+        status,
+        routes,
+        metrics,
+    })
+}
+
+/// Listens on every address, and returns the addresses that this leads to.
+async fn listen(
+    swarm: &mut Swarm<Behaviour>,
+    addresses: &[Multiaddr],
+) -> Result<Vec<Multiaddr>, SpawnError> {
+    let mut bound = Vec::new();
+    for address in addresses {
+        let failed = |reason: String| SpawnError::Listen {
+            address: address.clone(),
+            reason,
+        };
+        let listener = swarm
+            .listen_on(address.clone())
+            .map_err(|error| failed(explain(&error)))?;
+        let first = async {
+            loop {
+                match swarm.select_next_some().await {
+                    SwarmEvent::NewListenAddr {
+                        listener_id,
+                        address,
+                    } => {
+                        bound.push(address);
+                        if listener_id == listener {
+                            return Ok(());
+                        }
+                    }
+                    SwarmEvent::ListenerClosed {
+                        listener_id,
+                        reason: Err(error),
+                        ..
+                    } if listener_id == listener => return Err(explain(&error)),
+                    _ => {}
+                }
+            }
+        };
+        match timeout(LISTEN_DEADLINE, first).await {
+            Ok(result) => result.map_err(failed)?,
+            Err(_) => return Err(failed("no network interface has such an address".into())),
+        }
+    }
+    // What an address of all interfaces leads to is told in one go.
+    while let Some(Some(event)) = swarm.next().now_or_never() {
+        if let SwarmEvent::NewListenAddr { address, .. } = event {
+            bound.push(address);
+        }
+    }
+    Ok(bound)
+}
+
+/// What the system said, with the remedy where there is one.
+fn explain(error: &(dyn std::error::Error + 'static)) -> String {
+    let mut source = Some(error);
+    while let Some(error) = source {
+        if let Some(io) = error.downcast_ref::<std::io::Error>() {
+            let remedy = match io.kind() {
+                std::io::ErrorKind::AddrInUse => {
+                    "another program uses this port; stop it or choose another one"
+                }
+                std::io::ErrorKind::PermissionDenied => {
+                    "this port needs privileges; choose one above 1023"
+                }
+                std::io::ErrorKind::AddrNotAvailable => "this machine has no such address",
+                _ => return io.to_string(),
+            };
+            return remedy.into();
+        }
+        source = error.source();
+    }
+    error.to_string()
+}
+
+struct Driver {
+    swarm: Swarm<Behaviour>,
+    commands: mpsc::Receiver<Command>,
+    answers: mpsc::Receiver<Answer>,
+    /// One for each name served, done when its handler is dropped.
+    dropped: FuturesUnordered<BoxFuture<'static, (ServiceName, mpsc::Sender<Inbound>)>>,
+    timers: BTreeSet<(Instant, Timer)>,
+    connectivity: Connectivity,
+    discovery: Discovery,
+    rendezvous: Rendezvous,
+    rpc: Rpc,
+    handlers: HashMap<ServiceName, mpsc::Sender<Inbound>>,
+    /// Who waits for a name to be published.
+    publishing: HashMap<ServiceName, oneshot::Sender<Result<(), AnnounceError>>>,
+    /// Names to look up as soon as it is known whether a grape can be reached.
+    held: HashSet<ServiceName>,
+    records: RateLimit,
+    registrar: bool,
+    routes: Arc<Mutex<Routes>>,
+    metrics: Arc<Metrics>,
+}
+
+impl Driver {
+    async fn run(mut self) {
+        let stop = match self.serve().await {
+            Ok(never) => void::unreachable(never),
+            Err(stop) => stop,
+        };
+        self.shut_down().await;
+        if let Stop::Asked(done) = stop {
+            // Who asked may be gone.
+            let _ = done.send(());
+        }
+    }
+
+    async fn serve(&mut self) -> Result<Void, Stop> {
+        loop {
+            let due = self.timers.first().map(|(at, _)| *at);
+            tokio::select! {
+                event = self.swarm.select_next_some() => self.on_swarm_event(event),
+                Some(answer) = self.answers.recv() => self.on_answer(answer),
+                Some((name, handler)) = self.dropped.next() => self.on_handler_gone(&name, &handler),
+                command = self.commands.recv() => match command {
+                    Some(Command::Shutdown(done)) => return Err(Stop::Asked(done)),
+                    Some(command) => self.on_command(command),
+                    None => return Err(Stop::Unused),
+                },
+                () = until(due) => self.on_timers(),
+            }
+            self.carry_out();
+        }
+    }
+
+    /// Withdraws every name, lets open requests finish and stops; ends within
+    /// [`SHUTDOWN_DEADLINE`].
+    async fn shut_down(&mut self) {
+        self.rpc.stop();
+        let names: Vec<_> = self.discovery.announcements.names().cloned().collect();
+        for name in names {
+            self.withdraw(&name);
+        }
+        for name in self.discovery.awaited() {
+            self.discovery.refuse(&name, LookupError::Closed);
+        }
+        let deadline = tokio::time::Instant::now() + SHUTDOWN_DEADLINE;
+        while self.rendezvous.unregistering() > 0 || self.rpc.open_requests() > 0 {
+            tokio::select! {
+                event = self.swarm.select_next_some() => self.on_swarm_event(event),
+                Some(answer) = self.answers.recv() => self.on_answer(answer),
+                () = sleep_until(deadline) => break,
+            }
+        }
+        let peers: Vec<_> = self.swarm.connected_peers().copied().collect();
+        for peer in peers {
+            // Only fails when the peer is gone already.
+            let _ = self.swarm.disconnect_peer_id(peer);
+        }
+        while self.swarm.connected_peers().next().is_some() {
+            tokio::select! {
+                _ = self.swarm.select_next_some() => {}
+                () = sleep_until(deadline) => break,
+            }
+        }
+    }
+
+    fn on_command(&mut self, command: Command) {
+        match command {
+            Command::Announce {
+                name,
+                handler,
+                done,
+            } => self.on_announce(name, handler, done),
+            Command::Withdraw { name, done } => {
+                self.withdraw(&name);
+                // The dropped handler would only withdraw again. The caller may be gone.
+                let _ = done.send(());
+            }
+            Command::Lookup(name, waiter) => self.on_lookup(name, waiter),
+            Command::Request(request) => {
+                self.metrics.requests_sent.add(1);
+                self.rpc.call(&mut self.swarm.behaviour_mut().rpc, request);
+            }
+            Command::Block(peer) => {
+                self.swarm.behaviour_mut().blocked.block_peer(peer);
+                self.swarm.behaviour_mut().kad.remove_peer(&peer);
+            }
+            Command::Unblock(peer) => {
+                self.swarm.behaviour_mut().blocked.unblock_peer(peer);
+            }
+            // Ends the loop before it comes here.
+            Command::Shutdown(_) => {}
+        }
+    }
+
+    fn on_announce(
+        &mut self,
+        name: ServiceName,
+        handler: mpsc::Sender<Inbound>,
+        done: oneshot::Sender<Result<(), AnnounceError>>,
+    ) {
+        // One that was dropped a moment ago makes room at once.
+        if self.handlers.get(&name).is_some_and(mpsc::Sender::is_closed) {
+            self.withdraw(&name);
+        }
+        let refusal = if self.discovery.announcements.len() >= MAX_ANNOUNCED {
+            Some(AnnounceError::TooMany { max: MAX_ANNOUNCED })
+        } else if self.is_cut_off() {
+            Some(AnnounceError::NoGrape(
+                self.connectivity.bootstraps.failures(),
+            ))
+        } else if !self.discovery.announcements.announce(&name) {
+            Some(AnnounceError::AlreadyAnnounced(name.clone()))
+        } else {
+            None
+        };
+        if let Some(error) = refusal {
+            // Who asked may be gone.
+            let _ = done.send(Err(error));
+            return;
+        }
+        self.rpc.serve(name.clone(), handler.clone());
+        self.handlers.insert(name.clone(), handler.clone());
+        self.publishing.insert(name.clone(), done);
+        let watched = name;
+        self.dropped.push(
+            async move {
+                handler.closed().await;
+                (watched, handler)
+            }
+            .boxed(),
+        );
+    }
+
+    /// A name's handler was dropped; if it is still this one, the name is taken back.
+    fn on_handler_gone(&mut self, name: &ServiceName, handler: &mpsc::Sender<Inbound>) {
+        let current = self.handlers.get(name);
+        if current.is_some_and(|current| current.same_channel(handler)) {
+            self.withdraw(name);
+        }
+    }
+
+    fn withdraw(&mut self, name: &ServiceName) {
+        self.handlers.remove(name);
+        self.publishing.remove(name);
+        self.rpc.unserve(name);
+        if !self.discovery.announcements.withdraw(name) {
+            return;
+        }
+        let grapes = self.connectivity.grapes();
+        let behaviour = self.swarm.behaviour_mut();
+        behaviour
+            .kad
+            .stop_providing(&kad::RecordKey::new(&name.key()));
+        for grape in grapes {
+            self.rendezvous
+                .unregister(&mut behaviour.rendezvous, grape, name);
+        }
+    }
+
+    fn on_lookup(&mut self, name: ServiceName, waiter: Waiter) {
+        self.discovery.wait(name.clone(), waiter);
+        self.held.insert(name);
+        self.release_held();
+    }
+
+    /// Starts the lookups that waited for a grape, or tells why there is none.
+    fn release_held(&mut self) {
+        if self.held.is_empty() {
+            return;
+        }
+        let points = self.connectivity.bootstraps.connected();
+        if points.is_empty() && self.connectivity.bootstraps.is_starting() {
+            return;
+        }
+        let alone = points.is_empty() && !self.registrar;
+        for name in std::mem::take(&mut self.held) {
+            if alone {
+                let failures = self.connectivity.bootstraps.failures();
+                self.discovery.refuse(&name, LookupError::NoGrape(failures));
+                continue;
+            }
+            self.metrics.lookups.add(1);
+            let points = points.iter().copied();
+            self.discovery.lookups.start(&name, points, Instant::now());
+        }
+    }
+
+    /// Whether this node can never reach a grape as things stand, and is none itself.
+    fn is_cut_off(&self) -> bool {
+        !self.registrar && self.connectivity.bootstraps.is_hopeless()
+    }
+
+    fn on_answer(&mut self, answer: Answer) {
+        let behaviour = self.swarm.behaviour_mut();
+        self.rpc.on_answer(&mut behaviour.rpc, answer);
+    }
+
+    fn on_timers(&mut self) {
+        let now = Instant::now();
+        while let Some((at, _)) = self.timers.first()
+            && *at <= now
+            && let Some((_, timer)) = self.timers.pop_first()
+        {
+            match timer {
+                Timer::Bootstrap => self.dial_bootstraps(now),
+                // Carried out after every turn of the loop.
+                Timer::Announcements => {}
+                Timer::Lookup(name) => self.discovery.lookups.on_timer(&name, now),
+                Timer::Housekeeping => self.keep_house(now),
+            }
+        }
+    }
+
+    fn keep_house(&mut self, now: Instant) {
+        let store = self.swarm.behaviour_mut().kad.store_mut();
+        store.sweep(now);
+        let stats = store.stats();
+        self.metrics.stored.set(stats.records);
+        self.metrics.evicted.set(stats.evicted);
+        self.metrics.refused.set(stats.refused);
+        self.metrics
+            .open_requests
+            .set(self.rpc.open_requests() as u64);
+        self.metrics
+            .announced
+            .set(self.discovery.announcements.len() as u64);
+        for name in self.discovery.awaited() {
+            if !self.discovery.is_awaited(&name) {
+                self.held.remove(&name);
+                self.discovery.lookups.cancel(&name);
+            }
+        }
+        self.wake(now + HOUSEKEEPING, Timer::Housekeeping);
+    }
+
+    fn wake(&mut self, at: Instant, timer: Timer) {
+        self.timers.insert((at, timer));
+    }
+}
+
+/// Carrying out what the concerns decide.
+impl Driver {
+    fn carry_out(&mut self) {
+        let now = Instant::now();
+        while let Some(step) = self.discovery.lookups.poll_step() {
+            self.carry_out_lookup(step, now);
+        }
+        while let Some((name, place)) = self.discovery.announcements.poll_publish(now) {
+            self.publish(name, place, now);
+        }
+        if let Some(at) = self.discovery.announcements.next_due() {
+            self.wake(at, Timer::Announcements);
+        }
+    }
+
+    fn carry_out_lookup(&mut self, step: Step<kad::QueryId>, now: Instant) {
+        let behaviour = self.swarm.behaviour_mut();
+        match step {
+            Step::Query(name) => self.discovery.query(&mut behaviour.kad, &name),
+            Step::FinishQuery(id) => {
+                if let Some(mut query) = behaviour.kad.query_mut(&id) {
+                    query.finish();
+                }
+            }
+            Step::Discover(grape, name) => {
+                let learned = self
+                    .rendezvous
+                    .discover(&mut behaviour.rendezvous, grape, name);
+                self.on_rendezvous(learned, now);
+            }
+            Step::Dial(peer, addresses) => self.dial_candidate(peer, addresses, now),
+            Step::Ask(peer, name) => {
+                self.rpc.ask_serves(&mut behaviour.rpc, peer, name);
+            }
+            Step::Wake(at, name) => self.wake(at, Timer::Lookup(name)),
+            Step::Found(name, provider) => {
+                self.routes().found(&name, provider, now);
+                self.discovery.on_found(&name, provider);
+            }
+            Step::Done(name, outcome) => {
+                if let Outcome::Live(providers) = &outcome {
+                    self.metrics.lookups_found.add(1);
+                    self.routes().looked_up(&name, providers, now);
+                } else {
+                    self.routes().looked_up(&name, &[], now);
+                }
+                self.discovery.on_done(&name, &outcome);
+            }
+        }
+    }
+
+    fn dial_candidate(&mut self, peer: PeerId, addresses: Vec<Multiaddr>, now: Instant) {
+        if self.connectivity.is_dialling(&peer) {
+            return;
+        }
+        // Kademlia may be dialling it with fewer addresses; the connection limits bear a second.
+        let opts = DialOpts::peer_id(peer)
+            .addresses(addresses)
+            .extend_addresses_through_behaviour()
+            .condition(PeerCondition::Disconnected)
+            .build();
+        let connection = opts.connection_id();
+        match self.swarm.dial(opts) {
+            Ok(()) => self.connectivity.on_dialling(peer, connection),
+            Err(DialError::DialPeerConditionFalse(_)) => {
+                self.discovery.lookups.on_connected(&peer, now);
+            }
+            Err(_) => self.discovery.lookups.on_dial_failed(&peer, now),
+        }
+    }
+
+    fn publish(&mut self, name: ServiceName, place: Place, now: Instant) {
+        let addresses: Vec<_> = self.swarm.external_addresses().cloned().collect();
+        let behaviour = self.swarm.behaviour_mut();
+        match place {
+            Place::Kademlia => self.discovery.provide(&mut behaviour.kad, name, now),
+            Place::Rendezvous(grape) => {
+                let sent = self.rendezvous.register(
+                    &mut behaviour.rendezvous,
+                    grape,
+                    name.clone(),
+                    addresses.iter(),
+                );
+                if !sent {
+                    let published = self.discovery.announcements.on_refused(&name, place, now);
+                    self.on_published(published, &name);
+                }
+            }
+        }
+    }
+
+    fn on_published(&mut self, published: bool, name: &ServiceName) {
+        if published && let Some(done) = self.publishing.remove(name) {
+            // Who asked may be gone.
+            let _ = done.send(Ok(()));
+        }
+    }
+
+    fn dial_bootstraps(&mut self, now: Instant) {
+        while let Some((index, address, expected)) = self.connectivity.bootstraps.due(now) {
+            if let Some(peer) = expected
+                && self.swarm.is_connected(&peer)
+            {
+                self.connectivity.bootstraps.on_known(index, peer);
+                self.on_bootstrap(peer, None);
+                continue;
+            }
+            let opts = match expected {
+                Some(peer) => DialOpts::peer_id(peer)
+                    .addresses(vec![address.clone()])
+                    .condition(PeerCondition::Always)
+                    .build(),
+                None => DialOpts::unknown_peer_id().address(address.clone()).build(),
+            };
+            let connection = opts.connection_id();
+            match self.swarm.dial(opts) {
+                Ok(()) => self.connectivity.bootstraps.on_dialling(index, connection),
+                Err(error) => {
+                    let failure = describe(&error, expected);
+                    self.connectivity.bootstraps.refuse(index, failure, now);
+                }
+            }
+        }
+        self.connectivity.publish();
+        self.after_bootstrap_change();
+    }
+
+    fn after_bootstrap_change(&mut self) {
+        if let Some(at) = self.connectivity.bootstraps.next_due() {
+            self.wake(at, Timer::Bootstrap);
+        }
+        self.release_held();
+        if self.is_cut_off() {
+            let failures = self.connectivity.bootstraps.failures();
+            for (name, done) in std::mem::take(&mut self.publishing) {
+                // Who asked may be gone.
+                let _ = done.send(Err(AnnounceError::NoGrape(failures.clone())));
+                self.withdraw(&name);
+            }
+        }
+    }
+
+    /// A bootstrap grape is connected.
+    fn on_bootstrap(&mut self, grape: PeerId, address: Option<Multiaddr>) {
+        if let Some(address) = address {
+            // So that the first query need not wait for identify.
+            self.swarm.behaviour_mut().kad.add_address(&grape, address);
+        }
+        self.discovery.announcements.on_grape(grape);
+        if self.registrar {
+            // Fills the routing table; without a grape in it there is nothing to do.
+            let _ = self.swarm.behaviour_mut().kad.bootstrap();
+        }
+        self.connectivity.publish();
+    }
+
+    fn on_address(&mut self, address: Multiaddr) {
+        // Kademlia and rendezvous tell others of external addresses only.
+        self.swarm.add_external_address(address.clone());
+        self.rendezvous.on_addresses();
+        self.connectivity.on_listening(address);
+    }
+
+    fn routes(&self) -> MutexGuard<'_, Routes> {
+        self.routes.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// Routing what the Swarm tells.
+impl Driver {
+    fn on_swarm_event(&mut self, event: SwarmEvent<BehaviourEvent>) {
+        let now = Instant::now();
+        match event {
+            SwarmEvent::Behaviour(event) => self.on_behaviour_event(event, now),
+            SwarmEvent::ConnectionEstablished {
+                peer_id,
+                connection_id,
+                endpoint,
+                ..
+            } => self.on_established(peer_id, connection_id, &endpoint, now),
+            SwarmEvent::ConnectionClosed {
+                peer_id,
+                connection_id,
+                ..
+            } => self.on_closed(peer_id, connection_id, now),
+            SwarmEvent::OutgoingConnectionError {
+                connection_id,
+                peer_id,
+                error,
+            } => {
+                let failed = self
+                    .connectivity
+                    .on_dial_failed(connection_id, peer_id, &error, now);
+                if let Some(peer) = failed {
+                    self.discovery.lookups.on_dial_failed(&peer, now);
+                }
+                self.after_bootstrap_change();
+            }
+            SwarmEvent::NewListenAddr { address, .. } => self.on_address(address),
+            SwarmEvent::ExpiredListenAddr { address, .. } => {
+                self.swarm.remove_external_address(&address);
+                self.rendezvous.on_addresses();
+                self.connectivity.on_unlistened(address);
+            }
+            SwarmEvent::ListenerError { error, .. } => {
+                tracing::warn!(%error, "a listener has trouble");
+            }
+            _ => {}
+        }
+    }
+
+    fn on_established(
+        &mut self,
+        peer: PeerId,
+        connection: ConnectionId,
+        endpoint: &ConnectedPoint,
+        now: Instant,
+    ) {
+        let change = self
+            .connectivity
+            .on_established(peer, connection, endpoint);
+        if change.peer {
+            self.metrics.peers.set(self.swarm.network_info().num_peers() as u64);
+            self.routes().on_connected(peer);
+        }
+        if change.bootstrap {
+            let address = endpoint.get_remote_address().clone();
+            tracing::debug!(%peer, %address, "a bootstrap grape is connected");
+            self.on_bootstrap(peer, Some(address));
+            self.after_bootstrap_change();
+        }
+        self.discovery.lookups.on_connected(&peer, now);
+    }
+
+    fn on_closed(&mut self, peer: PeerId, connection: ConnectionId, now: Instant) {
+        let change = self.connectivity.on_closed(peer, connection, now);
+        if change.peer {
+            self.metrics.peers.set(self.swarm.network_info().num_peers() as u64);
+            self.routes().on_disconnected(&peer);
+            self.rendezvous.on_disconnected(&peer);
+            self.records.forget(&peer);
+        }
+        if change.bootstrap {
+            tracing::debug!(%peer, "a bootstrap grape is gone");
+            self.discovery.announcements.on_grape_gone(&peer);
+            self.after_bootstrap_change();
+        }
+    }
+
+    fn on_behaviour_event(&mut self, event: BehaviourEvent, now: Instant) {
+        match event {
+            BehaviourEvent::Kad(event) => {
+                if let kad::Event::OutboundQueryProgressed {
+                    result: kad::QueryResult::GetProviders(_),
+                    stats,
+                    step,
+                    ..
+                } = &event
+                    && step.last
+                {
+                    self.metrics
+                        .kademlia_requests
+                        .add(stats.num_requests().into());
+                }
+                let kad = &mut self.swarm.behaviour_mut().kad;
+                let learned = self.discovery.on_event(kad, event, now);
+                self.on_kademlia(learned, now);
+            }
+            BehaviourEvent::Rendezvous(event) => {
+                let behaviour = self.swarm.behaviour_mut();
+                let connectivity = &self.connectivity;
+                let learned = self.rendezvous.on_event(
+                    &mut behaviour.rendezvous,
+                    behaviour.kad.store_mut(),
+                    |peer| prefix(connectivity, peer),
+                    event,
+                    now,
+                );
+                self.on_rendezvous(learned, now);
+            }
+            BehaviourEvent::Rpc(event) => {
+                let rpc = &mut self.swarm.behaviour_mut().rpc;
+                match self.rpc.on_event(rpc, event) {
+                    Some(rpc::Learned::Serves(peer, name, serves)) => {
+                        self.discovery.lookups.on_answer(&peer, &name, serves, now);
+                    }
+                    Some(rpc::Learned::Dispatched) => self.metrics.requests_received.add(1),
+                    Some(rpc::Learned::Refused) => self.metrics.requests_refused.add(1),
+                    None => {}
+                }
+            }
+            BehaviourEvent::Identify(identify::Event::Received { peer_id, info, .. }) => {
+                self.on_identified(peer_id, &info);
+            }
+            BehaviourEvent::Ping(ping::Event {
+                peer,
+                connection,
+                result: Err(error),
+            }) => {
+                tracing::debug!(%peer, %error, "a connection is dead");
+                self.swarm.close_connection(connection);
+            }
+            _ => {}
+        }
+    }
+
+    fn on_kademlia(&mut self, learned: Option<discovery::Learned>, now: Instant) {
+        match learned {
+            Some(discovery::Learned::Providers(name, providers)) => {
+                for peer in providers {
+                    let kad = &mut self.swarm.behaviour_mut().kad;
+                    let addresses = Discovery::stored_addresses(kad, &peer);
+                    self.on_candidate(&name, peer, addresses, now);
+                }
+            }
+            Some(discovery::Learned::Record(record)) => self.on_record(&record, now),
+            Some(discovery::Learned::Provided(name, true)) => {
+                let published = self.discovery.announcements.on_provided(&name, now);
+                self.on_published(published, &name);
+            }
+            Some(discovery::Learned::Provided(name, false)) if self.registrar => {
+                // Its own store holds the name: who asks this grape finds it.
+                let published = self.discovery.announcements.on_provided(&name, now);
+                self.on_published(published, &name);
+            }
+            Some(discovery::Learned::Provided(name, false)) => {
+                self.discovery
+                    .announcements
+                    .on_refused(&name, Place::Kademlia, now);
+            }
+            None => {}
+        }
+    }
+
+    fn on_record(&mut self, record: &kad::ProviderRecord, now: Instant) {
+        if !self.registrar || !self.records.admit(record.provider, now) {
+            return;
+        }
+        let prefix = prefix(&self.connectivity, &record.provider);
+        let store = self.swarm.behaviour_mut().kad.store_mut();
+        let new = NewRecord {
+            key: record.key.as_ref(),
+            peer: record.provider,
+            prefix,
+            addresses: &record.addresses,
+            origin: Origin::Kademlia,
+            ttl: store.lease(),
+        };
+        if let Err(error) = store.insert(new, now) {
+            tracing::debug!(peer = %record.provider, %error, "a provider record was refused");
+        }
+    }
+
+    fn on_rendezvous(&mut self, learned: Option<rendezvous::Learned>, now: Instant) {
+        let announcements = &mut self.discovery.announcements;
+        match learned {
+            Some(rendezvous::Learned::Registered(grape, name, lease)) => {
+                let published = announcements.on_registered(&name, grape, lease, now);
+                self.on_published(published, &name);
+            }
+            Some(rendezvous::Learned::Refused(grape, name)) => {
+                let place = Place::Rendezvous(grape);
+                let published = announcements.on_refused(&name, place, now);
+                self.on_published(published, &name);
+            }
+            Some(rendezvous::Learned::Discovered(grape, name, providers)) => {
+                for (peer, addresses) in providers {
+                    self.on_candidate(&name, peer, addresses, now);
+                }
+                self.discovery.lookups.on_discovered(&grape, &name, now);
+            }
+            Some(rendezvous::Learned::Unregistered) | None => {}
+        }
+    }
+
+    fn on_candidate(
+        &mut self,
+        name: &ServiceName,
+        peer: PeerId,
+        mut addresses: Vec<Multiaddr>,
+        now: Instant,
+    ) {
+        addresses.truncate(MAX_ADDRESSES);
+        let connected = self.connectivity.is_connected(&peer);
+        self.discovery
+            .lookups
+            .on_candidate(name, peer, addresses, connected, now);
+        // Kademlia keeps the addresses it heard only while its query runs: dial from inside it.
+        while let Some(step) = self.discovery.lookups.poll_step() {
+            self.carry_out_lookup(step, now);
+        }
+    }
+
+    fn on_identified(&mut self, peer: PeerId, info: &identify::Info) {
+        let back = self
+            .connectivity
+            .on_identified(peer, info, self.registrar);
+        if back.is_empty() {
+            return;
+        }
+        let opts = DialOpts::peer_id(peer)
+            .addresses(back)
+            .condition(PeerCondition::Always)
+            .build();
+        if let Err(error) = self.swarm.dial(opts) {
+            tracing::debug!(%peer, %error, "cannot dial a grape back");
+        }
+    }
+}
+
+/// Where a peer's connection comes from.
+fn prefix(connectivity: &Connectivity, peer: &PeerId) -> Prefix {
+    connectivity
+        .remote_address(peer)
+        .map_or(Prefix::Local, Prefix::from)
+}
+
+async fn until(due: Option<Instant>) {
+    match due {
+        Some(at) => sleep_until(at.into()).await,
+        None => futures::future::pending().await,
+    }
+}

@@ -1,0 +1,95 @@
+//! Carries what [`proto`](crate::proto) decides: the only place that knows libp2p's Swarm.
+//!
+//! One task owns the Swarm and runs the [driver](driver). Each concern is a struct with private
+//! state: [discovery], [rendezvous], [rpc], [connectivity]. They do not know each other; what one
+//! learns and another needs goes up to the driver and down again. Nothing in the loop waits but its
+//! `select!`, and every channel, table and frame has a bound.
+
+mod admission;
+pub(crate) mod connectivity;
+pub(crate) mod discovery;
+mod driver;
+mod rendezvous;
+pub(crate) mod rpc;
+mod swarm;
+
+use std::sync::{Arc, Mutex};
+
+use libp2p::{Multiaddr, PeerId};
+use tokio::sync::{mpsc, oneshot, watch};
+
+pub use connectivity::Status;
+pub(crate) use discovery::Waiter;
+pub(crate) use rpc::{Answer, Inbound, Outbound, Outcome, Ticket};
+
+use crate::error::{AnnounceError, SpawnError};
+use crate::identity::Identity;
+use crate::limits::Limits;
+use crate::metrics::Metrics;
+use crate::name::ServiceName;
+use crate::proto::routes::Routes;
+
+/// The commands that may wait for the loop; who sends one more waits.
+const COMMANDS: usize = 256;
+
+/// What connections run over.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Carrier {
+    /// TCP and QUIC, with names resolved by DNS.
+    Network,
+    /// Channels inside this process.
+    Memory,
+}
+
+/// What a node is, as plain configuration.
+#[derive(Debug)]
+pub(crate) struct Settings {
+    pub(crate) identity: Identity,
+    pub(crate) carrier: Carrier,
+    pub(crate) listen: Vec<Multiaddr>,
+    /// Addresses that others reach this node at although it does not listen on them.
+    pub(crate) external: Vec<Multiaddr>,
+    pub(crate) bootstrap: Vec<Multiaddr>,
+    /// Keeps other nodes' announcements and answers for them.
+    pub(crate) registrar: bool,
+    /// Only these may connect.
+    pub(crate) allowed: Option<Vec<PeerId>>,
+    pub(crate) limits: Limits,
+}
+
+/// What a node asks its driver to do.
+#[derive(Debug)]
+pub(crate) enum Command {
+    /// Serve a name and announce it; answered when it is published.
+    Announce {
+        name: ServiceName,
+        handler: mpsc::Sender<Inbound>,
+        done: oneshot::Sender<Result<(), AnnounceError>>,
+    },
+    /// Take a name back; answered when the grapes have taken that.
+    Withdraw {
+        name: ServiceName,
+        done: oneshot::Sender<()>,
+    },
+    Lookup(ServiceName, Waiter),
+    Request(Outbound),
+    /// Close the connections with a peer and refuse new ones.
+    Block(PeerId),
+    Unblock(PeerId),
+    /// Withdraw all names, finish what is open, stop.
+    Shutdown(oneshot::Sender<()>),
+}
+
+/// A running driver, as its node holds it.
+#[derive(Debug)]
+pub(crate) struct Handle {
+    pub(crate) commands: mpsc::Sender<Command>,
+    pub(crate) status: watch::Receiver<Status>,
+    pub(crate) routes: Arc<Mutex<Routes>>,
+    pub(crate) metrics: Arc<Metrics>,
+}
+
+/// Starts a node's driver; returns when it listens on every address.
+pub(crate) async fn start(settings: Settings) -> Result<Handle, SpawnError> {
+    driver::start(settings).await
+}

@@ -1,0 +1,355 @@
+//! The standard rendezvous protocol, both sides.
+//!
+//! As a client it registers this node's names at its bootstrap grapes, which confirm with the lease
+//! they grant, asks them for providers, and takes names back at once. As a registrar it keeps the
+//! registrations in the store that Kademlia's records are in, so that one set of bounds holds and a
+//! name taken back is gone on both roads.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use libp2p::identity::Keypair;
+use libp2p::request_response::{self, Message, OutboundRequestId};
+use libp2p::{Multiaddr, PeerId};
+
+use crate::limits::{LEASE, MAX_CANDIDATES, MIN_LEASE};
+use crate::name::ServiceName;
+use crate::proto::rate::RateLimit;
+use crate::proto::rendezvous::{
+    Codec, Cookie, Malformed, Namespace, Page, Registration, Request, Response, SignedPeer,
+    Status, Ttl, page_len,
+};
+use crate::store::{NewRecord, Origin, Prefix, Store};
+
+/// The rendezvous behaviour of the Swarm.
+pub(crate) type Behaviour = request_response::Behaviour<Codec>;
+
+type Event = request_response::Event<Result<Request, Malformed>, Response>;
+
+/// What the driver must know of an event.
+#[derive(Debug)]
+pub(crate) enum Learned {
+    /// A grape holds a name for so long.
+    Registered(PeerId, ServiceName, Duration),
+    /// A grape did not take a name.
+    Refused(PeerId, ServiceName),
+    /// A grape named providers, or failed to and names none.
+    Discovered(PeerId, ServiceName, Vec<(PeerId, Vec<Multiaddr>)>),
+    /// A grape has taken a withdrawal, or will not any more.
+    Unregistered,
+}
+
+/// The registrations and discoveries of a node, and those of others that it serves.
+#[derive(Debug)]
+pub(crate) struct Rendezvous {
+    keypair: Keypair,
+    /// This node's addresses, signed; made anew when they change.
+    record: Option<SignedPeer>,
+    asked: HashMap<OutboundRequestId, (PeerId, Asked)>,
+    unregistering: usize,
+    rate: RateLimit,
+}
+
+#[derive(Debug)]
+enum Asked {
+    Register(ServiceName),
+    Discover(ServiceName),
+    Unregister,
+}
+
+/// The requests that a registrar takes from one peer each second: one that announces 20,000 names
+/// renews 667 of them.
+const REQUESTS_PER_SECOND: u32 = 2_000;
+
+impl Rendezvous {
+    pub(crate) fn new(keypair: Keypair) -> Self {
+        Self {
+            keypair,
+            record: None,
+            asked: HashMap::new(),
+            unregistering: 0,
+            rate: RateLimit::new(REQUESTS_PER_SECOND),
+        }
+    }
+
+    /// This node's addresses have changed.
+    pub(crate) fn on_addresses(&mut self) {
+        self.record = None;
+    }
+
+    /// A peer has no connection any more.
+    pub(crate) fn on_disconnected(&mut self, peer: &PeerId) {
+        self.rate.forget(peer);
+    }
+
+    /// How many withdrawals no grape has confirmed yet.
+    pub(crate) fn unregistering(&self) -> usize {
+        self.unregistering
+    }
+
+    /// Registers a name at a grape; `false` when this node has no address to tell.
+    pub(crate) fn register<'a>(
+        &mut self,
+        behaviour: &mut Behaviour,
+        grape: PeerId,
+        name: ServiceName,
+        addresses: impl Iterator<Item = &'a Multiaddr>,
+    ) -> bool {
+        let Some(record) = self.signed(addresses) else {
+            return false;
+        };
+        let Ok(namespace) = Namespace::new(name.as_ref()) else {
+            return false;
+        };
+        let request = Request::Register {
+            namespace,
+            record,
+            ttl: Some(Ttl::from_secs(LEASE.as_secs())),
+        };
+        self.ask(behaviour, grape, request, Asked::Register(name));
+        true
+    }
+
+    /// Takes a name back at a grape.
+    pub(crate) fn unregister(
+        &mut self,
+        behaviour: &mut Behaviour,
+        grape: PeerId,
+        name: &ServiceName,
+    ) {
+        let Ok(namespace) = Namespace::new(name.as_ref()) else {
+            return;
+        };
+        self.unregistering += 1;
+        let request = Request::Unregister { namespace };
+        self.ask(behaviour, grape, request, Asked::Unregister);
+    }
+
+    /// Asks a grape for providers of a name.
+    pub(crate) fn discover(
+        &mut self,
+        behaviour: &mut Behaviour,
+        grape: PeerId,
+        name: ServiceName,
+    ) -> Option<Learned> {
+        let Ok(namespace) = Namespace::new(name.as_ref()) else {
+            return Some(Learned::Discovered(grape, name, Vec::new()));
+        };
+        let request = Request::Discover {
+            namespace: Some(namespace),
+            cookie: None,
+            limit: Some(MAX_CANDIDATES as u64),
+        };
+        self.ask(behaviour, grape, request, Asked::Discover(name));
+        None
+    }
+
+    /// Handles what the behaviour tells. `prefix` is where the peer's connection comes from.
+    pub(crate) fn on_event(
+        &mut self,
+        behaviour: &mut Behaviour,
+        store: &mut Store,
+        prefix: impl FnOnce(&PeerId) -> Prefix,
+        event: Event,
+        now: Instant,
+    ) -> Option<Learned> {
+        match event {
+            Event::Message { peer, message, .. } => match message {
+                Message::Request {
+                    request, channel, ..
+                } => {
+                    let response = self.serve(store, prefix, peer, request, now);
+                    // The peer may be gone; nobody else waits for this.
+                    let _ = behaviour.send_response(channel, response);
+                    None
+                }
+                Message::Response {
+                    request_id,
+                    response,
+                } => self.on_response(request_id, Some(response)),
+            },
+            Event::OutboundFailure {
+                request_id, error, ..
+            } => {
+                tracing::debug!(%error, "a rendezvous request failed");
+                self.on_response(request_id, None)
+            }
+            Event::InboundFailure { .. } | Event::ResponseSent { .. } => None,
+        }
+    }
+
+    fn ask(&mut self, behaviour: &mut Behaviour, grape: PeerId, request: Request, asked: Asked) {
+        let id = behaviour.send_request(&grape, Ok(request));
+        self.asked.insert(id, (grape, asked));
+    }
+
+    fn signed<'a>(
+        &mut self,
+        addresses: impl Iterator<Item = &'a Multiaddr>,
+    ) -> Option<SignedPeer> {
+        if self.record.is_none() {
+            let addresses: Vec<_> = addresses.cloned().collect();
+            if addresses.is_empty() {
+                return None;
+            }
+            match SignedPeer::sign(&self.keypair, addresses) {
+                Ok(record) => self.record = Some(record),
+                Err(error) => tracing::warn!(%error, "cannot sign this node's addresses"),
+            }
+        }
+        self.record.clone()
+    }
+
+    fn on_response(
+        &mut self,
+        id: OutboundRequestId,
+        response: Option<Response>,
+    ) -> Option<Learned> {
+        let (grape, asked) = self.asked.remove(&id)?;
+        Some(match asked {
+            Asked::Register(name) => match response {
+                Some(Response::Registered(Ok(ttl))) => {
+                    Learned::Registered(grape, name, ttl.into())
+                }
+                _ => Learned::Refused(grape, name),
+            },
+            Asked::Discover(name) => {
+                let registrations = match response {
+                    Some(Response::Discovered(Ok(page))) => page.registrations,
+                    _ => Vec::new(),
+                };
+                let provider = |found: Registration| {
+                    (found.record.peer(), found.record.addresses().to_vec())
+                };
+                Learned::Discovered(
+                    grape,
+                    name,
+                    registrations.into_iter().map(provider).collect(),
+                )
+            }
+            Asked::Unregister => {
+                self.unregistering -= 1;
+                Learned::Unregistered
+            }
+        })
+    }
+
+    fn serve(
+        &mut self,
+        store: &mut Store,
+        prefix: impl FnOnce(&PeerId) -> Prefix,
+        peer: PeerId,
+        request: Result<Request, Malformed>,
+        now: Instant,
+    ) -> Response {
+        let request = match request {
+            Ok(request) => request,
+            Err(malformed) => return malformed.into(),
+        };
+        let admitted = self.rate.admit(peer, now);
+        match request {
+            Request::Register {
+                namespace,
+                record,
+                ttl,
+            } => Response::Registered(if admitted {
+                register(store, prefix(&peer), peer, &namespace, &record, ttl, now)
+            } else {
+                Err(Status::Unavailable)
+            }),
+            // Never refused: it makes room.
+            Request::Unregister { namespace } => {
+                if let Some(key) = key_of(&namespace) {
+                    store.withdraw(&key, &peer);
+                }
+                Response::Unregistered
+            }
+            Request::Discover {
+                namespace,
+                cookie,
+                limit,
+            } => Response::Discovered(if admitted {
+                discover(store, namespace.as_ref(), cookie.as_ref(), limit, now)
+            } else {
+                Err(Status::Unavailable)
+            }),
+        }
+    }
+}
+
+fn register(
+    store: &mut Store,
+    prefix: Prefix,
+    peer: PeerId,
+    namespace: &Namespace,
+    record: &SignedPeer,
+    ttl: Option<Ttl>,
+    now: Instant,
+) -> Result<Ttl, Status> {
+    if record.peer() != peer {
+        return Err(Status::NotAuthorized);
+    }
+    let key = key_of(namespace).ok_or(Status::InvalidNamespace)?;
+    let asked = ttl.unwrap_or(Ttl::DEFAULT).into();
+    let granted = store.lease().min(asked).max(MIN_LEASE);
+    let new = NewRecord {
+        key: &key,
+        peer,
+        prefix,
+        addresses: record.addresses(),
+        origin: Origin::Rendezvous {
+            namespace: namespace.as_str().into(),
+            envelope: Arc::from(record.envelope()),
+        },
+        ttl: granted,
+    };
+    match store.insert(new, now) {
+        Ok(()) => Ok(Ttl::from_secs(granted.as_secs())),
+        Err(error) => {
+            tracing::debug!(%peer, %namespace, %error, "a registration was refused");
+            Err(Status::Unavailable)
+        }
+    }
+}
+
+fn discover(
+    store: &Store,
+    namespace: Option<&Namespace>,
+    cookie: Option<&Cookie>,
+    limit: Option<u64>,
+    now: Instant,
+) -> Result<Page, Status> {
+    let after = match cookie {
+        Some(cookie) => cookie.sequence_for(namespace)?,
+        None => 0,
+    };
+    let key = match namespace {
+        Some(namespace) => Some(key_of(namespace).ok_or(Status::InvalidNamespace)?),
+        None => None,
+    };
+    let page = store.registrations(
+        key.as_ref().map(<[u8; 34]>::as_slice),
+        after,
+        page_len(limit),
+        now,
+    );
+    let registrations = page.registrations.iter().filter_map(|stored| {
+        Some(Registration {
+            namespace: Namespace::new(stored.namespace.as_ref()).ok()?,
+            record: SignedPeer::from_verified(stored.peer, Arc::clone(&stored.envelope)),
+            ttl: Ttl::from_secs(stored.ttl.as_secs()),
+        })
+    });
+    Ok(Page {
+        registrations: registrations.collect(),
+        cookie: Cookie::after(page.last, namespace),
+    })
+}
+
+/// A namespace that is a name has that name's key, so that both roads lead to one record.
+fn key_of(namespace: &Namespace) -> Option<[u8; 34]> {
+    ServiceName::from_wire(namespace.as_str())
+        .ok()
+        .map(|name| name.key())
+}

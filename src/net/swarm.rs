@@ -1,0 +1,190 @@
+//! The Swarm: transports, behaviours and their settings, each chosen on purpose.
+
+use std::io;
+use std::num::NonZeroU8;
+
+use libp2p::allow_block_list::{self, AllowedPeers, BlockedPeers};
+use libp2p::connection_limits::{self, ConnectionLimits};
+use libp2p::core::muxing::StreamMuxerBox;
+use libp2p::core::transport::timeout::TransportTimeout;
+use libp2p::core::transport::{Boxed, MemoryTransport};
+use libp2p::core::upgrade::Version;
+use libp2p::request_response::{self, ProtocolSupport};
+use libp2p::swarm::NetworkBehaviour;
+use libp2p::swarm::behaviour::toggle::Toggle;
+use libp2p::{
+    PeerId, Swarm, Transport, dns, identify, identity, kad, memory_connection_limits, noise, ping,
+    quic, swarm, tcp, yamux,
+};
+
+use super::admission;
+use super::rpc::RpcCodec;
+use super::{Carrier, Settings};
+use crate::limits::{
+    AGENT_VERSION, CONNECT_TIMEOUT, IDENTIFY_VERSION, IDLE_TIMEOUT, KAD_PROTOCOL, LOOKUP_DEADLINE,
+    Limits, MAX_REQUEST_TIME, MAX_RPC_STREAMS, MAX_STREAMS, PING_INTERVAL, PING_TIMEOUT,
+    RENDEZVOUS_PROTOCOL, RPC_PROTOCOL,
+};
+use crate::proto::rendezvous;
+use crate::store::Store;
+
+/// Everything that a node's connections speak, and what admits them.
+#[derive(NetworkBehaviour)]
+pub(crate) struct Behaviour {
+    pub(crate) blocked: allow_block_list::Behaviour<BlockedPeers>,
+    allowed: Toggle<allow_block_list::Behaviour<AllowedPeers>>,
+    prefixes: admission::Behaviour,
+    connections: connection_limits::Behaviour,
+    memory: Toggle<memory_connection_limits::Behaviour>,
+    identify: identify::Behaviour,
+    ping: ping::Behaviour,
+    pub(crate) kad: kad::Behaviour<Store>,
+    pub(crate) rendezvous: request_response::Behaviour<rendezvous::Codec>,
+    pub(crate) rpc: request_response::Behaviour<RpcCodec>,
+}
+
+/// Builds a node's Swarm. It does not listen or dial yet.
+pub(crate) fn build(settings: &Settings) -> io::Result<Swarm<Behaviour>> {
+    let keypair = settings.identity.keypair();
+    let peer = settings.identity.peer_id();
+    let transport = match settings.carrier {
+        Carrier::Network => network(keypair)?,
+        Carrier::Memory => memory(keypair)?,
+    };
+    let config = swarm::Config::with_tokio_executor()
+        .with_idle_connection_timeout(IDLE_TIMEOUT)
+        // A provider has TCP and QUIC addresses on a few interfaces: try them all at once.
+        .with_dial_concurrency_factor(NonZeroU8::new(8).unwrap_or(NonZeroU8::MIN))
+        // One stream for each request: a burst must not be cut off while it negotiates.
+        .with_max_negotiating_inbound_streams(MAX_RPC_STREAMS);
+    Ok(Swarm::new(
+        transport,
+        behaviour(settings, keypair),
+        peer,
+        config,
+    ))
+}
+
+fn behaviour(settings: &Settings, keypair: &identity::Keypair) -> Behaviour {
+    let limits = &settings.limits;
+    Behaviour {
+        blocked: allow_block_list::Behaviour::default(),
+        allowed: allowed(settings.allowed.as_deref()).into(),
+        prefixes: admission::Behaviour::new(
+            limits.connections_per_prefix,
+            // The other half stays free for all other prefixes.
+            limits.pending_connections / 2,
+        ),
+        connections: connection_limits::Behaviour::new(connection_limits(limits)),
+        memory: limits
+            .memory
+            .map(memory_connection_limits::Behaviour::with_max_bytes)
+            .into(),
+        identify: identify::Behaviour::new(
+            identify::Config::new_with_signed_peer_record(IDENTIFY_VERSION.into(), keypair)
+                .with_agent_version(AGENT_VERSION.into())
+                // A peer that begins to listen must be told of to those it is connected to.
+                .with_push_listen_addr_updates(true)
+                // Addresses that a peer merely claims are not dialled: nothing is cached.
+                .with_cache_size(0),
+        ),
+        ping: ping::Behaviour::new(
+            ping::Config::new()
+                .with_interval(PING_INTERVAL)
+                .with_timeout(PING_TIMEOUT),
+        ),
+        kad: kademlia(settings),
+        rendezvous: request_response::Behaviour::with_codec(
+            rendezvous::Codec::default(),
+            [(
+                RENDEZVOUS_PROTOCOL,
+                match settings.registrar {
+                    true => ProtocolSupport::Full,
+                    false => ProtocolSupport::Outbound,
+                },
+            )],
+            request_response::Config::default(),
+        ),
+        rpc: request_response::Behaviour::with_codec(
+            RpcCodec,
+            [(RPC_PROTOCOL, ProtocolSupport::Full)],
+            request_response::Config::default()
+                .with_request_timeout(MAX_REQUEST_TIME)
+                .with_max_concurrent_streams(MAX_RPC_STREAMS),
+        ),
+    }
+}
+
+fn allowed(peers: Option<&[PeerId]>) -> Option<allow_block_list::Behaviour<AllowedPeers>> {
+    let mut behaviour = allow_block_list::Behaviour::default();
+    for peer in peers? {
+        behaviour.allow_peer(*peer);
+    }
+    Some(behaviour)
+}
+
+fn connection_limits(limits: &Limits) -> ConnectionLimits {
+    ConnectionLimits::default()
+        .with_max_pending_incoming(Some(limits.pending_connections))
+        .with_max_established_incoming(Some(limits.inbound_connections))
+        .with_max_established_per_peer(Some(limits.connections_per_peer))
+}
+
+fn kademlia(settings: &Settings) -> kad::Behaviour<Store> {
+    let mut config = kad::Config::new(KAD_PROTOCOL);
+    config
+        .set_query_timeout(LOOKUP_DEADLINE)
+        // Strangers' records come up as events and enter the store by its bounds.
+        .set_record_filtering(kad::StoreInserts::FilterBoth)
+        .set_provider_record_ttl(Some(settings.lease))
+        // We renew leases ourselves; values are not kept at all.
+        .set_provider_publication_interval(None)
+        .set_publication_interval(None)
+        .set_replication_interval(None)
+        .set_caching(kad::Caching::Disabled);
+    let peer = settings.identity.peer_id();
+    let store = Store::new(peer, settings.limits.store.clone());
+    let mut kad = kad::Behaviour::with_config(peer, store, config);
+    // Never by libp2p's guess from addresses: a peer that has one is no grape.
+    kad.set_mode(Some(if settings.registrar {
+        kad::Mode::Server
+    } else {
+        kad::Mode::Client
+    }));
+    kad
+}
+
+fn network(keypair: &identity::Keypair) -> io::Result<Boxed<(PeerId, StreamMuxerBox)>> {
+    let noise = noise::Config::new(keypair).map_err(io::Error::other)?;
+    let tcp = tcp::tokio::Transport::new(tcp::Config::default().nodelay(true))
+        .upgrade(Version::V1Lazy)
+        .authenticate(noise)
+        .multiplex(yamux())
+        .map(|(peer, muxer), _| (peer, StreamMuxerBox::new(muxer)));
+    let mut quic = quic::Config::new(keypair);
+    quic.handshake_timeout = CONNECT_TIMEOUT;
+    quic.max_concurrent_stream_limit = MAX_STREAMS as u32;
+    let quic = quic::tokio::Transport::new(quic)
+        .map(|(peer, muxer), _| (peer, StreamMuxerBox::new(muxer)));
+    let either = quic
+        .or_transport(tcp)
+        .map(|either, _| either.into_inner())
+        .boxed();
+    let transport = dns::tokio::Transport::system(either)?;
+    Ok(TransportTimeout::new(transport, CONNECT_TIMEOUT).boxed())
+}
+
+fn memory(keypair: &identity::Keypair) -> io::Result<Boxed<(PeerId, StreamMuxerBox)>> {
+    let noise = noise::Config::new(keypair).map_err(io::Error::other)?;
+    let transport = MemoryTransport::new()
+        .upgrade(Version::V1Lazy)
+        .authenticate(noise)
+        .multiplex(yamux());
+    Ok(TransportTimeout::new(transport, CONNECT_TIMEOUT).boxed())
+}
+
+fn yamux() -> yamux::Config {
+    let mut config = yamux::Config::default();
+    config.set_max_num_streams(MAX_STREAMS);
+    config
+}

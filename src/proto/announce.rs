@@ -1,0 +1,246 @@
+//! Keeps announcements alive: decides when each name is published where.
+//!
+//! A name is published in two ways: through Kademlia, to the grapes closest to its key, and at the
+//! rendezvous point of each bootstrap grape, which confirms with the lease it grants. It is renewed
+//! after a third of the shortest lease granted, jittered, so that many names do not come due at
+//! once. A grape that (re)connects gets every name at once.
+//!
+//! At most [`MAX_IN_FLIGHT`] publications are under way, so that a node with thousands of names
+//! neither floods its grapes nor the loop.
+
+use std::collections::{BTreeSet, HashMap, HashSet, VecDeque};
+use std::time::{Duration, Instant};
+
+use libp2p::PeerId;
+use rand::RngExt;
+
+use crate::limits::{LEASE, MIN_LEASE, RENEWALS_PER_LEASE};
+use crate::name::ServiceName;
+
+/// The publications under way at once: a few round trips' worth, far below a grape's stream limits.
+const MAX_IN_FLIGHT: usize = 32;
+
+/// How soon a refused publication is tried again.
+const RETRY: Duration = Duration::from_secs(2);
+
+/// Where a name is published.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub(crate) enum Place {
+    /// The grapes closest to the key.
+    Kademlia,
+    /// The rendezvous point of one grape.
+    Rendezvous(PeerId),
+}
+
+/// The names that a node announces.
+#[derive(Debug)]
+pub(crate) struct Announcements {
+    names: HashMap<ServiceName, Announcement>,
+    grapes: HashSet<PeerId>,
+    /// What is to be published next, and the same as a set.
+    ready: VecDeque<(ServiceName, Place)>,
+    queued: HashSet<(ServiceName, Place)>,
+    in_flight: HashSet<(ServiceName, Place)>,
+    due: BTreeSet<(Instant, ServiceName, Place)>,
+    /// The shortest lease that a grape has granted. Kademlia grants without saying how long.
+    granted: Duration,
+}
+
+#[derive(Debug, Default)]
+struct Announcement {
+    in_kademlia: bool,
+    confirmed: bool,
+    published: bool,
+    /// When each place is due, to find it in `Announcements::due`.
+    due: HashMap<Place, Instant>,
+}
+
+impl Announcements {
+    pub(crate) fn new() -> Self {
+        Self {
+            names: HashMap::new(),
+            grapes: HashSet::new(),
+            ready: VecDeque::new(),
+            queued: HashSet::new(),
+            in_flight: HashSet::new(),
+            due: BTreeSet::new(),
+            granted: LEASE,
+        }
+    }
+
+    /// Starts to announce a name; returns whether it is new.
+    pub(crate) fn announce(&mut self, name: &ServiceName) -> bool {
+        if self.names.contains_key(name) {
+            return false;
+        }
+        self.names.insert(name.clone(), Announcement::default());
+        let points = self.grapes.iter().copied().map(Place::Rendezvous);
+        let places: Vec<_> = points.chain([Place::Kademlia]).collect();
+        for place in places {
+            self.publish(name, place);
+        }
+        true
+    }
+
+    /// Stops announcing a name; returns whether it was announced.
+    pub(crate) fn withdraw(&mut self, name: &ServiceName) -> bool {
+        let Some(announcement) = self.names.remove(name) else {
+            return false;
+        };
+        for (place, at) in announcement.due {
+            self.due.remove(&(at, name.clone(), place));
+        }
+        true
+    }
+
+    /// How many names are announced.
+    pub(crate) fn len(&self) -> usize {
+        self.names.len()
+    }
+
+    /// The names that are announced.
+    pub(crate) fn names(&self) -> impl Iterator<Item = &ServiceName> {
+        self.names.keys()
+    }
+
+    /// A bootstrap grape is connected: it may be new or have lost everything.
+    pub(crate) fn on_grape(&mut self, grape: PeerId) {
+        self.grapes.insert(grape);
+        let names: Vec<_> = self.names.keys().cloned().collect();
+        for name in names {
+            self.publish(&name, Place::Rendezvous(grape));
+            self.publish(&name, Place::Kademlia);
+        }
+    }
+
+    /// A bootstrap grape is gone.
+    pub(crate) fn on_grape_gone(&mut self, grape: &PeerId) {
+        self.grapes.remove(grape);
+        let place = Place::Rendezvous(*grape);
+        self.queued.retain(|(_, queued)| *queued != place);
+        self.in_flight.retain(|(_, busy)| *busy != place);
+        for (name, announcement) in &mut self.names {
+            if let Some(at) = announcement.due.remove(&place) {
+                self.due.remove(&(at, name.clone(), place));
+            }
+        }
+    }
+
+    /// The next publication to begin, if one may.
+    pub(crate) fn poll_publish(&mut self, now: Instant) -> Option<(ServiceName, Place)> {
+        while let Some((at, ..)) = self.due.first()
+            && *at <= now
+            && let Some((_, name, place)) = self.due.pop_first()
+        {
+            self.publish(&name, place);
+        }
+        while self.in_flight.len() < MAX_IN_FLIGHT {
+            let next = self.ready.pop_front()?;
+            if self.queued.remove(&next) && self.names.contains_key(&next.0) {
+                self.in_flight.insert(next.clone());
+                return Some(next);
+            }
+        }
+        None
+    }
+
+    /// When [`poll_publish`](Self::poll_publish) has something to do again.
+    pub(crate) fn next_due(&self) -> Option<Instant> {
+        self.due.first().map(|(at, ..)| *at)
+    }
+
+    /// A rendezvous point holds the name for so long. Returns whether the name is published now
+    /// and was not before.
+    pub(crate) fn on_registered(
+        &mut self,
+        name: &ServiceName,
+        grape: PeerId,
+        lease: Duration,
+        now: Instant,
+    ) -> bool {
+        let place = Place::Rendezvous(grape);
+        if !self.in_flight.remove(&(name.clone(), place)) {
+            return false;
+        }
+        self.granted = self.granted.min(lease).max(MIN_LEASE);
+        let renew = now + renewal(self.granted);
+        self.schedule(name, place, renew);
+        let Some(announcement) = self.names.get_mut(name) else {
+            return false;
+        };
+        announcement.confirmed = true;
+        // Scheduled when a longer lease was expected.
+        if let Some(at) = announcement.due.get(&Place::Kademlia)
+            && *at > renew
+        {
+            self.schedule(name, Place::Kademlia, renew);
+        }
+        self.newly_published(name)
+    }
+
+    /// Kademlia has sent the name to the closest grapes. Returns as
+    /// [`on_registered`](Self::on_registered) does.
+    pub(crate) fn on_provided(&mut self, name: &ServiceName, now: Instant) -> bool {
+        if !self.in_flight.remove(&(name.clone(), Place::Kademlia)) {
+            return false;
+        }
+        self.schedule(name, Place::Kademlia, now + renewal(self.granted));
+        if let Some(announcement) = self.names.get_mut(name) {
+            announcement.in_kademlia = true;
+        }
+        self.newly_published(name)
+    }
+
+    /// A place did not take the name. Returns as [`on_registered`](Self::on_registered) does.
+    pub(crate) fn on_refused(&mut self, name: &ServiceName, place: Place, now: Instant) -> bool {
+        if !self.in_flight.remove(&(name.clone(), place)) {
+            return false;
+        }
+        self.schedule(name, place, now + RETRY);
+        self.newly_published(name)
+    }
+
+    /// Kademlia does not confirm: it counts only where no rendezvous point is about to.
+    fn newly_published(&mut self, name: &ServiceName) -> bool {
+        let pending = self.grapes.iter().any(|grape| {
+            let entry = (name.clone(), Place::Rendezvous(*grape));
+            self.in_flight.contains(&entry) || self.queued.contains(&entry)
+        });
+        let Some(announcement) = self.names.get_mut(name) else {
+            return false;
+        };
+        let published = announcement.confirmed || (announcement.in_kademlia && !pending);
+        published && !std::mem::replace(&mut announcement.published, true)
+    }
+
+    fn publish(&mut self, name: &ServiceName, place: Place) {
+        if let Some(announcement) = self.names.get_mut(name)
+            && let Some(at) = announcement.due.remove(&place)
+        {
+            self.due.remove(&(at, name.clone(), place));
+        }
+        let entry = (name.clone(), place);
+        if !self.in_flight.contains(&entry) && self.queued.insert(entry.clone()) {
+            self.ready.push_back(entry);
+        }
+    }
+
+    fn schedule(&mut self, name: &ServiceName, place: Place, at: Instant) {
+        if let Place::Rendezvous(grape) = place
+            && !self.grapes.contains(&grape)
+        {
+            return;
+        }
+        let Some(announcement) = self.names.get_mut(name) else {
+            return;
+        };
+        if let Some(before) = announcement.due.insert(place, at) {
+            self.due.remove(&(before, name.clone(), place));
+        }
+        self.due.insert((at, name.clone(), place));
+    }
+}
+
+fn renewal(lease: Duration) -> Duration {
+    (lease / RENEWALS_PER_LEASE).mul_f64(rand::rng().random_range(0.8..1.0))
+}

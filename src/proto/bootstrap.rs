@@ -1,0 +1,225 @@
+//! Keeps a node connected to its bootstrap grapes: decides when each address is dialled.
+//!
+//! An address may end in `/p2p/<id>`, which is then what the node there must be; without it the id
+//! is learned. An address is dialled at once, again after a growing, jittered pause while it fails,
+//! and again at once when its connection closes. The node's own address is not dialled twice.
+
+use std::collections::HashMap;
+use std::time::Instant;
+
+use backon::{BackoffBuilder, ExponentialBackoff, ExponentialBuilder};
+use libp2p::multiaddr::Protocol;
+use libp2p::{Multiaddr, PeerId};
+
+use crate::error::{DialFailure, NoGrape};
+use crate::limits::{REDIAL_MAX, REDIAL_MIN};
+
+/// The bootstrap addresses of a node. `C` is the id of a connection attempt.
+#[derive(Debug)]
+pub(crate) struct Bootstraps<C> {
+    entries: Vec<Entry<C>>,
+}
+
+#[derive(Debug)]
+struct Entry<C> {
+    address: Multiaddr,
+    expected: Option<PeerId>,
+    state: State<C>,
+    last_failure: Option<DialFailure>,
+    backoff: ExponentialBackoff,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq)]
+enum State<C> {
+    Due(Instant),
+    Dialling(C),
+    Connected(PeerId),
+    /// Never to be dialled again.
+    GivenUp,
+}
+
+/// What is known of one bootstrap address.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct BootstrapStatus {
+    /// The address as it was given.
+    pub address: Multiaddr,
+    /// The grape that it is connected to.
+    pub connected: Option<PeerId>,
+    /// Why the last dial failed.
+    pub last_failure: Option<DialFailure>,
+}
+
+impl<C: Copy + Eq> Bootstraps<C> {
+    /// Every address is due at `now`.
+    pub(crate) fn new(addresses: impl IntoIterator<Item = Multiaddr>, now: Instant) -> Self {
+        let entries = addresses
+            .into_iter()
+            .map(|address| Entry {
+                expected: peer_of(&address),
+                address,
+                state: State::Due(now),
+                last_failure: None,
+                backoff: backoff(),
+            })
+            .collect();
+        Self { entries }
+    }
+
+    /// The next address to dial, if one is due; the caller answers with
+    /// [`on_dialling`](Self::on_dialling).
+    pub(crate) fn due(&self, now: Instant) -> Option<(usize, &Multiaddr, Option<PeerId>)> {
+        self.entries
+            .iter()
+            .enumerate()
+            .find(|(_, entry)| matches!(entry.state, State::Due(at) if at <= now))
+            .map(|(index, entry)| (index, &entry.address, entry.expected))
+    }
+
+    /// When the next address will be due.
+    pub(crate) fn next_due(&self) -> Option<Instant> {
+        let due = |entry: &Entry<C>| match entry.state {
+            State::Due(at) => Some(at),
+            _ => None,
+        };
+        self.entries.iter().filter_map(due).min()
+    }
+
+    /// The address is being dialled.
+    pub(crate) fn on_dialling(&mut self, index: usize, connection: C) {
+        self.entries[index].state = State::Dialling(connection);
+    }
+
+    /// The address's grape is connected already.
+    pub(crate) fn on_known(&mut self, index: usize, peer: PeerId) {
+        self.entries[index].connected(peer);
+    }
+
+    /// A dial has led to a peer; returns whether it was one of ours.
+    pub(crate) fn on_connected(&mut self, connection: C, peer: PeerId) -> bool {
+        let Some(entry) = self.dialling(connection) else {
+            return false;
+        };
+        entry.connected(peer);
+        true
+    }
+
+    /// A dial has failed; returns whether it was one of ours.
+    pub(crate) fn on_failed(&mut self, connection: C, failure: DialFailure, now: Instant) -> bool {
+        let Some(index) = self.position(connection) else {
+            return false;
+        };
+        self.refuse(index, failure, now);
+        true
+    }
+
+    /// An address cannot be dialled.
+    pub(crate) fn refuse(&mut self, index: usize, failure: DialFailure, now: Instant) {
+        let entry = &mut self.entries[index];
+        entry.state = if failure.is_retryable() {
+            State::Due(now + entry.backoff.next().unwrap_or(REDIAL_MAX))
+        } else {
+            State::GivenUp
+        };
+        entry.last_failure = Some(failure);
+    }
+
+    /// The last connection to a peer has closed.
+    pub(crate) fn on_disconnected(&mut self, peer: &PeerId, now: Instant) {
+        for entry in &mut self.entries {
+            if entry.state == State::Connected(*peer) {
+                entry.state = State::Due(now);
+            }
+        }
+    }
+
+    /// The grapes that are connected, each once.
+    pub(crate) fn connected(&self) -> Vec<PeerId> {
+        let mut peers = Vec::new();
+        for entry in &self.entries {
+            if let State::Connected(peer) = entry.state
+                && !peers.contains(&peer)
+            {
+                peers.push(peer);
+            }
+        }
+        peers
+    }
+
+    /// Whether an address is still at its first dial: nothing is known about it yet.
+    pub(crate) fn is_starting(&self) -> bool {
+        self.entries.iter().any(|entry| {
+            entry.last_failure.is_none()
+                && matches!(entry.state, State::Due(_) | State::Dialling(_))
+        })
+    }
+
+    /// Whether no address can be expected to lead to a grape without somebody's doing: there is
+    /// none, or each is answered by another node than it names.
+    pub(crate) fn is_hopeless(&self) -> bool {
+        self.entries.iter().all(|entry| {
+            matches!(entry.state, State::GivenUp)
+                || (!matches!(entry.state, State::Connected(_))
+                    && matches!(entry.last_failure, Some(DialFailure::WrongPeer { .. })))
+        })
+    }
+
+    /// Why no grape is connected.
+    pub(crate) fn failures(&self) -> NoGrape {
+        let tried = self.entries.iter().filter_map(|entry| {
+            let failure = entry.last_failure.clone()?;
+            Some((entry.address.clone(), failure))
+        });
+        NoGrape {
+            tried: tried.collect(),
+        }
+    }
+
+    /// What is known of each address, in the order they were given.
+    pub(crate) fn status(&self) -> Vec<BootstrapStatus> {
+        let status = |entry: &Entry<C>| BootstrapStatus {
+            address: entry.address.clone(),
+            connected: match entry.state {
+                State::Connected(peer) => Some(peer),
+                _ => None,
+            },
+            last_failure: entry.last_failure.clone(),
+        };
+        self.entries.iter().map(status).collect()
+    }
+
+    fn position(&self, connection: C) -> Option<usize> {
+        self.entries
+            .iter()
+            .position(|entry| entry.state == State::Dialling(connection))
+    }
+
+    fn dialling(&mut self, connection: C) -> Option<&mut Entry<C>> {
+        let index = self.position(connection)?;
+        self.entries.get_mut(index)
+    }
+}
+
+impl<C> Entry<C> {
+    fn connected(&mut self, peer: PeerId) {
+        self.state = State::Connected(peer);
+        self.last_failure = None;
+        self.backoff = backoff();
+    }
+}
+
+/// The id that an address ends in.
+pub(crate) fn peer_of(address: &Multiaddr) -> Option<PeerId> {
+    match address.iter().last() {
+        Some(Protocol::P2p(peer)) => Some(peer),
+        _ => None,
+    }
+}
+
+fn backoff() -> ExponentialBackoff {
+    ExponentialBuilder::default()
+        .with_min_delay(REDIAL_MIN)
+        .with_max_delay(REDIAL_MAX)
+        .with_jitter()
+        .without_max_times()
+        .build()
+}

@@ -1,0 +1,158 @@
+//! Whom a request goes to: the live providers known for each name, and how busy each one is.
+//!
+//! Of the providers not tried yet, connected ones come first; of two of those drawn at random the
+//! one with fewer requests under way is taken (power of two choices), which spreads well without
+//! any node knowing the load of all. What is known of a name is used for [`FRESH`] without asking,
+//! and for as long as one provider stays connected while it is being asked for again.
+//!
+//! At most [`MAX_NAMES`] names are known; the one used least recently goes first.
+
+use std::collections::{HashMap, HashSet};
+use std::num::NonZeroUsize;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use libp2p::PeerId;
+use lru::LruCache;
+use rand::seq::IteratorRandom;
+use tokio::sync::Semaphore;
+
+use crate::limits::MAX_REQUESTS_PER_PEER;
+use crate::name::ServiceName;
+
+/// The names whose providers are kept: about 200 bytes each.
+const MAX_NAMES: NonZeroUsize = NonZeroUsize::new(16_384).expect("not zero");
+
+/// The providers kept for one name.
+const MAX_PROVIDERS: usize = 64;
+
+/// How long the providers of a name are used before they are looked up again. A third of a lease,
+/// so that a provider that comes is used within one renewal interval.
+const FRESH: Duration = Duration::from_secs(30);
+
+/// What is known of the providers of the names that this node calls.
+#[derive(Debug)]
+pub(crate) struct Routes {
+    names: LruCache<ServiceName, Route>,
+    connected: HashSet<PeerId>,
+    slots: HashMap<PeerId, Arc<Semaphore>>,
+}
+
+#[derive(Debug)]
+struct Route {
+    providers: Vec<PeerId>,
+    looked_up: Instant,
+}
+
+/// A provider that a request may go to.
+#[derive(Debug)]
+pub(crate) struct Pick {
+    pub(crate) provider: PeerId,
+    /// One permit for each request to the provider under way.
+    pub(crate) slots: Arc<Semaphore>,
+    /// The name should be looked up again, beside the request.
+    pub(crate) stale: bool,
+}
+
+impl Routes {
+    pub(crate) fn new() -> Self {
+        Self {
+            names: LruCache::new(MAX_NAMES),
+            connected: HashSet::new(),
+            slots: HashMap::new(),
+        }
+    }
+
+    /// A provider for the next attempt, none of `tried`.
+    pub(crate) fn pick(
+        &mut self,
+        name: &ServiceName,
+        tried: &[PeerId],
+        now: Instant,
+    ) -> Option<Pick> {
+        let route = self.names.get(name)?;
+        let stale = now >= route.looked_up + FRESH;
+        let untried = || route.providers.iter().filter(|peer| !tried.contains(peer));
+        let connected = untried().filter(|peer| self.connected.contains(peer));
+        let mut drawn = connected.copied().sample(&mut rand::rng(), 2);
+        if drawn.is_empty() {
+            if stale {
+                return None;
+            }
+            drawn = untried().copied().sample(&mut rand::rng(), 2);
+        }
+        let provider = drawn
+            .into_iter()
+            .max_by_key(|peer| (self.free_slots(peer), rand::random::<u32>()))?;
+        Some(Pick {
+            provider,
+            slots: self.slots(provider),
+            stale,
+        })
+    }
+
+    /// The slots for requests to one peer.
+    pub(crate) fn slots(&mut self, peer: PeerId) -> Arc<Semaphore> {
+        // A peer without a request under way needs no entry.
+        if self.slots.len() >= MAX_NAMES.get() {
+            self.slots.retain(|_, slots| Arc::strong_count(slots) > 1);
+        }
+        let slots = self
+            .slots
+            .entry(peer)
+            .or_insert_with(|| Arc::new(Semaphore::new(MAX_REQUESTS_PER_PEER)));
+        Arc::clone(slots)
+    }
+
+    /// A provider of the name is live.
+    pub(crate) fn found(&mut self, name: &ServiceName, provider: PeerId, now: Instant) {
+        let route = self.names.get_or_insert_mut(name.clone(), || Route {
+            providers: Vec::new(),
+            looked_up: now,
+        });
+        route.looked_up = now;
+        if !route.providers.contains(&provider) && route.providers.len() < MAX_PROVIDERS {
+            route.providers.push(provider);
+        }
+    }
+
+    /// A lookup has ended with exactly these providers.
+    pub(crate) fn looked_up(&mut self, name: &ServiceName, providers: &[PeerId], now: Instant) {
+        if providers.is_empty() {
+            self.names.pop(name);
+            return;
+        }
+        let providers = providers.iter().take(MAX_PROVIDERS).copied().collect();
+        let route = Route {
+            providers,
+            looked_up: now,
+        };
+        self.names.put(name.clone(), route);
+    }
+
+    /// A provider does not serve the name, or cannot be reached.
+    pub(crate) fn forget(&mut self, name: &ServiceName, provider: &PeerId) {
+        if let Some(route) = self.names.peek_mut(name) {
+            route.providers.retain(|known| known != provider);
+            if route.providers.is_empty() {
+                self.names.pop(name);
+            }
+        }
+    }
+
+    pub(crate) fn on_connected(&mut self, peer: PeerId) {
+        self.connected.insert(peer);
+    }
+
+    pub(crate) fn on_disconnected(&mut self, peer: &PeerId) {
+        self.connected.remove(peer);
+        self.slots
+            .retain(|known, slots| known != peer || Arc::strong_count(slots) > 1);
+    }
+
+    fn free_slots(&self, peer: &PeerId) -> usize {
+        self.slots
+            .get(peer)
+            .map_or(MAX_REQUESTS_PER_PEER, |slots| slots.available_permits())
+    }
+}
