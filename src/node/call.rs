@@ -1,0 +1,253 @@
+//! The calling side: picks a provider, sends, and decides what a failure means.
+
+use std::str::Utf8Error;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use libp2p::PeerId;
+use tokio::sync::oneshot;
+use tokio::time::timeout;
+
+use super::{Closed, Node};
+use crate::error::RequestError;
+use crate::limits::{MAX_REQUEST_TIME, REQUEST_DEADLINE};
+use crate::name::ServiceName;
+use crate::net::{Command, Outbound, Outcome, Waiter};
+use crate::proto::routes::Pick;
+use crate::proto::wire::{ErrorCode, MAX_PAYLOAD, RemoteError};
+
+/// How a request is made.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct RequestOptions {
+    /// How long the whole call may take, lookup and further attempts included. 10 seconds by
+    /// default, at most [`MAX_REQUEST_TIME`].
+    pub deadline: Duration,
+    /// What to do when it is not known whether an attempt has run.
+    pub delivery: Delivery,
+}
+
+/// What to do when it is not known whether an attempt has run.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Delivery {
+    /// Fail: the request never runs twice.
+    #[default]
+    AtMostOnce,
+    /// Try the next provider: for requests that may run twice.
+    AtLeastOnce,
+}
+
+impl Default for RequestOptions {
+    fn default() -> Self {
+        Self {
+            deadline: REQUEST_DEADLINE,
+            delivery: Delivery::default(),
+        }
+    }
+}
+
+/// What a provider answered.
+#[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct Reply {
+    /// Who answered, proved by its key.
+    pub provider: PeerId,
+    /// What it answered.
+    pub payload: Vec<u8>,
+}
+
+impl Reply {
+    /// What was answered, as text.
+    ///
+    /// # Errors
+    /// If it is not UTF-8.
+    pub fn text(&self) -> Result<&str, Utf8Error> {
+        std::str::from_utf8(&self.payload)
+    }
+}
+
+/// A call under way.
+struct Call<'a> {
+    node: &'a Node,
+    name: &'a ServiceName,
+    payload: Arc<[u8]>,
+    delivery: Delivery,
+    tried: Vec<PeerId>,
+    /// What the last attempt that failed has to say.
+    failure: Option<RequestError>,
+}
+
+/// What an attempt leads to.
+enum Verdict {
+    Over(Result<Reply, RequestError>),
+    /// It has not run, or may run again: the next provider may have it.
+    Next(RequestError),
+}
+
+pub(super) async fn request(
+    node: &Node,
+    name: &ServiceName,
+    payload: Vec<u8>,
+    options: RequestOptions,
+) -> Result<Reply, RequestError> {
+    let mut call = Call::new(node, name, payload, options.delivery)?;
+    within(name, options.deadline, call.run()).await
+}
+
+pub(super) async fn request_to(
+    node: &Node,
+    provider: PeerId,
+    name: &ServiceName,
+    payload: Vec<u8>,
+    options: RequestOptions,
+) -> Result<Reply, RequestError> {
+    let mut call = Call::new(node, name, payload, options.delivery)?;
+    let attempt = async {
+        let slots = node.routes().slots(provider);
+        let pick = Pick {
+            provider,
+            slots,
+            stale: false,
+        };
+        match call.attempt(pick).await {
+            Verdict::Over(result) => result,
+            Verdict::Next(error) => Err(error),
+        }
+    };
+    within(name, options.deadline, attempt).await
+}
+
+async fn within<T>(
+    name: &ServiceName,
+    deadline: Duration,
+    call: impl Future<Output = Result<T, RequestError>>,
+) -> Result<T, RequestError> {
+    timeout(deadline.min(MAX_REQUEST_TIME), call)
+        .await
+        .unwrap_or_else(|_| Err(RequestError::TimedOut(name.clone())))
+}
+
+impl<'a> Call<'a> {
+    fn new(
+        node: &'a Node,
+        name: &'a ServiceName,
+        payload: Vec<u8>,
+        delivery: Delivery,
+    ) -> Result<Self, RequestError> {
+        let (len, max) = (payload.len(), MAX_PAYLOAD);
+        if len > max {
+            return Err(RequestError::TooLarge { len, max });
+        }
+        Ok(Self {
+            node,
+            name,
+            payload: payload.into(),
+            delivery,
+            tried: Vec::new(),
+            failure: None,
+        })
+    }
+
+    /// Tries the providers that are known, then those that a fresh lookup finds.
+    async fn run(&mut self) -> Result<Reply, RequestError> {
+        if let Some(result) = self.try_known().await {
+            return result;
+        }
+        if self.tried.is_empty() {
+            self.node.wait_for(self.name, Waiter::First).await?;
+        } else {
+            // Those known have failed: all others count, not just the first to answer.
+            match self.node.wait_for(self.name, Waiter::All).await {
+                Ok(_) => {}
+                Err(error) => return Err(self.failure.take().unwrap_or(error.into())),
+            }
+        }
+        if let Some(result) = self.try_known().await {
+            return result;
+        }
+        Err(self.failure.take().unwrap_or_else(|| self.unreachable("it does not answer")))
+    }
+
+    async fn try_known(&mut self) -> Option<Result<Reply, RequestError>> {
+        loop {
+            let pick = self.node.routes().pick(self.name, &self.tried, Instant::now());
+            let pick = pick?;
+            if pick.stale {
+                self.refresh();
+            }
+            self.tried.push(pick.provider);
+            match self.attempt(pick).await {
+                Verdict::Over(result) => return Some(result),
+                Verdict::Next(error) => self.failure = Some(error),
+            }
+        }
+    }
+
+    /// Looks the name up again beside the request.
+    fn refresh(&self) {
+        let (node, name) = (self.node.clone(), self.name.clone());
+        tokio::spawn(async move {
+            // What it finds is in the routes; an error is met by the next request.
+            let _ = node.wait_for(&name, Waiter::All).await;
+        });
+    }
+
+    async fn attempt(&mut self, pick: Pick) -> Verdict {
+        let provider = pick.provider;
+        let Ok(slot) = pick.slots.acquire_owned().await else {
+            return Verdict::Over(Err(RequestError::Closed));
+        };
+        let (sender, outcome) = oneshot::channel();
+        let command = Command::Request(Outbound {
+            provider,
+            service: self.name.to_string(),
+            payload: Arc::clone(&self.payload),
+            outcome: sender,
+            slot,
+        });
+        if let Err(Closed) = self.node.send(command).await {
+            return Verdict::Over(Err(RequestError::Closed));
+        }
+        match outcome.await {
+            Ok(outcome) => self.judge(provider, outcome),
+            Err(_) => Verdict::Over(Err(RequestError::Closed)),
+        }
+    }
+
+    fn judge(&self, provider: PeerId, outcome: Outcome) -> Verdict {
+        match outcome {
+            Outcome::Answered(Ok(payload)) => Verdict::Over(Ok(Reply { provider, payload })),
+            Outcome::Answered(Err(error)) => self.judge_error(provider, error),
+            Outcome::NotSent(reason) => {
+                self.node.routes().forget(self.name, &provider);
+                Verdict::Next(self.unreachable(&reason))
+            }
+            Outcome::Broken(reason) => {
+                self.node.routes().forget(self.name, &provider);
+                let error = RequestError::Interrupted { provider, reason };
+                match self.delivery {
+                    Delivery::AtMostOnce => Verdict::Over(Err(error)),
+                    Delivery::AtLeastOnce => Verdict::Next(error),
+                }
+            }
+        }
+    }
+
+    /// The remote says whether it has run the request.
+    fn judge_error(&self, provider: PeerId, error: RemoteError) -> Verdict {
+        match error.code {
+            ErrorCode::Busy => Verdict::Next(RequestError::Busy(self.name.clone())),
+            ErrorCode::UnknownService | ErrorCode::ShuttingDown => {
+                self.node.routes().forget(self.name, &provider);
+                Verdict::Next(self.unreachable("it has withdrawn the name"))
+            }
+            _ => Verdict::Over(Err(RequestError::Remote { provider, error })),
+        }
+    }
+
+    fn unreachable(&self, reason: &str) -> RequestError {
+        RequestError::Unreachable {
+            name: self.name.clone(),
+            reason: reason.into(),
+        }
+    }
+}

@@ -1,0 +1,171 @@
+//! The serving side: a [`Service`] yields the [`Request`]s for an announced name.
+
+use std::str::Utf8Error;
+
+use futures::FutureExt;
+use libp2p::PeerId;
+use tokio::sync::{mpsc, oneshot};
+use tokio::task::JoinSet;
+
+use super::Node;
+use crate::name::ServiceName;
+use crate::net::{Answer, Command, Inbound, Ticket};
+use crate::proto::wire::{ErrorCode, RemoteError};
+
+/// The requests that may wait for a handler; one more is answered `busy`. The node's own limit on
+/// open requests comes first by default.
+const QUEUE: usize = 1_024;
+
+/// A name that this node announces and serves.
+///
+/// Dropping it takes the name back: requests that come then are answered `unknown-service`, and
+/// grapes forget the name at once.
+#[derive(Debug)]
+#[must_use = "dropping a service takes its name back"]
+pub struct Service {
+    name: ServiceName,
+    requests: mpsc::Receiver<Inbound>,
+    node: Node,
+}
+
+/// A request that waits for a reply.
+///
+/// Dropping it, also by a panic, answers `handler-failed`, so that the caller never hangs.
+#[derive(Debug)]
+#[must_use = "a request that is dropped is answered with an error"]
+pub struct Request {
+    from: PeerId,
+    payload: Vec<u8>,
+    reply: Option<(Ticket, mpsc::Sender<Answer>)>,
+}
+
+impl Service {
+    pub(super) fn new(name: ServiceName, node: Node) -> (Self, mpsc::Sender<Inbound>) {
+        let (handler, requests) = mpsc::channel(QUEUE);
+        let service = Self {
+            name,
+            requests,
+            node,
+        };
+        (service, handler)
+    }
+
+    /// The name that is served.
+    pub fn name(&self) -> &ServiceName {
+        &self.name
+    }
+
+    /// The next request; `None` once the node is shut down. Cancel-safe.
+    pub async fn next(&mut self) -> Option<Request> {
+        let inbound = self.requests.recv().await?;
+        Some(Request {
+            from: inbound.from,
+            payload: inbound.payload,
+            reply: Some((inbound.ticket, inbound.answers)),
+        })
+    }
+
+    /// Runs a handler for every request, each in a task of its own, so that a slow one delays no
+    /// other and one that panics takes nothing down. Returns once the node is shut down.
+    ///
+    /// Cancel-safe: dropping the future aborts the handlers that run.
+    pub async fn serve<F, R>(mut self, handler: F)
+    where
+        F: Fn(Request) -> R,
+        R: Future<Output = ()> + Send + 'static,
+    {
+        // As many as the node lets in: it bounds the open requests, not this.
+        let mut running = JoinSet::new();
+        while let Some(request) = self.next().await {
+            running.spawn(handler(request));
+            while running.try_join_next().is_some() {}
+        }
+        while running.join_next().await.is_some() {}
+    }
+
+    /// Takes the name back, and returns when that is on its way to every grape. Requests that wait
+    /// in the queue are answered with an error.
+    pub async fn withdraw(self) {
+        let (done, withdrawn) = oneshot::channel();
+        let command = Command::Withdraw {
+            name: self.name.clone(),
+            done,
+        };
+        if self.node.send(command).await.is_ok() {
+            // An error means that the node is shut down, which withdraws as well.
+            let _ = withdrawn.await;
+        }
+    }
+}
+
+impl Drop for Service {
+    fn drop(&mut self) {
+        // Requests in the queue are answered, not lost.
+        self.requests.close();
+        while let Some(Some(inbound)) = self.requests.recv().now_or_never() {
+            drop(Request {
+                from: inbound.from,
+                payload: inbound.payload,
+                reply: Some((inbound.ticket, inbound.answers)),
+            });
+        }
+    }
+}
+
+impl Request {
+    /// Who asks, proved by its key.
+    pub fn from(&self) -> PeerId {
+        self.from
+    }
+
+    /// What was sent, at most [`MAX_PAYLOAD`](crate::proto::wire::MAX_PAYLOAD) bytes.
+    pub fn payload(&self) -> &[u8] {
+        &self.payload
+    }
+
+    /// What was sent, as text.
+    ///
+    /// # Errors
+    /// If it is not UTF-8.
+    pub fn text(&self) -> Result<&str, Utf8Error> {
+        std::str::from_utf8(&self.payload)
+    }
+
+    /// Answers. More than [`MAX_PAYLOAD`](crate::proto::wire::MAX_PAYLOAD) bytes cannot be sent;
+    /// the caller then gets `handler-failed`.
+    pub fn reply(self, payload: impl Into<Vec<u8>>) {
+        let payload = payload.into();
+        if payload.len() > crate::proto::wire::MAX_PAYLOAD {
+            return self.fail("the reply is larger than a frame carries");
+        }
+        self.answer(Ok(payload));
+    }
+
+    /// Answers `handler-failed` with a message for the caller.
+    pub fn fail(self, message: impl Into<String>) {
+        self.answer(Err(RemoteError::new(ErrorCode::HandlerFailed, message)));
+    }
+
+    /// Answers `bad-request` with a message for the caller.
+    pub fn refuse(self, message: impl Into<String>) {
+        self.answer(Err(RemoteError::new(ErrorCode::BadRequest, message)));
+    }
+
+    fn answer(mut self, outcome: Result<Vec<u8>, RemoteError>) {
+        self.send(outcome);
+    }
+
+    fn send(&mut self, outcome: Result<Vec<u8>, RemoteError>) {
+        if let Some((ticket, answers)) = self.reply.take() {
+            // The channel has room for every open request; it is closed when the node is shut down.
+            let _ = answers.try_send((ticket, outcome));
+        }
+    }
+}
+
+impl Drop for Request {
+    fn drop(&mut self) {
+        let error = RemoteError::new(ErrorCode::HandlerFailed, "the handler gave no answer");
+        self.send(Err(error));
+    }
+}
