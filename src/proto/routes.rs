@@ -70,15 +70,19 @@ impl Routes {
         tried: &[PeerId],
         now: Instant,
     ) -> Option<Pick> {
-        let route = self.names.get(name)?;
+        let route = self.names.get_mut(name)?;
         let stale = now >= route.looked_up + FRESH;
         let untried = || route.providers.iter().filter(|peer| !tried.contains(peer));
         let connected = untried().filter(|peer| self.connected.contains(peer));
         let mut drawn = connected.copied().sample(&mut rand::rng(), 2);
-        if drawn.is_empty() {
-            if stale {
+        if stale {
+            if drawn.is_empty() {
                 return None;
             }
+            // The caller looks it up again; the next one need not.
+            route.looked_up = now;
+        }
+        if drawn.is_empty() {
             drawn = untried().copied().sample(&mut rand::rng(), 2);
         }
         let provider = drawn
