@@ -1,1 +1,4 @@
 //! People and programs find each other by name and talk, with no central server.
+
+pub mod name;
+pub mod text;
