@@ -1,4 +1,5 @@
 //! People and programs find each other by name and talk, with no central server.
 
+pub mod identity;
 pub mod name;
 pub mod text;
