@@ -38,14 +38,13 @@ pub struct Request {
 }
 
 /// A call of a service, as a client sends it: [`Request`] with nothing copied.
-#[derive(Clone, Copy, Debug, Serialize)]
+#[derive(Clone, Copy, Debug)]
 pub struct RequestRef<'a> {
     /// Chosen by the caller; the reply carries it back.
     pub id: u64,
     /// What is called; at most [`MAX_SERVICE`] bytes.
     pub service: &'a str,
     /// At most [`MAX_PAYLOAD`](super::MAX_PAYLOAD) bytes.
-    #[serde(with = "serde_bytes")]
     pub payload: &'a [u8],
 }
 
@@ -134,7 +133,12 @@ impl RequestRef<'_> {
     pub fn encode(&self) -> Result<Vec<u8>, EncodeError> {
         check_sendable("service", self.service.len(), MAX_SERVICE)?;
         check_sendable("payload", self.payload.len(), MAX_PAYLOAD)?;
-        encode(self, OVERHEAD + self.service.len() + self.payload.len())
+        let shape = RequestShape {
+            id: self.id,
+            service: self.service,
+            payload: self.payload,
+        };
+        encode(&shape, OVERHEAD + self.service.len() + self.payload.len())
     }
 }
 
@@ -253,6 +257,14 @@ pub fn salvage_id(frame: &[u8]) -> Option<u64> {
     // The error is why we are here.
     let _ = decode_into(&mut draft, frame);
     draft.0
+}
+
+#[derive(Serialize)]
+struct RequestShape<'a> {
+    id: u64,
+    service: &'a str,
+    #[serde(with = "serde_bytes")]
+    payload: &'a [u8],
 }
 
 #[derive(Serialize)]
