@@ -96,10 +96,9 @@ impl LookupError {
     /// Whether the same call may succeed later.
     pub fn is_retryable(&self) -> bool {
         match self {
-            Self::NotFound(_)
-            | Self::Unreachable { .. }
-            | Self::NoGrape(_)
-            | Self::TimedOut(_) => true,
+            Self::NotFound(_) | Self::Unreachable { .. } | Self::NoGrape(_) | Self::TimedOut(_) => {
+                true
+            }
             Self::Closed => false,
         }
     }

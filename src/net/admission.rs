@@ -90,7 +90,7 @@ impl NetworkBehaviour for Behaviour {
         _local: &Multiaddr,
         remote: &Multiaddr,
     ) -> Result<(), ConnectionDenied> {
-        let prefix = Prefix::of(remote);
+        let prefix = Prefix::from(remote);
         let count = self.prefixes.entry(prefix).or_default();
         if count.open >= self.max || count.pending >= self.max_pending {
             let open = count.open;

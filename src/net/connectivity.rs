@@ -261,10 +261,7 @@ pub(crate) fn describe(error: &DialError, expected: Option<PeerId>) -> DialFailu
             None => DialFailure::Unreachable(format!("the node {obtained} answers there")),
         },
         DialError::Transport(errors) => {
-            let reasons: Vec<_> = errors
-                .iter()
-                .map(|(_, error)| innermost(error))
-                .collect();
+            let reasons: Vec<_> = errors.iter().map(|(_, error)| innermost(error)).collect();
             DialFailure::Unreachable(reasons.join(", "))
         }
         DialError::Denied { cause } => DialFailure::Unreachable(cause.to_string()),

@@ -133,8 +133,7 @@ impl Discovery {
             }
             Err(error) => {
                 tracing::warn!(%name, ?error, "cannot provide the name");
-                self.announcements
-                    .on_refused(&name, Place::Kademlia, now);
+                self.announcements.on_refused(&name, Place::Kademlia, now);
             }
         }
     }

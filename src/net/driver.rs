@@ -12,7 +12,7 @@ use libp2p::core::ConnectedPoint;
 use libp2p::swarm::dial_opts::{DialOpts, PeerCondition};
 use libp2p::swarm::{ConnectionId, DialError, SwarmEvent};
 use libp2p::{Multiaddr, PeerId, Swarm, identify, kad, ping};
-use tokio::sync::{mpsc, oneshot, watch};
+use tokio::sync::{mpsc, oneshot};
 use tokio::time::{sleep_until, timeout};
 use void::Void;
 
@@ -21,8 +21,8 @@ use super::discovery::{self, Discovery, Waiter};
 use super::rendezvous::{self, Rendezvous};
 use super::rpc::{self, Answer, Inbound, Rpc};
 use super::swarm::{Behaviour, BehaviourEvent, build};
-use super::{COMMANDS, Command, Handle, Settings, Status};
-use crate::error::{AnnounceError, DialFailure, LookupError, SpawnError};
+use super::{COMMANDS, Command, Handle, Settings};
+use crate::error::{AnnounceError, LookupError, SpawnError};
 use crate::limits::{MAX_ADDRESSES, MAX_ANNOUNCED, SHUTDOWN_DEADLINE};
 use crate::metrics::Metrics;
 use crate::name::ServiceName;
@@ -299,7 +299,11 @@ impl Driver {
         done: oneshot::Sender<Result<(), AnnounceError>>,
     ) {
         // One that was dropped a moment ago makes room at once.
-        if self.handlers.get(&name).is_some_and(mpsc::Sender::is_closed) {
+        if self
+            .handlers
+            .get(&name)
+            .is_some_and(mpsc::Sender::is_closed)
+        {
             self.withdraw(&name);
         }
         let refusal = if self.discovery.announcements.len() >= MAX_ANNOUNCED {
@@ -656,11 +660,11 @@ impl Driver {
         endpoint: &ConnectedPoint,
         now: Instant,
     ) {
-        let change = self
-            .connectivity
-            .on_established(peer, connection, endpoint);
+        let change = self.connectivity.on_established(peer, connection, endpoint);
         if change.peer {
-            self.metrics.peers.set(self.swarm.network_info().num_peers() as u64);
+            self.metrics
+                .peers
+                .set(self.swarm.network_info().num_peers() as u64);
             self.routes().on_connected(peer);
         }
         if change.bootstrap {
@@ -675,7 +679,9 @@ impl Driver {
     fn on_closed(&mut self, peer: PeerId, connection: ConnectionId, now: Instant) {
         let change = self.connectivity.on_closed(peer, connection, now);
         if change.peer {
-            self.metrics.peers.set(self.swarm.network_info().num_peers() as u64);
+            self.metrics
+                .peers
+                .set(self.swarm.network_info().num_peers() as u64);
             self.routes().on_disconnected(&peer);
             self.rendezvous.on_disconnected(&peer);
             self.records.forget(&peer);
@@ -832,9 +838,7 @@ impl Driver {
     }
 
     fn on_identified(&mut self, peer: PeerId, info: &identify::Info) {
-        let back = self
-            .connectivity
-            .on_identified(peer, info, self.registrar);
+        let back = self.connectivity.on_identified(peer, info, self.registrar);
         if back.is_empty() {
             return;
         }

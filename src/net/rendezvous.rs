@@ -17,8 +17,8 @@ use crate::limits::{LEASE, MAX_CANDIDATES, MIN_LEASE};
 use crate::name::ServiceName;
 use crate::proto::rate::RateLimit;
 use crate::proto::rendezvous::{
-    Codec, Cookie, Malformed, Namespace, Page, Registration, Request, Response, SignedPeer,
-    Status, Ttl, page_len,
+    Codec, Cookie, Malformed, Namespace, Page, Registration, Request, Response, SignedPeer, Status,
+    Ttl, page_len,
 };
 use crate::store::{NewRecord, Origin, Prefix, Store};
 
@@ -184,10 +184,7 @@ impl Rendezvous {
         self.asked.insert(id, (grape, asked));
     }
 
-    fn signed<'a>(
-        &mut self,
-        addresses: impl Iterator<Item = &'a Multiaddr>,
-    ) -> Option<SignedPeer> {
+    fn signed<'a>(&mut self, addresses: impl Iterator<Item = &'a Multiaddr>) -> Option<SignedPeer> {
         if self.record.is_none() {
             let addresses: Vec<_> = addresses.cloned().collect();
             if addresses.is_empty() {
@@ -209,9 +206,7 @@ impl Rendezvous {
         let (grape, asked) = self.asked.remove(&id)?;
         Some(match asked {
             Asked::Register(name) => match response {
-                Some(Response::Registered(Ok(ttl))) => {
-                    Learned::Registered(grape, name, ttl.into())
-                }
+                Some(Response::Registered(Ok(ttl))) => Learned::Registered(grape, name, ttl.into()),
                 _ => Learned::Refused(grape, name),
             },
             Asked::Discover(name) => {
@@ -219,9 +214,8 @@ impl Rendezvous {
                     Some(Response::Discovered(Ok(page))) => page.registrations,
                     _ => Vec::new(),
                 };
-                let provider = |found: Registration| {
-                    (found.record.peer(), found.record.addresses().to_vec())
-                };
+                let provider =
+                    |found: Registration| (found.record.peer(), found.record.addresses().to_vec());
                 Learned::Discovered(
                     grape,
                     name,

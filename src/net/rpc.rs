@@ -100,7 +100,6 @@ pub(crate) struct Rpc {
 #[derive(Debug)]
 enum Pending {
     Caller {
-        provider: PeerId,
         outcome: oneshot::Sender<Outcome>,
         sent: Arc<AtomicBool>,
         _slot: OwnedSemaphorePermit,
@@ -167,7 +166,6 @@ impl Rpc {
         let call = self.outgoing(request.service, request.payload, Arc::clone(&sent));
         let id = behaviour.send_request(&request.provider, call);
         let pending = Pending::Caller {
-            provider: request.provider,
             outcome: request.outcome,
             sent,
             _slot: request.slot,
@@ -214,9 +212,7 @@ impl Rpc {
                     request_id,
                     request,
                     channel,
-                } => {
-                    self.on_request(behaviour, peer, request_id, request, channel)
-                }
+                } => self.on_request(behaviour, peer, request_id, request, channel),
                 Message::Response {
                     request_id,
                     response,
@@ -340,7 +336,11 @@ impl Rpc {
     ) -> Result<(), (RemoteError, ResponseChannel<Reply>)> {
         let refuse = |code, message, channel| Err((RemoteError::new(code, message), channel));
         if self.stopping {
-            return refuse(ErrorCode::ShuttingDown, "this node is shutting down", channel);
+            return refuse(
+                ErrorCode::ShuttingDown,
+                "this node is shutting down",
+                channel,
+            );
         }
         let handler = ServiceName::from_wire(&request.service)
             .ok()
@@ -431,7 +431,10 @@ pub(crate) enum Call {
     },
     In(wire::Request),
     /// Not a request; to be answered with the error.
-    Malformed { id: u64, error: RemoteError },
+    Malformed {
+        id: u64,
+        error: RemoteError,
+    },
 }
 
 /// Frames of CBOR on a stream, see [`crate::proto`].
@@ -455,7 +458,7 @@ impl request_response::Codec for RpcCodec {
                 Ok(request) => Call::In(request),
                 Err(error) => Call::Malformed {
                     id: wire::salvage_id(&frame).unwrap_or_default(),
-                    error: error.into(),
+                    error: RemoteError::new(ErrorCode::BadRequest, error.to_string()),
                 },
             }),
             Ok(None) => Err(io::ErrorKind::UnexpectedEof.into()),
@@ -484,7 +487,12 @@ impl request_response::Codec for RpcCodec {
         Ok(reply)
     }
 
-    async fn write_request<T>(&mut self, _: &StreamProtocol, io: &mut T, call: Call) -> io::Result<()>
+    async fn write_request<T>(
+        &mut self,
+        _: &StreamProtocol,
+        io: &mut T,
+        call: Call,
+    ) -> io::Result<()>
     where
         T: AsyncWrite + Unpin + Send,
     {
@@ -508,11 +516,16 @@ impl request_response::Codec for RpcCodec {
         timeout(FRAME_DEADLINE, write_frame(io, &frame)).await?
     }
 
-    async fn write_response<T>(&mut self, _: &StreamProtocol, io: &mut T, reply: Reply) -> io::Result<()>
+    async fn write_response<T>(
+        &mut self,
+        _: &StreamProtocol,
+        io: &mut T,
+        reply: Reply,
+    ) -> io::Result<()>
     where
         T: AsyncWrite + Unpin + Send,
     {
-        let frame = reply.encode().map_err(io::Error::other)?;
+        let frame = reply.as_ref().encode().map_err(io::Error::other)?;
         timeout(FRAME_DEADLINE, write_frame(io, &frame)).await?
     }
 }

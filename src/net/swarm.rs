@@ -2,6 +2,7 @@
 
 use std::io;
 use std::num::NonZeroU8;
+use std::time::{Instant, SystemTime};
 
 use libp2p::allow_block_list::{self, AllowedPeers, BlockedPeers};
 use libp2p::connection_limits::{self, ConnectionLimits};
@@ -106,7 +107,7 @@ fn behaviour(settings: &Settings, keypair: &identity::Keypair) -> Behaviour {
             request_response::Config::default(),
         ),
         rpc: request_response::Behaviour::with_codec(
-            RpcCodec,
+            RpcCodec::default(),
             [(RPC_PROTOCOL, ProtocolSupport::Full)],
             request_response::Config::default()
                 .with_request_timeout(MAX_REQUEST_TIME)
@@ -136,14 +137,19 @@ fn kademlia(settings: &Settings) -> kad::Behaviour<Store> {
         .set_query_timeout(LOOKUP_DEADLINE)
         // Strangers' records come up as events and enter the store by its bounds.
         .set_record_filtering(kad::StoreInserts::FilterBoth)
-        .set_provider_record_ttl(Some(settings.lease))
+        .set_provider_record_ttl(Some(settings.limits.store.lease))
         // We renew leases ourselves; values are not kept at all.
         .set_provider_publication_interval(None)
         .set_publication_interval(None)
         .set_replication_interval(None)
         .set_caching(kad::Caching::Disabled);
     let peer = settings.identity.peer_id();
-    let store = Store::new(peer, settings.limits.store.clone());
+    // A rendezvous cookie from before a restart then still means "what came since".
+    let first_sequence = SystemTime::now()
+        .duration_since(SystemTime::UNIX_EPOCH)
+        .map_or(1, |since| since.as_micros() as u64);
+    let bounds = settings.limits.store.clone();
+    let store = Store::new(peer, bounds, first_sequence, Instant::now());
     let mut kad = kad::Behaviour::with_config(peer, store, config);
     // Never by libp2p's guess from addresses: a peer that has one is no grape.
     kad.set_mode(Some(if settings.registrar {
@@ -179,7 +185,8 @@ fn memory(keypair: &identity::Keypair) -> io::Result<Boxed<(PeerId, StreamMuxerB
     let transport = MemoryTransport::new()
         .upgrade(Version::V1Lazy)
         .authenticate(noise)
-        .multiplex(yamux());
+        .multiplex(yamux())
+        .map(|(peer, muxer), _| (peer, StreamMuxerBox::new(muxer)));
     Ok(TransportTimeout::new(transport, CONNECT_TIMEOUT).boxed())
 }
 

@@ -164,12 +164,18 @@ impl<'a> Call<'a> {
         if let Some(result) = self.try_known().await {
             return result;
         }
-        Err(self.failure.take().unwrap_or_else(|| self.unreachable("it does not answer")))
+        Err(self
+            .failure
+            .take()
+            .unwrap_or_else(|| self.unreachable("it does not answer")))
     }
 
     async fn try_known(&mut self) -> Option<Result<Reply, RequestError>> {
         loop {
-            let pick = self.node.routes().pick(self.name, &self.tried, Instant::now());
+            let pick = self
+                .node
+                .routes()
+                .pick(self.name, &self.tried, Instant::now());
             let pick = pick?;
             if pick.stale {
                 self.refresh();

@@ -106,7 +106,9 @@ impl Node {
             handler,
             done,
         };
-        self.send(command).await.map_err(|Closed| AnnounceError::Closed)?;
+        self.send(command)
+            .await
+            .map_err(|Closed| AnnounceError::Closed)?;
         published.await.unwrap_or(Err(AnnounceError::Closed))?;
         Ok(service)
     }
@@ -184,9 +186,9 @@ impl Node {
     pub fn broadcast(
         &self,
         name: &ServiceName,
-        payload: impl Into<Vec<u8>>,
+        payload: Vec<u8>,
     ) -> impl Stream<Item = Result<Reply, RequestError>> + Send + use<> {
-        let (node, name, payload) = (self.clone(), name.clone(), payload.into());
+        let (node, name) = (self.clone(), name.clone());
         let replies = async move {
             let providers = match node.lookup(&name).await {
                 Ok(providers) => providers,
@@ -249,7 +251,9 @@ impl Node {
             let _permit = self.shared.lookups.acquire().await;
             let (sender, receiver) = oneshot::channel();
             let command = Command::Lookup(name.clone(), waiter(sender));
-            self.send(command).await.map_err(|Closed| LookupError::Closed)?;
+            self.send(command)
+                .await
+                .map_err(|Closed| LookupError::Closed)?;
             receiver.await.unwrap_or(Err(LookupError::Closed))
         };
         // The driver keeps the deadline; this covers the wait for a permit as well.

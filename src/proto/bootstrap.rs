@@ -4,7 +4,6 @@
 //! is learned. An address is dialled at once, again after a growing, jittered pause while it fails,
 //! and again at once when its connection closes. The node's own address is not dialled twice.
 
-use std::collections::HashMap;
 use std::time::Instant;
 
 use backon::{BackoffBuilder, ExponentialBackoff, ExponentialBuilder};

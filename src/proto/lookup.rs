@@ -94,8 +94,13 @@ struct Lookup<Q> {
 #[derive(Debug, PartialEq, Eq)]
 enum Query<Q> {
     /// Asked for, its id not told yet; `again` when it is the second one.
-    Starting { again: bool },
-    Running { id: Q, again: bool },
+    Starting {
+        again: bool,
+    },
+    Running {
+        id: Q,
+        again: bool,
+    },
     Done,
 }
 

@@ -1,4 +1,144 @@
-//! What goes over the wire: frames and messages, and the bounds on both.
+//! What nodes say to each other: the protocol, on one page.
+//!
+//! This page is meant to be enough to write a client in another language. Sizes are in bytes, text is
+//! UTF-8, and every limit is one that a receiver enforces.
+//!
+//! # Protocols
+//!
+//! | for | id | what it is |
+//! | --- | --- | --- |
+//! | announce, lookup | `/grapevine/kad/1.0.0` | Kademlia as libp2p specifies it: ADD_PROVIDER and GET_PROVIDERS |
+//! | calls | `/grapevine/rpc/1.0.0` | this page |
+//! | rendezvous | `/rendezvous/1.0.0` | the standard protocol, unchanged; the namespace is the name |
+//! | identify | `/ipfs/id/1.0.0` | with protocol version `/grapevine/1.0.0`, agent `grapevine/<version>` and signed peer records |
+//!
+//! # Names
+//!
+//! A name has 1 to 255 bytes in Unicode's normal form C. It has no control character (general category
+//! Cc), no white space (White_Space), no format character (Cf, with the bidi controls) and nothing else
+//! that draws nothing (Default_Ignorable_Code_Point, with the zero-width characters). It does not begin
+//! with `grapevine/`, which the protocol keeps for itself.
+//!
+//! Its key in Kademlia is the sha2-256 multihash of its bytes: `12 20` and the 32 bytes of the digest.
+//!
+//! ```
+//! # fn hex(bytes: &[u8]) -> String { bytes.iter().map(|byte| format!("{byte:02x}")).collect() }
+//! let name: grapevine::name::ServiceName = "client1".parse()?;
+//! assert_eq!(hex(&name.key()), "12201917e33407c28366c8e3b975b17e7374589312676b90229adb4ce6e58552e223");
+//! # Ok::<(), grapevine::name::NameError>(())
+//! ```
+//!
+//! What Kademlia or a rendezvous point answers is a claim of whoever answered. A provider is believed
+//! when it has been dialled, has proved its peer id, and says that it [serves the name](#the-serves-question).
+//!
+//! # Frames and calls
+//!
+//! A stream of `/grapevine/rpc/1.0.0` carries frames: the length of the content as an unsigned varint
+//! (LEB128, as in multiformats), then the content, one CBOR map (RFC 8949). The side that opened the
+//! stream sends requests, the other side replies. A client may send one request and close its side, or
+//! keep the stream and send many; replies carry the id of their request and may come in any order.
+//!
+//! | map | keys |
+//! | --- | --- |
+//! | request | `{"id": uint, "service": text, "payload": bytes}` |
+//! | reply | `{"id": uint, "ok": bytes}` or `{"id": uint, "error": {"code": text, "message": text}}` |
+//!
+//! `id` is any 64-bit unsigned number that is not in use on that stream; leave 0 out, because it also
+//! answers a frame whose id could not be read. `service` is a name or a service of the protocol's own.
+//! All keys of a map are required, each once, and no others are allowed; their order is free. Nothing may
+//! follow the map in its frame. Write the shortest form of everything; semantic tags, indefinite lengths
+//! and longer integers are read as what they contain.
+//!
+//! "hello" to the service `client1`, and the answer of an echo peer, lengths included:
+//!
+//! ```
+//! use grapevine::proto::wire::{Reply, ReplyRef, RequestRef};
+//!
+//! let request = "
+//!     23                            # 35 bytes follow
+//!     a3                            # a map of 3
+//!        62 6964                    # \"id\"
+//!        01                         # 1
+//!        67 73657276696365          # \"service\"
+//!        67 636c69656e7431          # \"client1\"
+//!        67 7061796c6f6164          # \"payload\"
+//!        45 68656c6c6f              # 5 bytes: hello
+//! ";
+//! let reply = "
+//!     14                            # 20 bytes follow
+//!     a2                            # a map of 2
+//!        62 6964                    # \"id\"
+//!        01                         # 1
+//!        62 6f6b                    # \"ok\"
+//!        4b 4563686f3a2068656c6c6f  # 11 bytes: Echo: hello
+//! ";
+//! # fn bytes(dump: &str) -> Vec<u8> {
+//! #     let digits: String = dump.lines().filter_map(|line| line.split('#').next()).collect();
+//! #     let digits: Vec<u32> = digits.chars().filter_map(|c| c.to_digit(16)).collect();
+//! #     digits.chunks(2).map(|pair| (pair[0] * 16 + pair[1]) as u8).collect()
+//! # }
+//! # fn frame(content: Vec<u8>) -> Vec<u8> { [vec![content.len() as u8], content].concat() }
+//! let sent = RequestRef { id: 1, service: "client1", payload: b"hello" };
+//! let answer = ReplyRef { id: 1, outcome: Ok(b"Echo: hello") };
+//! assert_eq!(frame(sent.encode()?), bytes(request));
+//! assert_eq!(frame(answer.encode()?), bytes(reply));
+//! # Ok::<(), grapevine::proto::wire::EncodeError>(())
+//! ```
+//!
+//! # Errors
+//!
+//! | code | means | was it executed? |
+//! | --- | --- | --- |
+//! | `unknown-service` | the node does not serve that name | no |
+//! | `busy` | too much to do now; try later or elsewhere | no |
+//! | `too-large` | the request, or the reply to it, is over a limit | perhaps |
+//! | `bad-request` | the frame was not a request; id 0 where it had none to be read | no |
+//! | `handler-failed` | the service took the request and gave no answer | perhaps |
+//! | `shutting-down` | the node is leaving | no |
+//!
+//! Other codes may be added: treat an unknown one as final, and as perhaps executed. `message` is for
+//! people and may be empty; it was written by a stranger, so make it safe before it reaches a terminal.
+//!
+//! # The serves question
+//!
+//! A request to the service `grapevine/serves` with a name as its payload asks whether the node serves
+//! that name now. The reply's payload is one byte, 1 for yes or 0 for no. A node that answers
+//! `unknown-service` does not know the question, and counts as serving the name.
+//!
+//! # Payloads of peers
+//!
+//! A payload is the service's own business. The programs `peer` and `chat` use two kinds, told apart by
+//! the first byte: that of a CBOR map, `a0` to `bf`, begins no UTF-8 text.
+//!
+//! | kind | payload of the request | payload of the reply |
+//! | --- | --- | --- |
+//! | echo | any UTF-8 text | the text `Echo: ` and that text |
+//! | chat | `{"id": bytes(16), "from": text, "text": text, "sent_at": uint}` | `{"id": bytes(16), "reply": text?}` |
+//!
+//! `id` is random, the same whenever the same message is sent again, and comes back in the reply. `from`
+//! is the name the sender goes by, which proves nothing; `sent_at` is in milliseconds since 1970. `reply`
+//! is an answer given on the spot, and absent (or null) where there is none. Unknown keys are skipped, so
+//! that fields can be added; known ones occur once.
+//!
+//! # Limits
+//!
+//! | what | at most |
+//! | --- | --- |
+//! | payload of a request or a reply | 1,048,576 |
+//! | content of a frame | 1,049,600 |
+//! | `service` | 255 |
+//! | error `code` | 64 |
+//! | error `message` | 1,024 |
+//! | chat `from` | 255 |
+//! | chat `text` and `reply` | 65,536 |
+//! | nesting of CBOR | 128 levels |
 
+pub mod wire;
+
+pub(crate) mod announce;
+pub(crate) mod bootstrap;
 pub mod frame;
+pub(crate) mod lookup;
+pub(crate) mod rate;
 pub mod rendezvous;
+pub(crate) mod routes;

@@ -1,0 +1,1823 @@
+//! The provider records that a grape keeps for others, within fixed bounds.
+//!
+//! One store serves Kademlia (it is a [`RecordStore`]) and the rendezvous server, so that a name
+//! announced both ways is held once. It does no I/O, and time comes in as `now`; only the functions
+//! that [`RecordStore`] forces on it read the clock, because Kademlia compares what they return with
+//! `Instant::now()` on its next line and any other clock could only disagree.
+//!
+//! Invariants, whatever strangers send:
+//! * No bound in [`Bounds`] is ever exceeded, and no function walks all the records.
+//! * A record has exactly one item in each index, however often it is renewed.
+//! * An expired record is never returned, swept or not; a withdrawn one is gone at once.
+//! * A full store is shared fairly: prefixes share the store, the peers of a prefix share the
+//!   prefix. Who holds more makes room for who holds less, never the other way round.
+//! * A peer's addresses and envelope are held once and only while it has a record.
+//!
+//! What it leaves to others: whether a record is true, who may announce it, and how often.
+
+use std::{
+    borrow::Cow,
+    collections::{BTreeMap, BTreeSet, HashMap, hash_map},
+    iter, mem,
+    net::IpAddr,
+    num::NonZeroU64,
+    ops::Bound,
+    sync::{
+        Arc,
+        atomic::{AtomicU32, Ordering},
+    },
+    time::{Duration, Instant},
+};
+
+use libp2p::{
+    Multiaddr, PeerId,
+    kad::{
+        ProviderRecord, Record, RecordKey,
+        store::{self, RecordStore},
+    },
+    multiaddr::Protocol,
+};
+
+/// Providers in one answer of Kademlia, which cuts its answers at the replication factor of 20.
+const KADEMLIA_ANSWER: usize = 20;
+
+/// Longest rendezvous namespace in bytes, from the rendezvous specification.
+const MAX_NAMESPACE_BYTES: usize = 255;
+
+/// Bytes of addresses and envelope that weigh as much as one record: about what a record costs.
+/// An ordinary peer (four addresses, one envelope) stays below it and weighs its records only.
+const BYTES_PER_LOAD: usize = 512;
+
+/// Expired records that an insert drops: more than it can add, so that they never pile up.
+const EXPIRED_PER_INSERT: usize = 4;
+
+/// Expired records that one sweep drops, to keep it within milliseconds after a flood.
+const EXPIRED_PER_SWEEP: usize = 4_096;
+
+/// How much a [`Store`] holds.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Bounds {
+    /// Records in total, where each full 512 bytes of a peer's addresses and envelope count as one
+    /// more. 200,000: about 70 MB when few peers announce many names, 300 MB when an attacker
+    /// makes up a peer for each.
+    pub records: usize,
+    /// Records of one address prefix. 100,000: one network never takes more than half the store.
+    pub per_prefix: usize,
+    /// Records of one peer. 20,000: a gateway in front of many services, a tenth of the store.
+    pub per_peer: usize,
+    /// Providers of one key. 1,000: fifty different full answers; nobody asks for more.
+    pub per_key: usize,
+    /// Names that this node announces itself. 20,000: what another grape takes from one peer.
+    pub own: usize,
+    /// Bytes of a key. 64: room for the multihash of any common hash; a name's has 34.
+    pub key_bytes: usize,
+    /// Addresses of one peer; the rest is dropped. 8: TCP and QUIC on two interfaces, IPv4 and IPv6.
+    pub addresses: usize,
+    /// Encoded bytes of one address; a longer one is dropped. 256: a relayed address takes 140.
+    pub address_bytes: usize,
+    /// Bytes of a signed peer record. 4 KiB: eight of the longest addresses, an RSA key, a signature.
+    pub envelope_bytes: usize,
+    /// Longest lease; a longer one is cut. 90 s: a killed peer's name disappears within it.
+    pub lease: Duration,
+}
+
+impl Default for Bounds {
+    fn default() -> Self {
+        Self {
+            records: 200_000,
+            per_prefix: 100_000,
+            per_peer: 20_000,
+            per_key: 1_000,
+            own: 20_000,
+            key_bytes: 64,
+            addresses: 8,
+            address_bytes: 256,
+            envelope_bytes: 4_096,
+            lease: Duration::from_secs(90),
+        }
+    }
+}
+
+/// The network that a peer belongs to when the store is shared out: what one holder of addresses
+/// gets for free, a /24 of IPv4 or a /48 of IPv6.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Prefix {
+    /// The first 24 bits of an IPv4 address, also of one mapped into IPv6.
+    V4([u8; 3]),
+    /// The first 48 bits of an IPv6 address.
+    V6([u8; 6]),
+    /// No IP address: the memory transport, or nothing known.
+    Local,
+}
+
+impl From<IpAddr> for Prefix {
+    fn from(address: IpAddr) -> Self {
+        match address.to_canonical() {
+            IpAddr::V4(v4) => {
+                let [a, b, c, _] = v4.octets();
+                Self::V4([a, b, c])
+            }
+            IpAddr::V6(v6) => {
+                let [a, b, c, d, e, f, ..] = v6.octets();
+                Self::V6([a, b, c, d, e, f])
+            }
+        }
+    }
+}
+
+impl From<&Multiaddr> for Prefix {
+    fn from(address: &Multiaddr) -> Self {
+        match address.iter().next() {
+            Some(Protocol::Ip4(v4)) => IpAddr::V4(v4).into(),
+            Some(Protocol::Ip6(v6)) => IpAddr::V6(v6).into(),
+            _ => Self::Local,
+        }
+    }
+}
+
+/// The road by which a record came.
+#[derive(Clone, Debug)]
+pub enum Origin {
+    /// Kademlia's ADD_PROVIDER.
+    Kademlia,
+    /// A rendezvous registration. The record is then found both ways until it goes.
+    Rendezvous {
+        /// The namespace, whose hash the key is: the caller has made the key from it.
+        namespace: Arc<str>,
+        /// The signed peer record, which the caller has verified; it replaces the peer's earlier one.
+        envelope: Arc<[u8]>,
+    },
+}
+
+/// A record to insert: `peer` provides `key` for `ttl`.
+#[derive(Clone, Debug)]
+pub struct NewRecord<'a> {
+    /// What is provided: normally the multihash of a name.
+    pub key: &'a [u8],
+    /// Who provides it.
+    pub peer: PeerId,
+    /// Where the peer's connection comes from, as seen by this node and not as claimed.
+    pub prefix: Prefix,
+    /// Where the peer can be dialled. An empty list leaves the addresses known so far.
+    pub addresses: &'a [Multiaddr],
+    /// The road by which the record came.
+    pub origin: Origin,
+    /// The lease, cut to [`Bounds::lease`].
+    pub ttl: Duration,
+}
+
+/// Why a record was not stored.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum Refused {
+    /// The key, the namespace or the envelope is longer than the bounds allow.
+    #[error("the record is too large")]
+    TooLarge,
+    /// The peer holds as many records as a peer may.
+    #[error("the peer holds too many records")]
+    PeerFull,
+    /// The key has as many providers as it may, and none from a more crowded prefix.
+    #[error("the key has too many providers")]
+    KeyFull,
+    /// The store or the peer's prefix is full, and nobody there holds more than the peer would.
+    #[error("the store is full")]
+    Full,
+}
+
+/// A live provider of a key.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Provider {
+    /// Who provides the key.
+    pub peer: PeerId,
+    /// Where it can be dialled, as it said last; may be empty.
+    pub addresses: Vec<Multiaddr>,
+    /// When its lease ends.
+    pub expires: Instant,
+}
+
+/// A live rendezvous registration.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Registration {
+    /// The namespace registered under.
+    pub namespace: Arc<str>,
+    /// Who registered.
+    pub peer: PeerId,
+    /// The peer's signed record, as it sent it last.
+    pub envelope: Arc<[u8]>,
+    /// The lease granted at the last registration, in whole seconds.
+    pub ttl: Duration,
+    /// When the lease ends.
+    pub expires: Instant,
+    /// The number of the last registration.
+    pub sequence: u64,
+}
+
+/// Registrations in the order of their numbers.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Page {
+    /// The registrations, oldest number first.
+    pub registrations: Vec<Registration>,
+    /// What to pass as `after` for those that follow: the highest number that was returned or
+    /// passed in. With the namespace it is the whole rendezvous cookie, so the server keeps none.
+    pub last: u64,
+}
+
+/// What a store holds now and what has happened to it since it was made.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Stats {
+    /// Records held, own ones not counted.
+    pub records: u64,
+    /// Those of them that rendezvous discovery returns.
+    pub registrations: u64,
+    /// Keys that have a record.
+    pub keys: u64,
+    /// Peers that have a record.
+    pub peers: u64,
+    /// Names that this node announces itself.
+    pub own: u64,
+    /// Records dropped to make room for somebody who held less.
+    pub evicted: u64,
+    /// Inserts refused.
+    pub refused: u64,
+    /// Records dropped because their lease had ended.
+    pub expired: u64,
+}
+
+/// The bounded table of provider records. The module's documentation gives its invariants.
+#[derive(Debug)]
+pub struct Store {
+    local: PeerId,
+    bounds: Bounds,
+    /// Leases are kept as nanoseconds since here: half the size of an `Instant`, and exact.
+    epoch: Instant,
+    next_sequence: u64,
+    own: HashMap<RecordKey, ProviderRecord>,
+    key_slots: HashMap<Arc<[u8]>, KeySlot>,
+    keys: Slab<Key>,
+    peer_slots: HashMap<PeerId, PeerSlot>,
+    peers: Slab<Peer>,
+    records: BTreeMap<RecordId, Lease>,
+    by_expiry: BTreeSet<(Nanos, RecordId)>,
+    by_peer: BTreeSet<(PeerSlot, Nanos, KeySlot)>,
+    by_sequence: BTreeMap<NonZeroU64, RecordId>,
+    weights: Weights,
+    evicted: u64,
+    refused: u64,
+    expired: u64,
+}
+
+impl Store {
+    /// An empty store of the node `local`.
+    ///
+    /// Registrations are numbered from `first_sequence`. Pass the wall clock in microseconds: a
+    /// cookie from before a restart then still means "what came since", where counting from 0 would
+    /// hide every new registration from its holder.
+    pub fn new(local: PeerId, bounds: Bounds, first_sequence: u64, now: Instant) -> Self {
+        Self {
+            local,
+            bounds,
+            epoch: now,
+            next_sequence: first_sequence.max(1),
+            own: HashMap::new(),
+            key_slots: HashMap::new(),
+            keys: Slab::default(),
+            peer_slots: HashMap::new(),
+            peers: Slab::default(),
+            records: BTreeMap::new(),
+            by_expiry: BTreeSet::new(),
+            by_peer: BTreeSet::new(),
+            by_sequence: BTreeMap::new(),
+            weights: Weights::default(),
+            evicted: 0,
+            refused: 0,
+            expired: 0,
+        }
+    }
+
+    /// Stores a record, or renews it and the peer's addresses, envelope and prefix.
+    ///
+    /// A renewal succeeds unless it is too large. It never shortens the lease, and one by Kademlia
+    /// keeps a registration alive too: the peer evidently still announces the key. Larger addresses
+    /// or a larger envelope that find no room are ignored, and so is a new prefix that is full.
+    ///
+    /// When the store is full, the soonest to expire of the heaviest peer's records in the heaviest
+    /// prefix goes, if the newcomer's prefix stays lighter than that prefix; otherwise that of the
+    /// heaviest peer in the newcomer's own prefix, if the newcomer stays lighter than that peer.
+    pub fn insert(&mut self, new: NewRecord<'_>, now: Instant) -> Result<(), Refused> {
+        let now = self.nanos(now);
+        self.drop_expired(now, EXPIRED_PER_INSERT);
+        let outcome = self.admit(&new, now);
+        self.refused += u64::from(outcome.is_err());
+        outcome
+    }
+
+    /// Drops the record of `peer` for `key`, by whichever road it came; says whether there was one.
+    pub fn withdraw(&mut self, key: &[u8], peer: &PeerId) -> bool {
+        self.find(key, peer).is_some_and(|id| self.remove(id))
+    }
+
+    /// Drops all records of `peer`, at most [`Bounds::per_peer`], and returns their number.
+    pub fn withdraw_all(&mut self, peer: &PeerId) -> usize {
+        let Some(&slot) = self.peer_slots.get(peer) else {
+            return 0;
+        };
+        let mut withdrawn = 0;
+        while let Some(id) = self.soonest_of(slot) {
+            withdrawn += usize::from(self.remove(id));
+        }
+        withdrawn
+    }
+
+    /// Up to `limit` live providers of `key`, own announcements not included.
+    ///
+    /// Each call goes on where the last one for this key stopped, so that n providers have all been
+    /// returned after n / `limit` calls.
+    pub fn sample(&self, key: &[u8], limit: usize, now: Instant) -> Vec<Provider> {
+        let Some((slot, key)) = self.key(key) else {
+            return Vec::new();
+        };
+        let now = self.nanos(now);
+        let start = RecordId {
+            key: slot,
+            peer: PeerSlot(key.next_sample.load(Ordering::Relaxed)),
+        };
+        let (first, last) = RecordId::all_of(slot);
+        let sampled: Vec<_> = self
+            .records
+            .range(start..=last)
+            .chain(self.records.range(first..start))
+            .filter(|(_, lease)| lease.expires > now)
+            .take(limit)
+            .collect();
+        if let Some((id, _)) = sampled.last() {
+            let next = id.peer.0.wrapping_add(1);
+            key.next_sample.store(next, Ordering::Relaxed);
+        }
+        let provider = |(id, lease)| self.provider(id, lease);
+        sampled.into_iter().filter_map(provider).collect()
+    }
+
+    /// Up to `limit` live registrations with a number above `after`, lowest number first: those of
+    /// one namespace's `key`, or all.
+    ///
+    /// Every registration and re-registration takes a new number. An `after` that this store has not
+    /// given out yet counts as 0.
+    pub fn registrations(
+        &self,
+        key: Option<&[u8]>,
+        after: u64,
+        limit: usize,
+        now: Instant,
+    ) -> Page {
+        let now = self.nanos(now);
+        let after = if after < self.next_sequence { after } else { 0 };
+        let registrations = match key {
+            Some(key) => self.registrations_of(key, after, limit, now),
+            None => self.all_registrations(after, limit, now),
+        };
+        let last = registrations.last().map_or(after, |last| last.sequence);
+        Page {
+            registrations,
+            last,
+        }
+    }
+
+    /// Drops expired records and returns their number.
+    ///
+    /// At most 4,096 go in one call, so that the end of a flood does not stall the caller; the rest
+    /// stays invisible and goes with the next sweep or insert.
+    pub fn sweep(&mut self, now: Instant) -> usize {
+        let now = self.nanos(now);
+        self.drop_expired(now, EXPIRED_PER_SWEEP)
+    }
+
+    /// The longest lease that is granted.
+    pub fn lease(&self) -> Duration {
+        self.bounds.lease
+    }
+
+    /// The addresses at which a peer that provides something can be dialled; none of an unknown one.
+    pub fn addresses(&self, peer: &PeerId) -> Vec<Multiaddr> {
+        let slot = self.peer_slots.get(peer);
+        slot.and_then(|slot| self.peers.get(slot.0))
+            .map(|peer| peer.payload.addresses.to_vec())
+            .unwrap_or_default()
+    }
+
+    /// What the store holds and what has happened to it.
+    pub fn stats(&self) -> Stats {
+        Stats {
+            records: self.records.len() as u64,
+            registrations: self.by_sequence.len() as u64,
+            keys: self.key_slots.len() as u64,
+            peers: self.peer_slots.len() as u64,
+            own: self.own.len() as u64,
+            evicted: self.evicted,
+            refused: self.refused,
+            expired: self.expired,
+        }
+    }
+
+    fn admit(&mut self, new: &NewRecord<'_>, now: Nanos) -> Result<(), Refused> {
+        self.check_sizes(new)?;
+        let lease = new.ttl.min(self.bounds.lease);
+        let expires = now.saturating_add(nanos(lease));
+        let id = match self.find(new.key, &new.peer) {
+            Some(id) => {
+                // The lease is renewed whether or not there is room for what else changed.
+                let _ = self.refresh(id.peer, new);
+                self.extend(id, expires);
+                id
+            }
+            None => self.add(new, expires)?,
+        };
+        if let Origin::Rendezvous { namespace, .. } = &new.origin {
+            self.register(id, namespace, lease);
+        }
+        Ok(())
+    }
+
+    fn check_sizes(&self, new: &NewRecord<'_>) -> Result<(), Refused> {
+        let fits = match &new.origin {
+            Origin::Kademlia => true,
+            Origin::Rendezvous {
+                namespace,
+                envelope,
+            } => {
+                namespace.len() <= MAX_NAMESPACE_BYTES
+                    && envelope.len() <= self.bounds.envelope_bytes
+            }
+        };
+        if fits && new.key.len() <= self.bounds.key_bytes {
+            Ok(())
+        } else {
+            Err(Refused::TooLarge)
+        }
+    }
+
+    fn add(&mut self, new: &NewRecord<'_>, expires: Nanos) -> Result<RecordId, Refused> {
+        let known = self.peer_slots.get(&new.peer).copied();
+        let held = known.map_or(0, |slot| self.records_of(slot));
+        if held >= self.bounds.per_peer {
+            return Err(Refused::PeerFull);
+        }
+        let replaced = self.crowded_out_by(new)?;
+        let peer = match known {
+            Some(slot) => {
+                self.refresh(slot, new)?;
+                self.make_room(self.weight(slot), 1)?;
+                slot
+            }
+            None => {
+                let payload = self.payload(new, None);
+                self.make_room(Weight::none(new.prefix), 1 + payload.load())?;
+                self.add_peer(new, payload)
+            }
+        };
+        if let Some(id) = replaced {
+            self.evicted += u64::from(self.remove(id));
+        }
+        let key = self.key_slot(new);
+        let id = RecordId { key, peer };
+        self.records.insert(id, Lease::until(expires));
+        self.by_expiry.insert((expires, id));
+        self.by_peer.insert((peer, expires, key));
+        self.reweigh(peer, |peer| peer.records += 1);
+        if let Some(key) = self.keys.get_mut(key.0) {
+            key.providers += 1;
+        }
+        Ok(id)
+    }
+
+    fn add_peer(&mut self, new: &NewRecord<'_>, payload: Payload) -> PeerSlot {
+        let slot = PeerSlot(self.peers.insert(Peer {
+            id: new.peer,
+            prefix: new.prefix,
+            payload,
+            records: 0,
+            registrations: 0,
+        }));
+        self.peer_slots.insert(new.peer, slot);
+        slot
+    }
+
+    fn key_slot(&mut self, new: &NewRecord<'_>) -> KeySlot {
+        if let Some(&slot) = self.key_slots.get(new.key) {
+            return slot;
+        }
+        let bytes: Arc<[u8]> = new.key.into();
+        let slot = KeySlot(self.keys.insert(Key {
+            bytes: Arc::clone(&bytes),
+            namespace: None,
+            providers: 0,
+            next_sample: AtomicU32::new(0),
+        }));
+        self.key_slots.insert(bytes, slot);
+        slot
+    }
+
+    /// The record that goes when `new` comes to a full key: of the most crowded prefix there, the
+    /// soonest to expire. One pass over the key's records, so at most [`Bounds::per_key`] steps.
+    fn crowded_out_by(&self, new: &NewRecord<'_>) -> Result<Option<RecordId>, Refused> {
+        let full = |key: &Key| key.providers as usize >= self.bounds.per_key;
+        let Some((slot, _)) = self.key(new.key).filter(|(_, key)| full(key)) else {
+            return Ok(None);
+        };
+        let mut crowds: HashMap<Prefix, (usize, (Nanos, RecordId))> = HashMap::new();
+        let (first, last) = RecordId::all_of(slot);
+        for (&id, lease) in self.records.range(first..=last) {
+            let candidate = (lease.expires, id);
+            let prefix = self.weight(id.peer).prefix;
+            let (crowd, soonest) = crowds.entry(prefix).or_insert((0, candidate));
+            *crowd += 1;
+            *soonest = candidate.min(*soonest);
+        }
+        let newcomers = crowds.get(&new.prefix).map_or(0, |&(crowd, _)| crowd);
+        match crowds.into_values().max() {
+            Some((crowd, (_, id))) if crowd > newcomers + 1 => Ok(Some(id)),
+            _ => Err(Refused::KeyFull),
+        }
+    }
+
+    /// Evicts until `load` more fits, as far as `newcomer` has a claim to it.
+    fn make_room(&mut self, newcomer: Weight, load: u32) -> Result<(), Refused> {
+        while let Some(peer) = self.making_room(newcomer, load)? {
+            let evicted = self.soonest_of(peer).is_some_and(|id| self.remove(id));
+            if !evicted {
+                return Err(Refused::Full);
+            }
+            self.evicted += 1;
+        }
+        Ok(())
+    }
+
+    /// The peer that has to give up a record before `load` more fits; none when it fits.
+    ///
+    /// Both comparisons ask for one more than a tie: of two equals neither can push the other out.
+    fn making_room(&self, newcomer: Weight, load: u32) -> Result<Option<PeerSlot>, Refused> {
+        let prefix_load = self.weights.of(newcomer.prefix) + load;
+        let prefix_is_full = prefix_load as usize > self.bounds.per_prefix;
+        let store_is_full = (self.weights.total + load) as usize > self.bounds.records;
+        if !prefix_is_full && !store_is_full {
+            return Ok(None);
+        }
+        let heaviest = self.weights.heaviest_prefix();
+        if let Some(heaviest) = heaviest.filter(|h| !prefix_is_full && h.load > prefix_load) {
+            return Ok(self.weights.heaviest_peer(heaviest.prefix).map(|(p, _)| p));
+        }
+        match self.weights.heaviest_peer(newcomer.prefix) {
+            Some((peer, heaviest)) if heaviest > newcomer.load + load => Ok(Some(peer)),
+            _ => Err(Refused::Full),
+        }
+    }
+
+    /// Takes over what `new` says about a known peer, as far as there is room.
+    fn refresh(&mut self, slot: PeerSlot, new: &NewRecord<'_>) -> Result<(), Refused> {
+        let weight = self.weight(slot);
+        let moved = self.weights.of(new.prefix) + weight.load;
+        if new.prefix != weight.prefix && moved as usize <= self.bounds.per_prefix {
+            self.reweigh(slot, |peer| peer.prefix = new.prefix);
+        }
+        let Some(peer) = self.peers.get(slot.0) else {
+            return Ok(());
+        };
+        let payload = self.payload(new, Some(&peer.payload));
+        let growth = payload.load().saturating_sub(peer.payload.load());
+        if growth > 0 {
+            self.make_room(self.weight(slot), growth)?;
+        }
+        self.reweigh(slot, |peer| peer.payload = payload);
+        Ok(())
+    }
+
+    fn payload(&self, new: &NewRecord<'_>, known: Option<&Payload>) -> Payload {
+        let envelope = match &new.origin {
+            Origin::Rendezvous { envelope, .. } => Some(Arc::clone(envelope)),
+            Origin::Kademlia => known.and_then(|known| known.envelope.clone()),
+        };
+        let addresses: Box<[_]> = new
+            .addresses
+            .iter()
+            .filter(|address| address.len() <= self.bounds.address_bytes)
+            .take(self.bounds.addresses)
+            .cloned()
+            .collect();
+        let addresses = match known {
+            // Kademlia announces external addresses only, often none, while the same peer's
+            // rendezvous registration has some.
+            Some(known) if addresses.is_empty() => known.addresses.clone(),
+            _ => addresses,
+        };
+        Payload {
+            addresses,
+            envelope,
+        }
+    }
+
+    fn extend(&mut self, id: RecordId, expires: Nanos) {
+        let Some(lease) = self.records.get_mut(&id) else {
+            return;
+        };
+        if expires <= lease.expires {
+            return;
+        }
+        self.by_expiry.remove(&(lease.expires, id));
+        self.by_peer.remove(&(id.peer, lease.expires, id.key));
+        lease.expires = expires;
+        self.by_expiry.insert((expires, id));
+        self.by_peer.insert((id.peer, expires, id.key));
+    }
+
+    /// Gives the record a number, unless there was no room for its peer's envelope.
+    fn register(&mut self, id: RecordId, namespace: &Arc<str>, ttl: Duration) {
+        let peer = self.peers.get(id.peer.0);
+        let has_envelope = peer.is_some_and(|peer| peer.payload.envelope.is_some());
+        let Some(lease) = self.records.get_mut(&id).filter(|_| has_envelope) else {
+            return;
+        };
+        let sequence = NonZeroU64::new(self.next_sequence);
+        self.next_sequence = self.next_sequence.saturating_add(1);
+        let earlier = mem::replace(&mut lease.sequence, sequence);
+        lease.ttl_seconds = u32::try_from(ttl.as_secs()).unwrap_or(u32::MAX);
+        if let Some(sequence) = sequence {
+            self.by_sequence.insert(sequence, id);
+        }
+        if let Some(key) = self.keys.get_mut(id.key.0) {
+            key.namespace.get_or_insert_with(|| Arc::clone(namespace));
+        }
+        match earlier {
+            Some(earlier) => {
+                self.by_sequence.remove(&earlier);
+            }
+            None => self.reweigh(id.peer, |peer| peer.registrations += 1),
+        }
+    }
+
+    fn registrations_of(
+        &self,
+        key: &[u8],
+        after: u64,
+        limit: usize,
+        now: Nanos,
+    ) -> Vec<Registration> {
+        let Some((slot, _)) = self.key(key) else {
+            return Vec::new();
+        };
+        let (first, last) = RecordId::all_of(slot);
+        let mut numbered: Vec<_> = self
+            .records
+            .range(first..=last)
+            .filter(|(_, lease)| lease.expires > now)
+            .filter_map(|(&id, lease)| Some((lease.sequence.filter(|n| n.get() > after)?, id)))
+            .collect();
+        numbered.sort_unstable();
+        let ids = numbered.into_iter().take(limit).map(|(_, id)| id);
+        ids.filter_map(|id| self.registration(id)).collect()
+    }
+
+    fn all_registrations(&self, after: u64, limit: usize, now: Nanos) -> Vec<Registration> {
+        let above = NonZeroU64::new(after).map_or(Bound::Unbounded, Bound::Excluded);
+        let live = |id: &RecordId| self.records.get(id).is_some_and(|l| l.expires > now);
+        self.by_sequence
+            .range((above, Bound::Unbounded))
+            .map(|(_, &id)| id)
+            .filter(live)
+            .take(limit)
+            .filter_map(|id| self.registration(id))
+            .collect()
+    }
+
+    fn registration(&self, id: RecordId) -> Option<Registration> {
+        let lease = self.records.get(&id)?;
+        let peer = self.peers.get(id.peer.0)?;
+        Some(Registration {
+            namespace: self.keys.get(id.key.0)?.namespace.clone()?,
+            peer: peer.id,
+            envelope: peer.payload.envelope.clone()?,
+            ttl: Duration::from_secs(lease.ttl_seconds.into()),
+            expires: self.instant(lease.expires),
+            sequence: lease.sequence?.get(),
+        })
+    }
+
+    fn provider(&self, id: &RecordId, lease: &Lease) -> Option<Provider> {
+        let peer = self.peers.get(id.peer.0)?;
+        Some(Provider {
+            peer: peer.id,
+            addresses: peer.payload.addresses.to_vec(),
+            expires: self.instant(lease.expires),
+        })
+    }
+
+    fn drop_expired(&mut self, now: Nanos, limit: usize) -> usize {
+        let mut dropped = 0;
+        while dropped < limit
+            && let Some(&(expires, id)) = self.by_expiry.first()
+            && expires <= now
+            && self.remove(id)
+        {
+            dropped += 1;
+        }
+        self.expired += dropped as u64;
+        dropped
+    }
+
+    fn remove(&mut self, id: RecordId) -> bool {
+        let Some(lease) = self.records.remove(&id) else {
+            return false;
+        };
+        self.by_expiry.remove(&(lease.expires, id));
+        self.by_peer.remove(&(id.peer, lease.expires, id.key));
+        if let Some(sequence) = lease.sequence {
+            self.by_sequence.remove(&sequence);
+        }
+        self.reweigh(id.peer, |peer| peer.forget(&lease));
+        if let Some(key) = self.keys.get_mut(id.key.0) {
+            key.providers -= 1;
+            if key.providers == 0 {
+                self.key_slots.remove(&key.bytes);
+                self.keys.remove(id.key.0);
+            }
+        }
+        true
+    }
+
+    /// Changes a peer, keeps its weight in step and drops it with its last record.
+    fn reweigh(&mut self, slot: PeerSlot, change: impl FnOnce(&mut Peer)) {
+        let Some(peer) = self.peers.get_mut(slot.0) else {
+            return;
+        };
+        let before = peer.weight();
+        change(peer);
+        let after = peer.weight();
+        if peer.records == 0 {
+            self.peer_slots.remove(&peer.id);
+            self.peers.remove(slot.0);
+        }
+        self.weights.change(slot, before, after);
+    }
+
+    fn records_of(&self, slot: PeerSlot) -> usize {
+        let peer = self.peers.get(slot.0);
+        peer.map_or(0, |peer| peer.records as usize)
+    }
+
+    fn weight(&self, slot: PeerSlot) -> Weight {
+        let peer = self.peers.get(slot.0);
+        peer.map_or(Weight::none(Prefix::Local), Peer::weight)
+    }
+
+    fn soonest_of(&self, peer: PeerSlot) -> Option<RecordId> {
+        let first = (peer, Nanos::MIN, KeySlot(u32::MIN));
+        let last = (peer, Nanos::MAX, KeySlot(u32::MAX));
+        let &(peer, _, key) = self.by_peer.range(first..=last).next()?;
+        Some(RecordId { key, peer })
+    }
+
+    fn find(&self, key: &[u8], peer: &PeerId) -> Option<RecordId> {
+        let &key = self.key_slots.get(key)?;
+        let &peer = self.peer_slots.get(peer)?;
+        let id = RecordId { key, peer };
+        self.records.contains_key(&id).then_some(id)
+    }
+
+    fn key(&self, key: &[u8]) -> Option<(KeySlot, &Key)> {
+        let &slot = self.key_slots.get(key)?;
+        Some((slot, self.keys.get(slot.0)?))
+    }
+
+    fn nanos(&self, at: Instant) -> Nanos {
+        nanos(at.saturating_duration_since(self.epoch))
+    }
+
+    fn instant(&self, at: Nanos) -> Instant {
+        self.epoch + Duration::from_nanos(at)
+    }
+}
+
+impl RecordStore for Store {
+    type RecordsIter<'a> = iter::Empty<Cow<'a, Record>>;
+    type ProvidedIter<'a> = iter::Map<
+        hash_map::Values<'a, RecordKey, ProviderRecord>,
+        fn(&'a ProviderRecord) -> Cow<'a, ProviderRecord>,
+    >;
+
+    fn get(&self, _: &RecordKey) -> Option<Cow<'_, Record>> {
+        None
+    }
+
+    /// Refuses: a grape keeps no value records.
+    fn put(&mut self, _: Record) -> store::Result<()> {
+        Err(store::Error::MaxRecords)
+    }
+
+    fn remove(&mut self, _: &RecordKey) {}
+
+    fn records(&self) -> Self::RecordsIter<'_> {
+        iter::empty()
+    }
+
+    /// Stores an announcement of this node. Anybody else's is inserted under the prefix of its
+    /// first address, which is only claimed: the driver has Kademlia hand those out and inserts
+    /// them with the prefix of the connection.
+    fn add_provider(&mut self, record: ProviderRecord) -> store::Result<()> {
+        if record.provider == self.local {
+            return self.provide(record);
+        }
+        let now = Instant::now();
+        let ttl = match record.expires {
+            Some(expires) => expires.saturating_duration_since(now),
+            None => self.bounds.lease,
+        };
+        let new = NewRecord {
+            key: record.key.as_ref(),
+            peer: record.provider,
+            prefix: record.addresses.first().map_or(Prefix::Local, Prefix::from),
+            addresses: &record.addresses,
+            origin: Origin::Kademlia,
+            ttl,
+        };
+        self.insert(new, now)
+            .map_err(|_| store::Error::MaxProvidedKeys)
+    }
+
+    /// This node's own announcement, first so that no cut loses it, and a sample of the others.
+    fn providers(&self, key: &RecordKey) -> Vec<ProviderRecord> {
+        let own = self.own.get(key);
+        let sample = self.sample(key.as_ref(), KADEMLIA_ANSWER, Instant::now());
+        let others = sample
+            .into_iter()
+            .filter(|provider| own.is_none_or(|own| own.provider != provider.peer))
+            .map(|provider| ProviderRecord {
+                key: key.clone(),
+                provider: provider.peer,
+                expires: Some(provider.expires),
+                addresses: provider.addresses,
+            });
+        own.cloned().into_iter().chain(others).collect()
+    }
+
+    fn provided(&self) -> Self::ProvidedIter<'_> {
+        self.own.values().map(Cow::Borrowed)
+    }
+
+    fn remove_provider(&mut self, key: &RecordKey, provider: &PeerId) {
+        if *provider == self.local {
+            self.own.remove(key);
+        }
+        self.withdraw(key.as_ref(), provider);
+    }
+}
+
+impl Store {
+    fn provide(&mut self, record: ProviderRecord) -> store::Result<()> {
+        if self.own.len() >= self.bounds.own && !self.own.contains_key(&record.key) {
+            return Err(store::Error::MaxProvidedKeys);
+        }
+        self.own.insert(record.key.clone(), record);
+        Ok(())
+    }
+}
+
+/// Nanoseconds since the store was made.
+type Nanos = u64;
+
+fn nanos(duration: Duration) -> Nanos {
+    Nanos::try_from(duration.as_nanos()).unwrap_or(Nanos::MAX)
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+struct KeySlot(u32);
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+struct PeerSlot(u32);
+
+/// A record is known by whose it is and for what; in this order the records of a key are adjacent.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+struct RecordId {
+    key: KeySlot,
+    peer: PeerSlot,
+}
+
+impl RecordId {
+    fn all_of(key: KeySlot) -> (Self, Self) {
+        let [first, last] = [u32::MIN, u32::MAX].map(PeerSlot);
+        (Self { key, peer: first }, Self { key, peer: last })
+    }
+}
+
+#[derive(Debug)]
+struct Lease {
+    expires: Nanos,
+    /// The number of the last registration; none when the record came by Kademlia only.
+    sequence: Option<NonZeroU64>,
+    ttl_seconds: u32,
+}
+
+impl Lease {
+    fn until(expires: Nanos) -> Self {
+        Self {
+            expires,
+            sequence: None,
+            ttl_seconds: 0,
+        }
+    }
+}
+
+#[derive(Debug)]
+struct Key {
+    bytes: Arc<[u8]>,
+    namespace: Option<Arc<str>>,
+    providers: u32,
+    /// The peer slot at which the next sample starts. Atomic, because Kademlia reads through `&self`.
+    next_sample: AtomicU32,
+}
+
+#[derive(Debug)]
+struct Peer {
+    id: PeerId,
+    prefix: Prefix,
+    payload: Payload,
+    records: u32,
+    registrations: u32,
+}
+
+impl Peer {
+    fn weight(&self) -> Weight {
+        let payload = self.payload.load();
+        Weight {
+            prefix: self.prefix,
+            load: match self.records {
+                0 => 0,
+                records => records + payload,
+            },
+        }
+    }
+
+    fn forget(&mut self, lease: &Lease) {
+        self.records -= 1;
+        self.registrations -= u32::from(lease.sequence.is_some());
+        if self.registrations == 0 {
+            self.payload.envelope = None;
+        }
+    }
+}
+
+/// What a peer said about itself.
+#[derive(Debug)]
+struct Payload {
+    addresses: Box<[Multiaddr]>,
+    envelope: Option<Arc<[u8]>>,
+}
+
+impl Payload {
+    fn load(&self) -> u32 {
+        let addresses: usize = self.addresses.iter().map(Multiaddr::len).sum();
+        let bytes = addresses + self.envelope.as_ref().map_or(0, |envelope| envelope.len());
+        u32::try_from(bytes / BYTES_PER_LOAD).unwrap_or(u32::MAX)
+    }
+}
+
+/// What a peer takes up: its records and the size of its payload, in records.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Weight {
+    prefix: Prefix,
+    load: u32,
+}
+
+impl Weight {
+    fn none(prefix: Prefix) -> Self {
+        Self { prefix, load: 0 }
+    }
+}
+
+/// The weights of all peers and prefixes in order, so that the heaviest is found at once.
+#[derive(Debug, Default)]
+struct Weights {
+    total: u32,
+    by_prefix: HashMap<Prefix, u32>,
+    prefixes: BTreeSet<(u32, Prefix)>,
+    peers: BTreeSet<(Prefix, u32, PeerSlot)>,
+}
+
+impl Weights {
+    fn of(&self, prefix: Prefix) -> u32 {
+        self.by_prefix.get(&prefix).copied().unwrap_or_default()
+    }
+
+    fn heaviest_prefix(&self) -> Option<Weight> {
+        let &(load, prefix) = self.prefixes.last()?;
+        Some(Weight { prefix, load })
+    }
+
+    fn heaviest_peer(&self, prefix: Prefix) -> Option<(PeerSlot, u32)> {
+        let first = (prefix, u32::MIN, PeerSlot(u32::MIN));
+        let last = (prefix, u32::MAX, PeerSlot(u32::MAX));
+        let &(_, load, peer) = self.peers.range(first..=last).next_back()?;
+        Some((peer, load))
+    }
+
+    fn change(&mut self, peer: PeerSlot, before: Weight, after: Weight) {
+        if before == after {
+            return;
+        }
+        if before.load > 0 {
+            self.peers.remove(&(before.prefix, before.load, peer));
+            self.set_prefix(before.prefix, self.of(before.prefix) - before.load);
+        }
+        if after.load > 0 {
+            self.peers.insert((after.prefix, after.load, peer));
+            self.set_prefix(after.prefix, self.of(after.prefix) + after.load);
+        }
+        self.total = self.total - before.load + after.load;
+    }
+
+    fn set_prefix(&mut self, prefix: Prefix, load: u32) {
+        let before = match load {
+            0 => self.by_prefix.remove(&prefix),
+            load => self.by_prefix.insert(prefix, load),
+        };
+        if let Some(before) = before {
+            self.prefixes.remove(&(before, prefix));
+        }
+        if load > 0 {
+            self.prefixes.insert((load, prefix));
+        }
+    }
+}
+
+/// Values under small numbers that are used again, so that the numbers never run out.
+#[derive(Debug)]
+struct Slab<T> {
+    items: Vec<Option<T>>,
+    free: Vec<u32>,
+}
+
+impl<T> Default for Slab<T> {
+    fn default() -> Self {
+        Self {
+            items: Vec::new(),
+            free: Vec::new(),
+        }
+    }
+}
+
+impl<T> Slab<T> {
+    fn get(&self, slot: u32) -> Option<&T> {
+        self.items.get(slot as usize)?.as_ref()
+    }
+
+    fn get_mut(&mut self, slot: u32) -> Option<&mut T> {
+        self.items.get_mut(slot as usize)?.as_mut()
+    }
+
+    fn insert(&mut self, item: T) -> u32 {
+        if let Some(slot) = self.free.pop() {
+            self.items[slot as usize] = Some(item);
+            return slot;
+        }
+        self.items.push(Some(item));
+        // Bounded by `Bounds::records`, of which a `u32` counts the load.
+        (self.items.len() - 1) as u32
+    }
+
+    fn remove(&mut self, slot: u32) {
+        let item = self.items.get_mut(slot as usize).and_then(Option::take);
+        if item.is_some() {
+            self.free.push(slot);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    const SECOND: Duration = Duration::from_secs(1);
+
+    fn peer(n: u32) -> PeerId {
+        let mut bytes = vec![0x12, 0x20];
+        bytes.extend(n.to_be_bytes().repeat(8));
+        PeerId::from_bytes(&bytes).unwrap()
+    }
+
+    fn key(n: u32) -> Vec<u8> {
+        n.to_be_bytes().repeat(8)
+    }
+
+    fn network(n: u32) -> Prefix {
+        let [_, a, b, c] = n.to_be_bytes();
+        Prefix::V4([a, b, c])
+    }
+
+    fn address(n: u32) -> Multiaddr {
+        format!("/ip4/10.0.0.1/tcp/{n}").parse().unwrap()
+    }
+
+    fn rendezvous(envelope: &[u8]) -> Origin {
+        Origin::Rendezvous {
+            namespace: "client1".into(),
+            envelope: envelope.into(),
+        }
+    }
+
+    fn tight() -> Bounds {
+        Bounds {
+            records: 100,
+            per_prefix: 60,
+            per_peer: 30,
+            per_key: 10,
+            own: 2,
+            ..Bounds::default()
+        }
+    }
+
+    /// A store and a clock that only the test moves.
+    struct Scene {
+        store: Store,
+        now: Instant,
+    }
+
+    impl Scene {
+        fn new(bounds: Bounds) -> Self {
+            let now = Instant::now();
+            let store = Store::new(peer(u32::MAX), bounds, 1, now);
+            Self { store, now }
+        }
+
+        fn insert(&mut self, new: NewRecord<'_>) -> Result<(), Refused> {
+            self.store.insert(new, self.now)
+        }
+
+        fn announce(&mut self, from: Prefix, who: u32, what: u32) -> Result<(), Refused> {
+            self.insert(NewRecord {
+                prefix: from,
+                ..record(&key(what), who)
+            })
+        }
+
+        fn register(&mut self, who: u32, what: u32) {
+            self.insert(NewRecord {
+                origin: rendezvous(&who.to_be_bytes()),
+                ..record(&key(what), who)
+            })
+            .unwrap();
+        }
+
+        fn providers(&self, what: u32) -> Vec<PeerId> {
+            let sample = self.store.sample(&key(what), usize::MAX, self.now);
+            let mut providers: Vec<_> = sample.into_iter().map(|found| found.peer).collect();
+            providers.sort_unstable();
+            providers
+        }
+
+        fn page(&self, what: Option<u32>, after: u64, limit: usize) -> (Vec<PeerId>, u64) {
+            let key = what.map(key);
+            let page = self
+                .store
+                .registrations(key.as_deref(), after, limit, self.now);
+            let peers = page.registrations.iter().map(|found| found.peer).collect();
+            (peers, page.last)
+        }
+    }
+
+    fn record(key: &[u8], who: u32) -> NewRecord<'_> {
+        NewRecord {
+            key,
+            peer: peer(who),
+            prefix: network(0),
+            addresses: &[],
+            origin: Origin::Kademlia,
+            ttl: 90 * SECOND,
+        }
+    }
+
+    fn check_invariants(store: &Store) {
+        let Store {
+            bounds, records, ..
+        } = store;
+        assert!(store.weights.total as usize <= bounds.records);
+        assert!(store.own.len() <= bounds.own);
+        assert_eq!(store.by_expiry.len(), records.len());
+        assert_eq!(store.by_peer.len(), records.len());
+        assert_eq!(store.keys.occupied(), store.key_slots.len());
+        assert_eq!(store.peers.occupied(), store.peer_slots.len());
+
+        let mut registrations = 0;
+        for (id, lease) in records {
+            assert!(store.by_expiry.contains(&(lease.expires, *id)));
+            assert!(store.by_peer.contains(&(id.peer, lease.expires, id.key)));
+            if let Some(sequence) = lease.sequence {
+                assert_eq!(store.by_sequence.get(&sequence), Some(id));
+                assert!(store.registration(*id).is_some());
+                registrations += 1;
+            }
+        }
+        assert_eq!(store.by_sequence.len(), registrations);
+        check_keys(store);
+        check_peers(store);
+    }
+
+    fn check_keys(store: &Store) {
+        for (bytes, slot) in &store.key_slots {
+            let key = store.keys.get(slot.0).unwrap();
+            let records = store.records.keys().filter(|id| id.key == *slot).count();
+            assert_eq!(&key.bytes, bytes);
+            assert_eq!(key.providers as usize, records);
+            assert!((1..=store.bounds.per_key).contains(&records));
+        }
+    }
+
+    fn check_peers(store: &Store) {
+        let mut loads: BTreeMap<Prefix, u32> = BTreeMap::new();
+        for (id, slot) in &store.peer_slots {
+            let peer = store.peers.get(slot.0).unwrap();
+            let of = |(record, _): &(&RecordId, &Lease)| record.peer == *slot;
+            let leases: Vec<_> = store.records.iter().filter(of).map(|(_, l)| l).collect();
+            let registered = leases.iter().filter(|lease| lease.sequence.is_some());
+            assert_eq!(&peer.id, id);
+            assert_eq!(peer.records as usize, leases.len());
+            assert_eq!(peer.registrations as usize, registered.count());
+            assert!((1..=store.bounds.per_peer).contains(&leases.len()));
+            let Weight { prefix, load } = peer.weight();
+            assert!(store.weights.peers.contains(&(prefix, load, *slot)));
+            *loads.entry(prefix).or_default() += load;
+        }
+        assert_eq!(store.weights.peers.len(), store.peer_slots.len());
+        assert_eq!(store.weights.total, loads.values().sum::<u32>());
+        let ranked = loads.iter().map(|(&prefix, &load)| (load, prefix));
+        assert_eq!(store.weights.prefixes, ranked.collect());
+        assert_eq!(store.weights.by_prefix, loads.into_iter().collect());
+        for (load, _) in &store.weights.prefixes {
+            assert!(*load as usize <= store.bounds.per_prefix);
+        }
+    }
+
+    impl<T> Slab<T> {
+        fn occupied(&self) -> usize {
+            assert_eq!(
+                self.items.iter().flatten().count() + self.free.len(),
+                self.items.len()
+            );
+            self.items.len() - self.free.len()
+        }
+    }
+
+    #[test]
+    fn prefix_is_a_24_of_ipv4_and_a_48_of_ipv6() {
+        let table = [
+            ("/ip4/192.0.2.77/tcp/1", Prefix::V4([192, 0, 2])),
+            ("/ip4/192.0.2.78/udp/1/quic-v1", Prefix::V4([192, 0, 2])),
+            ("/ip6/::ffff:192.0.2.77/tcp/1", Prefix::V4([192, 0, 2])),
+            (
+                "/ip6/2001:db8:1:2::3/tcp/1",
+                Prefix::V6([0x20, 0x01, 0x0d, 0xb8, 0, 1]),
+            ),
+            ("/memory/1", Prefix::Local),
+            ("/dns/example.org/tcp/1", Prefix::Local),
+        ];
+        for (address, prefix) in table {
+            let parsed: Multiaddr = address.parse().unwrap();
+            assert_eq!(Prefix::from(&parsed), prefix, "{address}");
+        }
+        assert_eq!(Prefix::from(&Multiaddr::empty()), Prefix::Local);
+    }
+
+    #[test]
+    fn announced_name_is_found_until_its_lease_ends() {
+        let mut scene = Scene::new(tight());
+        scene.announce(network(0), 1, 1).unwrap();
+        scene.now += 90 * SECOND - Duration::from_nanos(1);
+        assert_eq!(scene.providers(1), [peer(1)]);
+        scene.now += Duration::from_nanos(1);
+        assert_eq!(scene.providers(1), [], "before the sweep");
+        assert_eq!(scene.store.sweep(scene.now), 1);
+        assert_eq!(scene.store.stats().expired, 1);
+        check_invariants(&scene.store);
+    }
+
+    #[test]
+    fn longer_lease_than_allowed_is_cut() {
+        let mut scene = Scene::new(tight());
+        let new = NewRecord {
+            ttl: Duration::MAX,
+            ..record(b"name", 1)
+        };
+        scene.insert(new).unwrap();
+        scene.now += 90 * SECOND;
+        assert_eq!(scene.store.sample(b"name", 1, scene.now), []);
+    }
+
+    #[test]
+    fn withdrawn_name_is_not_found() {
+        let mut scene = Scene::new(tight());
+        for what in [1, 2, 3] {
+            scene.register(1, what);
+            scene.announce(network(0), 2, what).unwrap();
+        }
+        assert!(scene.store.withdraw(&key(1), &peer(1)));
+        assert!(!scene.store.withdraw(&key(1), &peer(1)));
+        assert_eq!(scene.providers(1), [peer(2)]);
+        assert_eq!(scene.store.withdraw_all(&peer(1)), 2);
+        assert_eq!(scene.providers(3), [peer(2)]);
+        assert_eq!(scene.page(None, 0, 9).0, []);
+        assert_eq!(scene.store.withdraw_all(&peer(2)), 3);
+        assert_eq!(scene.store.stats(), Stats::default());
+        check_invariants(&scene.store);
+    }
+
+    #[test]
+    fn renewal_extends_the_lease_and_never_shortens_it() {
+        let mut scene = Scene::new(tight());
+        let lease = |ttl| NewRecord {
+            ttl,
+            ..record(b"name", 1)
+        };
+        scene.insert(lease(60 * SECOND)).unwrap();
+        scene.now += 30 * SECOND;
+        scene.insert(lease(SECOND)).unwrap();
+        let ends = |scene: &Scene| scene.store.sample(b"name", 1, scene.now)[0].expires;
+        assert_eq!(ends(&scene), scene.now + 30 * SECOND);
+        scene.insert(lease(60 * SECOND)).unwrap();
+        assert_eq!(ends(&scene), scene.now + 60 * SECOND);
+    }
+
+    #[test]
+    fn renewal_replaces_the_addresses_but_none_replaces_nothing() {
+        let mut scene = Scene::new(tight());
+        let [old, new] = [[address(1)], [address(2)]];
+        let cases: [(&[Multiaddr], &[Multiaddr]); 3] = [(&old, &old), (&new, &new), (&[], &new)];
+        for (announced, found) in cases {
+            let announcement = NewRecord {
+                addresses: announced,
+                ..record(b"name", 1)
+            };
+            scene.insert(announcement).unwrap();
+            assert_eq!(
+                scene.store.sample(b"name", 1, scene.now)[0].addresses,
+                found
+            );
+        }
+    }
+
+    #[test]
+    fn renewals_without_end_leave_one_item_in_each_index() {
+        let mut scene = Scene::new(tight());
+        for _ in 0..1_000 {
+            scene.now += Duration::from_millis(1);
+            scene.register(1, 1);
+            scene.announce(network(0), 1, 1).unwrap();
+        }
+        check_invariants(&scene.store);
+        let stats = scene.store.stats();
+        assert_eq!((stats.records, stats.registrations), (1, 1));
+    }
+
+    #[test]
+    fn oversized_records_are_refused_at_their_exact_bounds() {
+        let table = [
+            (64, 255, 4_096, Ok(())),
+            (65, 255, 4_096, Err(Refused::TooLarge)),
+            (64, 256, 4_096, Err(Refused::TooLarge)),
+            (64, 255, 4_097, Err(Refused::TooLarge)),
+        ];
+        for (key, namespace, envelope, expected) in table {
+            let mut scene = Scene::new(tight());
+            let key = vec![0; key];
+            let new = NewRecord {
+                origin: Origin::Rendezvous {
+                    namespace: "n".repeat(namespace).into(),
+                    envelope: vec![0; envelope].into(),
+                },
+                ..record(&key, 1)
+            };
+            assert_eq!(scene.insert(new), expected);
+            assert_eq!(scene.store.stats().refused, u64::from(expected.is_err()));
+        }
+    }
+
+    #[test]
+    fn addresses_beyond_the_bounds_are_dropped() {
+        let mut scene = Scene::new(tight());
+        let long: Multiaddr = format!("/dns/{}/tcp/1", "d".repeat(256)).parse().unwrap();
+        let mut addresses = vec![long];
+        addresses.extend((1..20).map(address));
+        let new = NewRecord {
+            addresses: &addresses,
+            ..record(b"name", 1)
+        };
+        scene.insert(new).unwrap();
+        let found = scene.store.sample(b"name", 1, scene.now);
+        assert_eq!(found[0].addresses, addresses[1..9]);
+    }
+
+    #[test]
+    fn peer_announces_up_to_its_bound() {
+        let mut scene = Scene::new(tight());
+        for what in 0..30 {
+            scene.announce(network(0), 1, what).unwrap();
+        }
+        assert_eq!(scene.announce(network(0), 1, 30), Err(Refused::PeerFull));
+        assert_eq!(scene.announce(network(0), 1, 29), Ok(()), "a renewal");
+        scene.store.withdraw(&key(0), &peer(1));
+        assert_eq!(scene.announce(network(0), 1, 30), Ok(()));
+    }
+
+    #[test]
+    fn flood_does_not_keep_an_honest_peer_out() {
+        // Flooding peers, networks they come from, whether the honest peer shares their first one.
+        let table = [
+            (3, 1, true),
+            (4, 2, true),
+            (4, 2, false),
+            (50, 50, false),
+            (50, 50, true),
+            (20, 1, true),
+            // So many peers that each holds a single record: told apart by their network only.
+            (1_000, 2, false),
+            (1_000, 20, false),
+        ];
+        for (flooders, networks, shared) in table {
+            let case = format!("{flooders} flooders, {networks} networks, shared {shared}");
+            let mut scene = Scene::new(tight());
+            for what in 0..3_000 {
+                let who = what % flooders;
+                let _ = scene.announce(network(who % networks), who, 10_000 + what);
+            }
+            let home = if shared { network(0) } else { network(999) };
+            for what in 0..2 {
+                let outcome = scene.announce(home, 99_999, what);
+                // Where everybody in a network holds two records, a third peer gets one.
+                if what == 0 {
+                    outcome.expect(&case);
+                }
+            }
+            assert_eq!(scene.providers(0), [peer(99_999)], "{case}");
+            for what in 0..3_000 {
+                let who = what % flooders;
+                let _ = scene.announce(network(who % networks), who, 20_000 + what);
+            }
+            assert_eq!(scene.providers(0), [peer(99_999)], "{case}: still there");
+            check_invariants(&scene.store);
+        }
+    }
+
+    #[test]
+    fn equals_do_not_push_each_other_out() {
+        let mut scene = Scene::new(tight());
+        for who in 0..100 {
+            scene.announce(network(who % 2), who, who).unwrap();
+        }
+        assert_eq!(scene.announce(network(0), 100, 100), Err(Refused::Full));
+        assert_eq!(scene.announce(network(0), 1, 100), Err(Refused::Full));
+        assert_eq!(scene.store.stats().evicted, 0);
+        assert_eq!(scene.announce(network(0), 0, 0), Ok(()), "a renewal");
+    }
+
+    #[test]
+    fn evicted_is_what_the_heaviest_peer_renewed_least_recently() {
+        let mut scene = Scene::new(tight());
+        for what in 0..60 {
+            scene.now += SECOND;
+            scene.announce(network(0), what % 2, what).unwrap();
+        }
+        scene.announce(network(0), 1, 1).unwrap();
+        scene.announce(network(0), 0, 0).unwrap();
+        scene.announce(network(0), 2, 100).unwrap();
+        assert_eq!(scene.providers(3), []);
+        assert_eq!(scene.store.stats().evicted, 1);
+    }
+
+    #[test]
+    fn large_payload_weighs_like_records() {
+        let mut scene = Scene::new(tight());
+        let bulky = |scene: &mut Scene, who| {
+            scene.insert(NewRecord {
+                origin: rendezvous(&[0; 4_096]),
+                ..record(&key(who), who)
+            })
+        };
+        // Each weighs 1 + 4,096 / 512 = 9 of the 60 that one network may take.
+        for who in 0..6 {
+            bulky(&mut scene, who).unwrap();
+        }
+        assert_eq!(bulky(&mut scene, 6), Err(Refused::Full));
+        for who in 10..20 {
+            scene.announce(network(0), who, who).unwrap();
+        }
+        assert_eq!(scene.store.stats().evicted, 1);
+        check_invariants(&scene.store);
+    }
+
+    #[test]
+    fn renewal_keeps_its_small_envelope_when_the_larger_has_no_room() {
+        let mut scene = Scene::new(tight());
+        scene.register(0, 0);
+        for who in 1..60 {
+            scene.announce(network(0), who, who).unwrap();
+        }
+        let outcome = scene.insert(NewRecord {
+            origin: rendezvous(&[0; 4_096]),
+            ..record(&key(0), 0)
+        });
+        assert_eq!(outcome, Ok(()));
+        let page = scene.store.registrations(None, 1, 9, scene.now);
+        assert_eq!(page.registrations[0].envelope.len(), 4);
+        check_invariants(&scene.store);
+    }
+
+    #[test]
+    fn peer_that_moves_is_counted_in_its_new_network_if_there_is_room() {
+        let mut scene = Scene::new(tight());
+        scene.announce(network(1), 1, 1).unwrap();
+        scene.announce(network(2), 1, 1).unwrap();
+        assert_eq!(scene.store.weights.of(network(1)), 0);
+        assert_eq!(scene.store.weights.of(network(2)), 1);
+        for what in 0..60 {
+            scene.announce(network(3), 2 + what % 2, what).unwrap();
+        }
+        scene.announce(network(3), 1, 1).unwrap();
+        assert_eq!(scene.store.weights.of(network(2)), 1);
+        check_invariants(&scene.store);
+    }
+
+    #[test]
+    fn full_key_takes_newcomers_from_less_crowded_networks() {
+        let mut scene = Scene::new(tight());
+        for who in 0..10 {
+            scene.announce(network(0), who, 1).unwrap();
+        }
+        for who in 10..12 {
+            scene.announce(network(1), who, 1).unwrap();
+        }
+        assert_eq!(scene.announce(network(0), 12, 1), Err(Refused::KeyFull));
+        let found = scene.providers(1);
+        assert_eq!(found.len(), 10);
+        assert!([10, 11].iter().all(|&who| found.contains(&peer(who))));
+        for who in 13..99 {
+            let _ = scene.announce(network(1), who, 1);
+        }
+        let of_first = (0..10).filter(|&who| scene.providers(1).contains(&peer(who)));
+        assert_eq!(of_first.count(), 5, "two networks halve a key");
+        check_invariants(&scene.store);
+    }
+
+    #[test]
+    fn sample_returns_everyone_in_turn() {
+        let mut scene = Scene::new(Bounds::default());
+        for who in 0..95 {
+            scene.announce(network(0), who, 1).unwrap();
+            scene.announce(network(0), who, 2).unwrap();
+        }
+        let mut seen = BTreeSet::new();
+        for _ in 0..5 {
+            let sample = scene.store.sample(&key(1), 20, scene.now);
+            assert_eq!(sample.len(), 20);
+            seen.extend(sample.into_iter().map(|found| found.peer));
+            // Another key in between does not disturb the turn.
+            scene.store.sample(&key(2), 7, scene.now);
+        }
+        assert_eq!(seen.len(), 95);
+        assert_eq!(scene.providers(1).len(), 95, "each once when all fit");
+        assert_eq!(scene.store.sample(&key(1), 0, scene.now), []);
+        assert_eq!(scene.store.sample(b"unknown", 20, scene.now), []);
+    }
+
+    #[test]
+    fn discovery_returns_registrations_only_and_goes_on_after_the_cookie() {
+        let mut scene = Scene::new(tight());
+        scene.register(1, 1);
+        scene.register(2, 1);
+        scene.announce(network(0), 3, 1).unwrap();
+        scene.register(4, 1);
+        scene.register(5, 2);
+        assert_eq!(scene.page(Some(1), 0, 2), (vec![peer(1), peer(2)], 2));
+        assert_eq!(scene.page(Some(1), 2, 2), (vec![peer(4)], 3));
+        assert_eq!(scene.page(Some(1), 3, 2), (vec![], 3));
+        assert_eq!(scene.page(None, 2, 9), (vec![peer(4), peer(5)], 4));
+        scene.register(1, 1);
+        assert_eq!(scene.page(Some(1), 3, 2), (vec![peer(1)], 5));
+        let foreign = scene.page(Some(1), 1_000, 9);
+        assert_eq!(foreign, (vec![peer(2), peer(4), peer(1)], 5));
+        scene.now += 90 * SECOND;
+        assert_eq!(scene.page(Some(1), 0, 9), (vec![], 0), "expired");
+        assert_eq!(scene.page(None, 0, 9), (vec![], 0), "expired");
+    }
+
+    #[test]
+    fn registration_carries_namespace_envelope_and_granted_lease() {
+        let mut scene = Scene::new(tight());
+        scene.register(1, 1);
+        scene.now += 30 * SECOND;
+        scene.announce(network(0), 1, 1).unwrap();
+        let page = scene.store.registrations(None, 0, 9, scene.now);
+        let expected = Registration {
+            namespace: "client1".into(),
+            peer: peer(1),
+            envelope: 1_u32.to_be_bytes().as_slice().into(),
+            ttl: 90 * SECOND,
+            expires: scene.now + 90 * SECOND,
+            sequence: 1,
+        };
+        assert_eq!(page.registrations, [expected]);
+    }
+
+    #[test]
+    fn own_names_stand_apart_from_a_flood_and_within_their_bound() {
+        let mut scene = Scene::new(tight());
+        let local = peer(u32::MAX);
+        let own = |n| ProviderRecord::new(key(n), local, vec![]);
+        scene.store.add_provider(own(1)).unwrap();
+        scene.store.add_provider(own(2)).unwrap();
+        scene.store.add_provider(own(2)).unwrap();
+        assert!(scene.store.add_provider(own(3)).is_err());
+        for who in 0..500 {
+            let _ = scene.announce(network(who), who, 1);
+        }
+        let found = scene.store.providers(&key(1).into());
+        assert_eq!((found[0].provider, found.len()), (local, 11));
+        assert_eq!(scene.store.provided().count(), 2);
+        scene.store.remove_provider(&key(1).into(), &local);
+        let found = scene.store.providers(&key(1).into());
+        assert!(found.iter().all(|record| record.provider != local));
+        assert_eq!(scene.store.stats().own, 1);
+    }
+
+    #[test]
+    fn kademlia_finds_what_it_stores_for_others_and_no_values() {
+        let mut scene = Scene::new(tight());
+        let key = RecordKey::from(key(1));
+        let record = ProviderRecord::new(key.clone(), peer(1), vec![address(1)]);
+        scene.store.add_provider(record.clone()).unwrap();
+        let found = scene.store.providers(&key);
+        assert_eq!(found, [record]);
+        assert_eq!(found[0].addresses, [address(1)]);
+        assert!(!found[0].is_expired(Instant::now()));
+        assert_eq!(scene.store.provided().count(), 0);
+        scene.store.remove_provider(&key, &peer(1));
+        assert_eq!(scene.store.providers(&key), []);
+
+        let value = Record::new(key.clone(), vec![1]);
+        assert!(scene.store.put(value).is_err());
+        assert!(scene.store.get(&key).is_none());
+        assert_eq!(scene.store.records().count(), 0);
+    }
+
+    #[test]
+    fn sweep_and_insert_drop_the_expired_in_small_portions() {
+        let mut scene = Scene::new(Bounds::default());
+        for what in 0..10_000 {
+            scene.announce(network(0), 1, what).unwrap();
+        }
+        scene.now += 91 * SECOND;
+        assert_eq!(scene.store.sweep(scene.now), 4_096);
+        scene.announce(network(0), 1, 20_000).unwrap();
+        assert_eq!(scene.store.sweep(scene.now), 4_096);
+        assert_eq!(scene.store.sweep(scene.now), 10_000 - 2 * 4_096 - 4);
+        assert_eq!(scene.store.stats().records, 1);
+        check_invariants(&scene.store);
+    }
+
+    #[test]
+    fn million_inserts_stay_within_the_bounds() {
+        let bounds = Bounds {
+            records: 2_000,
+            per_prefix: 1_000,
+            per_peer: 200,
+            per_key: 50,
+            ..Bounds::default()
+        };
+        let mut scene = Scene::new(bounds);
+        for n in 0..1_000_000_u32 {
+            let noise = n.wrapping_mul(2_654_435_761) >> 8;
+            let (who, what) = (noise % 5_000, noise % 7_919);
+            let _ = scene.announce(network(who % 40), who, what);
+            if n % 1_000 == 0 {
+                scene.now += SECOND;
+            }
+            if n % 50_000 == 0 {
+                check_invariants(&scene.store);
+            }
+        }
+        check_invariants(&scene.store);
+        let slots = scene.store.keys.items.len() + scene.store.peers.items.len();
+        assert!(slots <= 2 * 2_001, "{slots} slots");
+    }
+
+    #[derive(Clone, Debug)]
+    enum Step {
+        Insert {
+            who: u32,
+            what: u32,
+            from: u32,
+            envelope: Option<usize>,
+            seconds: u32,
+        },
+        Withdraw(u32, u32),
+        WithdrawAll(u32),
+        Wait(u32),
+        Sweep,
+    }
+
+    fn step() -> impl Strategy<Value = Step> {
+        let envelope = prop::option::of(prop_oneof![Just(4_usize), 500_usize..2_000]);
+        let insert = (0..9_u32, 0..7_u32, 0..3_u32, envelope, 1..90_u32).prop_map(
+            |(who, what, from, envelope, seconds)| Step::Insert {
+                who,
+                what,
+                from,
+                envelope,
+                seconds,
+            },
+        );
+        prop_oneof![
+            12 => insert,
+            2 => (0..9_u32, 0..7_u32).prop_map(|(who, what)| Step::Withdraw(who, what)),
+            1 => (0..9_u32).prop_map(Step::WithdrawAll),
+            2 => (0..30_u32).prop_map(Step::Wait),
+            1 => Just(Step::Sweep),
+        ]
+    }
+
+    /// What was accepted and has neither ended nor been withdrawn, with the end of its lease.
+    type Model = BTreeMap<(u32, u32), Instant>;
+
+    fn found(scene: &Scene) -> BTreeSet<(u32, u32)> {
+        let who_of = |id: PeerId| (0..9).find(|&who| peer(who) == id).unwrap();
+        let of = |what| scene.providers(what).into_iter().map(move |id| (id, what));
+        let all = (0..7).flat_map(of);
+        all.map(|(id, what)| (who_of(id), what)).collect()
+    }
+
+    fn apply(scene: &mut Scene, model: &mut Model, step: &Step) {
+        match *step {
+            Step::Insert {
+                who,
+                what,
+                from,
+                envelope,
+                seconds,
+            } => {
+                let outcome = scene.insert(NewRecord {
+                    prefix: network(from),
+                    origin: envelope.map_or(Origin::Kademlia, |size| rendezvous(&vec![0; size])),
+                    ttl: seconds * SECOND,
+                    ..record(&key(what), who)
+                });
+                let expires = scene.now + seconds * SECOND;
+                match model.get_mut(&(who, what)) {
+                    Some(held) => {
+                        assert_eq!(outcome, Ok(()), "a renewal was refused");
+                        *held = expires.max(*held);
+                    }
+                    None if outcome.is_ok() => {
+                        model.insert((who, what), expires);
+                    }
+                    None => {}
+                }
+            }
+            Step::Withdraw(who, what) => {
+                scene.store.withdraw(&key(what), &peer(who));
+                model.remove(&(who, what));
+            }
+            Step::WithdrawAll(who) => {
+                scene.store.withdraw_all(&peer(who));
+                model.retain(|(of, _), _| *of != who);
+            }
+            Step::Wait(seconds) => scene.now += seconds * SECOND,
+            Step::Sweep => {
+                scene.store.sweep(scene.now);
+            }
+        }
+        model.retain(|_, expires| *expires > scene.now);
+    }
+
+    proptest! {
+        #[test]
+        fn store_agrees_with_a_naive_table(steps in prop::collection::vec(step(), 1..200)) {
+            let bounds = Bounds {
+                records: 14,
+                per_prefix: 9,
+                per_peer: 5,
+                per_key: 4,
+                ..Bounds::default()
+            };
+            let mut scene = Scene::new(bounds);
+            let mut model = Model::new();
+            for step in &steps {
+                let evicted = scene.store.stats().evicted;
+                apply(&mut scene, &mut model, step);
+                check_invariants(&scene.store);
+
+                let found = found(&scene);
+                let expected: BTreeSet<_> = model.keys().copied().collect();
+                prop_assert!(found.is_subset(&expected), "{found:?} beyond {expected:?}");
+                let missing = (expected.len() - found.len()) as u64;
+                let evicted = scene.store.stats().evicted - evicted;
+                prop_assert!(missing <= evicted, "{missing} lost, {evicted} evicted");
+                model.retain(|record, _| found.contains(record));
+            }
+        }
+    }
+}

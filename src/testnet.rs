@@ -1,0 +1,73 @@
+//! A small network inside one process, for tests and examples.
+
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use libp2p::Multiaddr;
+use libp2p::multiaddr::Protocol;
+
+use crate::error::SpawnError;
+use crate::node::{Builder, Node, Role};
+
+/// Grapes that know each other, over channels instead of sockets.
+///
+/// The nodes are real in all but the transport. It ends with its last node.
+#[derive(Clone, Debug)]
+pub struct Testnet {
+    grapes: Vec<Node>,
+}
+
+impl Testnet {
+    /// Starts `grapes` grapes, each with all earlier ones as bootstrap (of more than 8, with 8 of
+    /// them), and returns when each is connected to one.
+    ///
+    /// # Errors
+    /// As [`Builder::spawn`].
+    pub async fn new(grapes: usize) -> Result<Self, SpawnError> {
+        let mut testnet = Self { grapes: Vec::new() };
+        for _ in 0..grapes {
+            let grape = testnet.builder(Role::Grape).spawn().await?;
+            let mut status = grape.status();
+            if !testnet.grapes.is_empty() {
+                // Fails only if the grape has stopped, which its user then sees.
+                let _ = status.wait_for(crate::Status::is_online).await;
+            }
+            testnet.grapes.push(grape);
+        }
+        Ok(testnet)
+    }
+
+    /// The grapes, in the order they were started.
+    pub fn grapes(&self) -> &[Node] {
+        &self.grapes
+    }
+
+    /// Describes a further node that joins by the grapes and listens in this process.
+    pub fn builder(&self, role: Role) -> Builder {
+        let bootstrap = self.grapes.iter().take(8).flat_map(Node::addresses);
+        Node::builder(role)
+            .in_memory()
+            .limits(crate::limits::Limits {
+                // The memory of all the other nodes is this process's too.
+                memory: None,
+                ..Default::default()
+            })
+            .listen([free_address()])
+            .bootstrap(bootstrap)
+    }
+
+    /// Starts a peer that joins by the grapes.
+    ///
+    /// # Errors
+    /// As [`Builder::spawn`].
+    pub async fn peer(&self) -> Result<Node, SpawnError> {
+        self.builder(Role::Peer).spawn().await
+    }
+}
+
+/// An address that no other node of this process has.
+fn free_address() -> Multiaddr {
+    // The transport draws numbers for port 0 at random; these never meet.
+    static NEXT: AtomicU64 = AtomicU64::new(1);
+    let number = NEXT.fetch_add(1, Ordering::Relaxed);
+    Multiaddr::empty().with(Protocol::Memory(number))
+}

@@ -1,0 +1,3 @@
+//! Scenarios on real nodes, real sockets and the real programs.
+
+mod network;
