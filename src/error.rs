@@ -48,6 +48,9 @@ pub enum AnnounceError {
         /// How many one node may announce.
         max: usize,
     },
+    /// This node does not listen, so that nobody could call it.
+    #[error("this node does not listen; give it an address to listen on")]
+    NotListening,
     /// No grape can ever be reached: none was given, or each one given is refused.
     #[error("no grape to announce at: {0}")]
     NoGrape(NoGrape),
@@ -61,7 +64,10 @@ impl AnnounceError {
     pub fn is_retryable(&self) -> bool {
         match self {
             Self::NoGrape(_) => true,
-            Self::AlreadyAnnounced(_) | Self::TooMany { .. } | Self::Closed => false,
+            Self::AlreadyAnnounced(_)
+            | Self::TooMany { .. }
+            | Self::NotListening
+            | Self::Closed => false,
         }
     }
 }

@@ -44,8 +44,12 @@ pub const LOOKUP_SETTLE: Duration = Duration::from_millis(500);
 pub const SERVES_DEADLINE: Duration = Duration::from_secs(3);
 
 /// The lookups that run at once; further ones wait. Kademlia walks all its queries at each step,
-/// so that more of them at once would be slower than one after another.
-pub const MAX_LOOKUPS: usize = 256;
+/// so that more of them at once would be slower than one after another. The questions whether a
+/// provider serves its names fit into [`MAX_RPC_STREAMS`] beside the requests to it.
+pub const MAX_LOOKUPS: usize = 128;
+
+/// The rendezvous streams of one connection: a discovery for each lookup, and registrations.
+pub const MAX_RENDEZVOUS_STREAMS: usize = 192;
 
 /// The providers that one lookup dials. A name with more of them is found by some of them.
 pub const MAX_CANDIDATES: usize = 64;
@@ -75,6 +79,10 @@ pub const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
 /// A connection on which nothing happens is closed after this. Longer than a renewal interval, so
 /// that announcing peers stay connected to their grapes.
 pub const IDLE_TIMEOUT: Duration = Duration::from_secs(120);
+
+/// How often a bootstrap grape is asked something when nothing else is: well within
+/// [`IDLE_TIMEOUT`], at which either side would close the connection.
+pub const KEEP_ALIVE_INTERVAL: Duration = Duration::from_secs(45);
 
 /// How often a connection is checked to be alive, and how long the answer may take.
 pub const PING_INTERVAL: Duration = Duration::from_secs(15);

@@ -23,7 +23,7 @@ use super::rpc::{self, Answer, Inbound, Rpc};
 use super::swarm::{Behaviour, BehaviourEvent, build};
 use super::{COMMANDS, Command, Handle, Settings};
 use crate::error::{AnnounceError, LookupError, SpawnError};
-use crate::limits::{MAX_ADDRESSES, MAX_ANNOUNCED, SHUTDOWN_DEADLINE};
+use crate::limits::{KEEP_ALIVE_INTERVAL, MAX_ADDRESSES, MAX_ANNOUNCED, SHUTDOWN_DEADLINE};
 use crate::metrics::Metrics;
 use crate::name::ServiceName;
 use crate::proto::announce::Place;
@@ -48,6 +48,7 @@ enum Timer {
     Bootstrap,
     Announcements,
     Lookup(ServiceName),
+    KeepAlive,
     Housekeeping,
 }
 
@@ -97,6 +98,7 @@ pub(super) async fn start(settings: Settings) -> Result<Handle, SpawnError> {
         driver.on_address(address);
     }
     driver.wake(now, Timer::Bootstrap);
+    driver.wake(now + KEEP_ALIVE_INTERVAL, Timer::KeepAlive);
     driver.wake(now + HOUSEKEEPING, Timer::Housekeeping);
     tokio::spawn(driver.run());
     Ok(Handle {
@@ -308,6 +310,8 @@ impl Driver {
         }
         let refusal = if self.discovery.announcements.len() >= MAX_ANNOUNCED {
             Some(AnnounceError::TooMany { max: MAX_ANNOUNCED })
+        } else if self.swarm.external_addresses().next().is_none() {
+            Some(AnnounceError::NotListening)
         } else if self.is_cut_off() {
             Some(AnnounceError::NoGrape(
                 self.connectivity.bootstraps.failures(),
@@ -410,9 +414,18 @@ impl Driver {
                 // Carried out after every turn of the loop.
                 Timer::Announcements => {}
                 Timer::Lookup(name) => self.discovery.lookups.on_timer(&name, now),
+                Timer::KeepAlive => self.keep_alive(now),
                 Timer::Housekeeping => self.keep_house(now),
             }
         }
+    }
+
+    fn keep_alive(&mut self, now: Instant) {
+        for grape in self.connectivity.bootstraps.connected() {
+            let rpc = &mut self.swarm.behaviour_mut().rpc;
+            self.rpc.keep_alive(rpc, grape);
+        }
+        self.wake(now + KEEP_ALIVE_INTERVAL, Timer::KeepAlive);
     }
 
     fn keep_house(&mut self, now: Instant) {

@@ -5,7 +5,7 @@
 //! registrations in the store that Kademlia's records are in, so that one set of bounds holds and a
 //! name taken back is gone on both roads.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, VecDeque};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -48,6 +48,8 @@ pub(crate) struct Rendezvous {
     record: Option<SignedPeer>,
     asked: HashMap<OutboundRequestId, (PeerId, Asked)>,
     unregistering: usize,
+    /// Withdrawals that wait for a stream.
+    waiting: VecDeque<(PeerId, Namespace)>,
     rate: RateLimit,
 }
 
@@ -62,6 +64,9 @@ enum Asked {
 /// renews 667 of them.
 const REQUESTS_PER_SECOND: u32 = 2_000;
 
+/// The withdrawals under way at once, to stay within a connection's streams.
+const MAX_UNREGISTERING: usize = 32;
+
 impl Rendezvous {
     pub(crate) fn new(keypair: Keypair) -> Self {
         Self {
@@ -69,6 +74,7 @@ impl Rendezvous {
             record: None,
             asked: HashMap::new(),
             unregistering: 0,
+            waiting: VecDeque::new(),
             rate: RateLimit::new(REQUESTS_PER_SECOND),
         }
     }
@@ -85,7 +91,7 @@ impl Rendezvous {
 
     /// How many withdrawals no grape has confirmed yet.
     pub(crate) fn unregistering(&self) -> usize {
-        self.unregistering
+        self.unregistering + self.waiting.len()
     }
 
     /// Registers a name at a grape; `false` when this node has no address to tell.
@@ -121,9 +127,18 @@ impl Rendezvous {
         let Ok(namespace) = Namespace::new(name.as_ref()) else {
             return;
         };
-        self.unregistering += 1;
-        let request = Request::Unregister { namespace };
-        self.ask(behaviour, grape, request, Asked::Unregister);
+        self.waiting.push_back((grape, namespace));
+        self.unregister_next(behaviour);
+    }
+
+    fn unregister_next(&mut self, behaviour: &mut Behaviour) {
+        while self.unregistering < MAX_UNREGISTERING
+            && let Some((grape, namespace)) = self.waiting.pop_front()
+        {
+            self.unregistering += 1;
+            let request = Request::Unregister { namespace };
+            self.ask(behaviour, grape, request, Asked::Unregister);
+        }
     }
 
     /// Asks a grape for providers of a name.
@@ -167,13 +182,13 @@ impl Rendezvous {
                 Message::Response {
                     request_id,
                     response,
-                } => self.on_response(request_id, Some(response)),
+                } => self.on_response(behaviour, request_id, Some(response)),
             },
             Event::OutboundFailure {
                 request_id, error, ..
             } => {
                 tracing::debug!(%error, "a rendezvous request failed");
-                self.on_response(request_id, None)
+                self.on_response(behaviour, request_id, None)
             }
             Event::InboundFailure { .. } | Event::ResponseSent { .. } => None,
         }
@@ -200,6 +215,7 @@ impl Rendezvous {
 
     fn on_response(
         &mut self,
+        behaviour: &mut Behaviour,
         id: OutboundRequestId,
         response: Option<Response>,
     ) -> Option<Learned> {
@@ -224,6 +240,7 @@ impl Rendezvous {
             }
             Asked::Unregister => {
                 self.unregistering -= 1;
+                self.unregister_next(behaviour);
                 Learned::Unregistered
             }
         })

@@ -186,6 +186,14 @@ impl Rpc {
         self.outbound.insert(id, Pending::Serves(peer, name));
     }
 
+    /// Asks a peer something, so that neither side takes the connection for idle.
+    pub(crate) fn keep_alive(&mut self, behaviour: &mut Behaviour, peer: PeerId) {
+        let payload = b"keep-alive".as_slice().into();
+        let call = self.outgoing(wire::SERVES.to_owned(), payload, Arc::default());
+        // Nobody waits for the answer.
+        behaviour.send_request(&peer, call);
+    }
+
     /// A handler has answered, or dropped its request.
     pub(crate) fn on_answer(&mut self, behaviour: &mut Behaviour, (ticket, outcome): Answer) {
         let Some(open) = self.open.get_mut(&ticket) else {

@@ -22,9 +22,9 @@ use super::admission;
 use super::rpc::RpcCodec;
 use super::{Carrier, Settings};
 use crate::limits::{
-    AGENT_VERSION, CONNECT_TIMEOUT, IDENTIFY_VERSION, IDLE_TIMEOUT, KAD_PROTOCOL, LOOKUP_DEADLINE,
-    Limits, MAX_REQUEST_TIME, MAX_RPC_STREAMS, MAX_STREAMS, PING_INTERVAL, PING_TIMEOUT,
-    RENDEZVOUS_PROTOCOL, RPC_PROTOCOL,
+    AGENT_VERSION, CONNECT_TIMEOUT, FRAME_DEADLINE, IDENTIFY_VERSION, IDLE_TIMEOUT, KAD_PROTOCOL,
+    LOOKUP_DEADLINE, Limits, MAX_RENDEZVOUS_STREAMS, MAX_REQUEST_TIME, MAX_RPC_STREAMS,
+    MAX_STREAMS, PING_INTERVAL, PING_TIMEOUT, RENDEZVOUS_PROTOCOL, RPC_PROTOCOL,
 };
 use crate::proto::rendezvous;
 use crate::store::Store;
@@ -104,7 +104,9 @@ fn behaviour(settings: &Settings, keypair: &identity::Keypair) -> Behaviour {
                     false => ProtocolSupport::Outbound,
                 },
             )],
-            request_response::Config::default(),
+            request_response::Config::default()
+                .with_request_timeout(FRAME_DEADLINE)
+                .with_max_concurrent_streams(MAX_RENDEZVOUS_STREAMS),
         ),
         rpc: request_response::Behaviour::with_codec(
             RpcCodec::default(),
@@ -161,6 +163,19 @@ fn kademlia(settings: &Settings) -> kad::Behaviour<Store> {
 }
 
 fn network(keypair: &identity::Keypair) -> io::Result<Boxed<(PeerId, StreamMuxerBox)>> {
+    // A machine without a resolver's configuration can still dial addresses that are no names.
+    let transport = match dns::tokio::Transport::system(tcp_and_quic(keypair)?) {
+        Ok(transport) => transport,
+        Err(error) => {
+            tracing::warn!(%error, "no DNS: /dns addresses cannot be dialled");
+            let (config, options) = Default::default();
+            dns::tokio::Transport::custom(tcp_and_quic(keypair)?, config, options)
+        }
+    };
+    Ok(TransportTimeout::new(transport, CONNECT_TIMEOUT).boxed())
+}
+
+fn tcp_and_quic(keypair: &identity::Keypair) -> io::Result<Boxed<(PeerId, StreamMuxerBox)>> {
     let noise = noise::Config::new(keypair).map_err(io::Error::other)?;
     let tcp = tcp::tokio::Transport::new(tcp::Config::default().nodelay(true))
         .upgrade(Version::V1Lazy)
@@ -172,12 +187,10 @@ fn network(keypair: &identity::Keypair) -> io::Result<Boxed<(PeerId, StreamMuxer
     quic.max_concurrent_stream_limit = MAX_STREAMS as u32;
     let quic = quic::tokio::Transport::new(quic)
         .map(|(peer, muxer), _| (peer, StreamMuxerBox::new(muxer)));
-    let either = quic
+    Ok(quic
         .or_transport(tcp)
         .map(|either, _| either.into_inner())
-        .boxed();
-    let transport = dns::tokio::Transport::system(either)?;
-    Ok(TransportTimeout::new(transport, CONNECT_TIMEOUT).boxed())
+        .boxed())
 }
 
 fn memory(keypair: &identity::Keypair) -> io::Result<Boxed<(PeerId, StreamMuxerBox)>> {

@@ -96,6 +96,7 @@ impl Node {
     /// # Errors
     /// [`AnnounceError::AlreadyAnnounced`] if this node announces the name,
     /// [`AnnounceError::TooMany`] beyond [`MAX_ANNOUNCED`](crate::limits::MAX_ANNOUNCED) names,
+    /// [`AnnounceError::NotListening`] if nobody could call this node,
     /// [`AnnounceError::NoGrape`] if no bootstrap address was given or each is answered by another
     /// node than it names, [`AnnounceError::Closed`] after [`shutdown`](Self::shutdown).
     pub async fn announce(&self, name: &ServiceName) -> Result<Service, AnnounceError> {

@@ -244,3 +244,149 @@ impl Announcements {
 fn renewal(lease: Duration) -> Duration {
     (lease / RENEWALS_PER_LEASE).mul_f64(rand::rng().random_range(0.8..1.0))
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn name(number: usize) -> ServiceName {
+        format!("name{number}").parse().unwrap()
+    }
+
+    fn publish_all(announcements: &mut Announcements, now: Instant) -> Vec<(ServiceName, Place)> {
+        let mut published = Vec::new();
+        while let Some(next) = announcements.poll_publish(now) {
+            published.push(next);
+        }
+        published
+    }
+
+    #[test]
+    fn a_name_goes_to_kademlia_and_to_every_bootstrap_grape() {
+        let (a, b, now) = (PeerId::random(), PeerId::random(), Instant::now());
+        let mut announcements = Announcements::new();
+        announcements.on_grape(a);
+        announcements.announce(&name(1));
+        announcements.on_grape(b);
+        let mut places: Vec<_> = publish_all(&mut announcements, now)
+            .into_iter()
+            .map(|(_, place)| place)
+            .collect();
+        places.sort();
+        let mut expected = [Place::Kademlia, Place::Rendezvous(a), Place::Rendezvous(b)];
+        expected.sort();
+        assert_eq!(places, expected);
+    }
+
+    #[test]
+    fn a_name_is_published_when_a_grape_confirms_it() {
+        let (grape, now) = (PeerId::random(), Instant::now());
+        let mut announcements = Announcements::new();
+        announcements.on_grape(grape);
+        announcements.announce(&name(1));
+        publish_all(&mut announcements, now);
+        assert!(
+            !announcements.on_provided(&name(1), now),
+            "not confirmed yet"
+        );
+        assert!(announcements.on_registered(&name(1), grape, LEASE, now));
+        assert!(
+            !announcements.on_registered(&name(1), grape, LEASE, now),
+            "only once"
+        );
+    }
+
+    #[test]
+    fn kademlia_counts_when_no_rendezvous_point_takes_the_name() {
+        let (grape, now) = (PeerId::random(), Instant::now());
+        let mut announcements = Announcements::new();
+        announcements.on_grape(grape);
+        announcements.announce(&name(1));
+        publish_all(&mut announcements, now);
+        announcements.on_provided(&name(1), now);
+        assert!(announcements.on_refused(&name(1), Place::Rendezvous(grape), now));
+    }
+
+    #[test]
+    fn every_place_is_renewed_within_a_third_of_the_shortest_lease_granted() {
+        let (grape, now) = (PeerId::random(), Instant::now());
+        let lease = Duration::from_secs(6);
+        let mut announcements = Announcements::new();
+        announcements.on_grape(grape);
+        announcements.announce(&name(1));
+        publish_all(&mut announcements, now);
+        // Kademlia first, when no lease is known yet.
+        announcements.on_provided(&name(1), now);
+        announcements.on_registered(&name(1), grape, lease, now);
+        let later = now + lease / RENEWALS_PER_LEASE;
+        assert_eq!(publish_all(&mut announcements, later).len(), 2);
+    }
+
+    #[test]
+    fn a_refused_name_is_tried_again() {
+        let (grape, now) = (PeerId::random(), Instant::now());
+        let place = Place::Rendezvous(grape);
+        let mut announcements = Announcements::new();
+        announcements.on_grape(grape);
+        announcements.announce(&name(1));
+        publish_all(&mut announcements, now);
+        announcements.on_refused(&name(1), place, now);
+        let again = publish_all(&mut announcements, now + RETRY);
+        assert_eq!(again, [(name(1), place)]);
+    }
+
+    #[test]
+    fn a_grape_that_comes_back_gets_every_name_at_once() {
+        let (grape, now) = (PeerId::random(), Instant::now());
+        let mut announcements = Announcements::new();
+        announcements.on_grape(grape);
+        for number in 0..3 {
+            announcements.announce(&name(number));
+        }
+        for (name, place) in publish_all(&mut announcements, now) {
+            match place {
+                Place::Kademlia => announcements.on_provided(&name, now),
+                Place::Rendezvous(grape) => announcements.on_registered(&name, grape, LEASE, now),
+            };
+        }
+        announcements.on_grape_gone(&grape);
+        announcements.on_grape(grape);
+        assert_eq!(publish_all(&mut announcements, now).len(), 6);
+    }
+
+    #[test]
+    fn a_withdrawn_name_is_not_published_again() {
+        let (grape, now) = (PeerId::random(), Instant::now());
+        let mut announcements = Announcements::new();
+        announcements.on_grape(grape);
+        announcements.announce(&name(1));
+        announcements.announce(&name(2));
+        announcements.on_provided(&name(1), now);
+        assert!(announcements.withdraw(&name(1)));
+        let published = publish_all(&mut announcements, now + 2 * LEASE);
+        assert!(published.iter().all(|(published, _)| *published == name(2)));
+        assert!(!announcements.withdraw(&name(1)));
+    }
+
+    #[test]
+    fn many_names_are_published_a_few_at_a_time_and_all_in_the_end() {
+        let now = Instant::now();
+        let mut announcements = Announcements::new();
+        for number in 0..1_000 {
+            announcements.announce(&name(number));
+        }
+        let mut published = HashSet::new();
+        loop {
+            let some = publish_all(&mut announcements, now);
+            if some.is_empty() {
+                break;
+            }
+            assert!(some.len() <= MAX_IN_FLIGHT);
+            for (name, _) in some {
+                announcements.on_provided(&name, now);
+                published.insert(name);
+            }
+        }
+        assert_eq!(published.len(), 1_000);
+    }
+}

@@ -222,3 +222,118 @@ fn backoff() -> ExponentialBackoff {
         .without_max_times()
         .build()
 }
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use super::*;
+
+    const ADDRESS: &str = "/ip4/127.0.0.1/tcp/20001";
+
+    fn bootstraps(addresses: &[&str], now: Instant) -> Bootstraps<u32> {
+        Bootstraps::new(addresses.iter().map(|text| text.parse().unwrap()), now)
+    }
+
+    fn unreachable() -> DialFailure {
+        DialFailure::Unreachable("refused".into())
+    }
+
+    #[test]
+    fn every_address_is_dialled_at_once() {
+        let now = Instant::now();
+        let mut bootstraps = bootstraps(&[ADDRESS, "/ip4/127.0.0.1/tcp/20002"], now);
+        for connection in 0..2 {
+            let (index, ..) = bootstraps.due(now).unwrap();
+            bootstraps.on_dialling(index, connection);
+        }
+        assert!(bootstraps.due(now).is_none());
+    }
+
+    #[test]
+    fn a_failing_address_is_dialled_again_after_growing_pauses() {
+        let mut now = Instant::now();
+        let mut bootstraps = bootstraps(&[ADDRESS], now);
+        let mut pauses = Vec::new();
+        for connection in 0..12 {
+            bootstraps.on_dialling(0, connection);
+            bootstraps.on_failed(connection, unreachable(), now);
+            let at = bootstraps.next_due().unwrap();
+            pauses.push(at - now);
+            now = at;
+        }
+        assert!(pauses[0] >= REDIAL_MIN, "{pauses:?}");
+        assert!(pauses[11] >= REDIAL_MAX, "{pauses:?}");
+        assert!(
+            pauses.iter().all(|pause| *pause <= 2 * REDIAL_MAX),
+            "{pauses:?}"
+        );
+    }
+
+    #[test]
+    fn a_lost_grape_is_dialled_again_at_once() {
+        let now = Instant::now();
+        let mut bootstraps = bootstraps(&[ADDRESS], now);
+        let grape = PeerId::random();
+        bootstraps.on_dialling(0, 1);
+        assert!(bootstraps.on_connected(1, grape));
+        assert_eq!(bootstraps.connected(), [grape]);
+        assert!(bootstraps.due(now + Duration::from_secs(3_600)).is_none());
+        bootstraps.on_disconnected(&grape, now);
+        assert!(bootstraps.due(now).is_some());
+    }
+
+    #[test]
+    fn the_id_in_an_address_is_what_is_expected_there() {
+        let grape = PeerId::random();
+        let now = Instant::now();
+        let with_id = format!("{ADDRESS}/p2p/{grape}");
+        for (address, expected) in [(ADDRESS, None), (with_id.as_str(), Some(grape))] {
+            let bootstraps = bootstraps(&[address], now);
+            assert_eq!(bootstraps.due(now).unwrap().2, expected);
+        }
+    }
+
+    #[test]
+    fn a_node_with_only_wrong_or_own_addresses_is_hopeless() {
+        let now = Instant::now();
+        let wrong = DialFailure::WrongPeer {
+            expected: PeerId::random(),
+            found: PeerId::random(),
+        };
+        for (failure, hopeless) in [
+            (wrong, true),
+            (DialFailure::OwnAddress, true),
+            (unreachable(), false),
+        ] {
+            let mut bootstraps = bootstraps(&[ADDRESS], now);
+            assert!(bootstraps.is_starting());
+            assert!(!bootstraps.is_hopeless());
+            bootstraps.on_dialling(0, 1);
+            bootstraps.on_failed(1, failure.clone(), now);
+            assert!(!bootstraps.is_starting());
+            assert_eq!(bootstraps.is_hopeless(), hopeless, "{failure}");
+            assert_eq!(bootstraps.failures().tried[0].1, failure);
+        }
+        assert!(bootstraps(&[], now).is_hopeless());
+    }
+
+    #[test]
+    fn the_nodes_own_address_is_not_dialled_twice() {
+        let now = Instant::now();
+        let mut bootstraps = bootstraps(&[ADDRESS], now);
+        bootstraps.on_dialling(0, 1);
+        bootstraps.on_failed(1, DialFailure::OwnAddress, now);
+        assert_eq!(bootstraps.next_due(), None);
+    }
+
+    #[test]
+    fn somebody_elses_connection_changes_nothing() {
+        let now = Instant::now();
+        let mut bootstraps = bootstraps(&[ADDRESS], now);
+        bootstraps.on_dialling(0, 1);
+        assert!(!bootstraps.on_connected(2, PeerId::random()));
+        assert!(!bootstraps.on_failed(2, unreachable(), now));
+        assert!(bootstraps.is_starting());
+    }
+}

@@ -421,3 +421,316 @@ impl Candidate {
         matches!(self.state, State::Dialling | State::Asked(_))
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use proptest::prelude::*;
+
+    use super::*;
+
+    /// A machine under test, with the steps it has taken.
+    struct Scene {
+        lookups: Lookups<u32>,
+        name: ServiceName,
+        now: Instant,
+        steps: Vec<Step<u32>>,
+    }
+
+    impl Scene {
+        fn new(points: &[PeerId]) -> Self {
+            let mut scene = Self {
+                lookups: Lookups::new(PeerId::random()),
+                name: "client1".parse().unwrap(),
+                now: Instant::now(),
+                steps: Vec::new(),
+            };
+            let points = points.iter().copied();
+            scene.lookups.start(&scene.name, points, scene.now);
+            scene.collect();
+            scene.lookups.on_query_started(&scene.name, 1);
+            scene
+        }
+
+        fn collect(&mut self) {
+            while let Some(step) = self.lookups.poll_step() {
+                self.steps.push(step);
+            }
+        }
+
+        fn candidate(&mut self, peer: PeerId, addresses: &[&str], connected: bool) {
+            let addresses = addresses.iter().map(|text| text.parse().unwrap()).collect();
+            self.lookups
+                .on_candidate(&self.name, peer, addresses, connected, self.now);
+            self.collect();
+        }
+
+        fn query_ends(&mut self, id: u32) {
+            self.lookups.on_query_ended(&id, true, self.now);
+            self.collect();
+        }
+
+        fn answer(&mut self, peer: PeerId, serves: Option<bool>) {
+            self.lookups.on_answer(&peer, &self.name, serves, self.now);
+            self.collect();
+        }
+
+        fn dial_fails(&mut self, peer: PeerId) {
+            self.lookups.on_dial_failed(&peer, self.now);
+            self.collect();
+        }
+
+        fn connects(&mut self, peer: PeerId) {
+            self.lookups.on_connected(&peer, self.now);
+            self.collect();
+        }
+
+        fn passes(&mut self, time: Duration) {
+            self.now += time;
+            self.lookups.on_timer(&self.name, self.now);
+            self.collect();
+        }
+
+        fn outcome(&self) -> Option<&Outcome> {
+            self.steps.iter().find_map(|step| match step {
+                Step::Done(_, outcome) => Some(outcome),
+                _ => None,
+            })
+        }
+
+        fn dials_of(&self, peer: PeerId) -> Vec<Vec<String>> {
+            let text =
+                |addresses: &Vec<Multiaddr>| addresses.iter().map(ToString::to_string).collect();
+            let dial = |step: &Step<u32>| match step {
+                Step::Dial(dialled, addresses) if *dialled == peer => Some(text(addresses)),
+                _ => None,
+            };
+            self.steps.iter().filter_map(dial).collect()
+        }
+    }
+
+    const A: &str = "/ip4/10.0.0.1/tcp/1";
+    const B: &str = "/ip4/10.0.0.2/tcp/2";
+
+    #[test]
+    fn asks_every_source_at_once() {
+        let point = PeerId::random();
+        let scene = Scene::new(&[point]);
+        assert!(scene.steps.contains(&Step::Query(scene.name.clone())));
+        let discover = Step::Discover(point, scene.name.clone());
+        assert!(scene.steps.contains(&discover));
+    }
+
+    #[test]
+    fn a_connected_candidate_is_asked_and_another_dialled_first() {
+        let (near, far) = (PeerId::random(), PeerId::random());
+        let mut scene = Scene::new(&[]);
+        scene.candidate(near, &[], true);
+        scene.candidate(far, &[A], false);
+        assert!(scene.steps.contains(&Step::Ask(near, scene.name.clone())));
+        assert!(!scene.steps.contains(&Step::Ask(far, scene.name.clone())));
+        assert_eq!(scene.dials_of(far), [[A]]);
+        scene.connects(far);
+        assert!(scene.steps.contains(&Step::Ask(far, scene.name.clone())));
+    }
+
+    #[test]
+    fn nobody_is_known_when_the_last_source_has_said_so_twice() {
+        let point = PeerId::random();
+        let mut scene = Scene::new(&[point]);
+        scene.lookups.on_discovered(&point, &scene.name, scene.now);
+        scene.query_ends(1);
+        assert_eq!(scene.outcome(), None, "an empty answer is asked again");
+        scene.lookups.on_query_started(&scene.name, 2);
+        scene.query_ends(2);
+        assert_eq!(scene.outcome(), Some(&Outcome::NotFound));
+    }
+
+    #[test]
+    fn a_query_that_had_nobody_to_ask_is_not_repeated() {
+        let mut scene = Scene::new(&[]);
+        scene.lookups.on_query_ended(&1, false, scene.now);
+        scene.collect();
+        assert_eq!(scene.outcome(), Some(&Outcome::NotFound));
+    }
+
+    #[test]
+    fn ends_at_once_when_everything_has_answered() {
+        let (live, withdrawn, dead) = (PeerId::random(), PeerId::random(), PeerId::random());
+        let mut scene = Scene::new(&[]);
+        for peer in [live, withdrawn, dead] {
+            scene.candidate(peer, &[A], false);
+        }
+        scene.query_ends(1);
+        scene.connects(live);
+        scene.answer(live, Some(true));
+        scene.connects(withdrawn);
+        scene.answer(withdrawn, Some(false));
+        assert_eq!(scene.outcome(), None);
+        scene.dial_fails(dead);
+        assert_eq!(scene.outcome(), Some(&Outcome::Live(vec![live])));
+    }
+
+    #[test]
+    fn waits_for_slow_ones_only_so_long_once_somebody_is_live() {
+        let (fast, slow) = (PeerId::random(), PeerId::random());
+        let mut scene = Scene::new(&[]);
+        scene.candidate(fast, &[], true);
+        scene.candidate(slow, &[A], false);
+        scene.answer(fast, Some(true));
+        scene.passes(LOOKUP_SETTLE / 2);
+        assert_eq!(scene.outcome(), None);
+        scene.passes(LOOKUP_SETTLE / 2);
+        assert_eq!(scene.outcome(), Some(&Outcome::Live(vec![fast])));
+        assert!(scene.steps.contains(&Step::FinishQuery(1)));
+    }
+
+    #[test]
+    fn who_has_withdrawn_does_not_count_as_announced() {
+        let peer = PeerId::random();
+        let mut scene = Scene::new(&[]);
+        scene.candidate(peer, &[], true);
+        scene.answer(peer, Some(false));
+        scene.query_ends(1);
+        assert_eq!(scene.outcome(), Some(&Outcome::NotFound));
+    }
+
+    #[test]
+    fn one_that_never_answers_is_unreachable_after_its_deadline() {
+        let peer = PeerId::random();
+        let mut scene = Scene::new(&[]);
+        scene.candidate(peer, &[], true);
+        scene.query_ends(1);
+        scene.passes(SERVES_DEADLINE);
+        assert_eq!(scene.outcome(), Some(&Outcome::Unreachable(1)));
+    }
+
+    #[test]
+    fn addresses_that_come_during_a_dial_are_tried_when_it_fails() {
+        let peer = PeerId::random();
+        let mut scene = Scene::new(&[]);
+        scene.candidate(peer, &[A], false);
+        scene.candidate(peer, &[A, B], false);
+        scene.query_ends(1);
+        scene.dial_fails(peer);
+        assert_eq!(scene.dials_of(peer), [[A], [B]]);
+        scene.dial_fails(peer);
+        assert_eq!(scene.outcome(), Some(&Outcome::Unreachable(1)));
+    }
+
+    #[test]
+    fn the_node_itself_is_no_candidate() {
+        let mut scene = Scene::new(&[]);
+        let local = scene.lookups.local;
+        scene.candidate(local, &[A], false);
+        scene.lookups.on_query_ended(&1, false, scene.now);
+        scene.collect();
+        assert_eq!(scene.outcome(), Some(&Outcome::NotFound));
+    }
+
+    #[test]
+    fn no_more_candidates_are_dialled_than_the_limit() {
+        let mut scene = Scene::new(&[]);
+        for _ in 0..3 * MAX_CANDIDATES {
+            scene.candidate(PeerId::random(), &[A], false);
+        }
+        let dials = |step: &&Step<u32>| matches!(step, Step::Dial(..));
+        assert_eq!(scene.steps.iter().filter(dials).count(), MAX_CANDIDATES);
+    }
+
+    #[test]
+    fn the_deadline_ends_a_lookup_whose_sources_are_silent() {
+        let mut scene = Scene::new(&[PeerId::random()]);
+        scene.passes(LOOKUP_DEADLINE);
+        assert_eq!(scene.outcome(), Some(&Outcome::TimedOut));
+    }
+
+    #[test]
+    fn a_second_start_joins_the_first() {
+        let mut scene = Scene::new(&[]);
+        let before = scene.steps.len();
+        scene.lookups.start(&scene.name, [], scene.now);
+        scene.collect();
+        assert_eq!(scene.steps.len(), before);
+    }
+
+    #[test]
+    fn a_cancelled_lookup_ends_its_query_and_says_nothing() {
+        let mut scene = Scene::new(&[]);
+        scene.lookups.cancel(&scene.name);
+        scene.collect();
+        assert!(scene.steps.contains(&Step::FinishQuery(1)));
+        assert_eq!(scene.outcome(), None);
+    }
+
+    #[derive(Clone, Debug)]
+    enum Happening {
+        Candidate(usize, bool),
+        Connected(usize),
+        DialFailed(usize),
+        Answer(usize, Option<bool>),
+        QueryEnds,
+        Discovered,
+        Passes(u64),
+    }
+
+    fn happening() -> impl Strategy<Value = Happening> {
+        let peer = 0..8usize;
+        prop_oneof![
+            (peer.clone(), any::<bool>()).prop_map(|(p, c)| Happening::Candidate(p, c)),
+            peer.clone().prop_map(Happening::Connected),
+            peer.clone().prop_map(Happening::DialFailed),
+            (peer, any::<Option<bool>>()).prop_map(|(p, a)| Happening::Answer(p, a)),
+            Just(Happening::QueryEnds),
+            Just(Happening::Discovered),
+            (0..1_000u64).prop_map(Happening::Passes),
+        ]
+    }
+
+    proptest! {
+        /// Whatever happens in whatever order, a lookup ends exactly once, by its deadline, with
+        /// only those live that said so.
+        #[test]
+        fn every_lookup_ends_once_by_its_deadline(
+            happenings in proptest::collection::vec(happening(), 0..60)
+        ) {
+            let peers: Vec<_> = (0..8).map(|_| PeerId::random()).collect();
+            let point = PeerId::random();
+            let mut scene = Scene::new(&[point]);
+            let mut said_yes = HashSet::new();
+            for happening in happenings {
+                match happening {
+                    Happening::Candidate(p, connected) => scene.candidate(peers[p], &[A], connected),
+                    Happening::Connected(p) => scene.connects(peers[p]),
+                    Happening::DialFailed(p) => scene.dial_fails(peers[p]),
+                    Happening::Answer(p, serves) => {
+                        if serves == Some(true) {
+                            said_yes.insert(peers[p]);
+                        }
+                        scene.answer(peers[p], serves);
+                    }
+                    Happening::QueryEnds => {
+                        scene.query_ends(1);
+                        if scene.outcome().is_none() {
+                            scene.lookups.on_query_started(&scene.name, 2);
+                        }
+                        scene.query_ends(2);
+                    }
+                    Happening::Discovered => {
+                        scene.lookups.on_discovered(&point, &scene.name, scene.now);
+                        scene.collect();
+                    }
+                    Happening::Passes(millis) => scene.passes(Duration::from_millis(millis)),
+                }
+            }
+            scene.passes(LOOKUP_DEADLINE);
+            let done = |step: &&Step<u32>| matches!(step, Step::Done(..));
+            prop_assert_eq!(scene.steps.iter().filter(done).count(), 1);
+            if let Some(Outcome::Live(live)) = scene.outcome() {
+                prop_assert!(live.iter().all(|peer| said_yes.contains(peer)));
+                prop_assert!(!live.is_empty());
+            }
+        }
+    }
+}

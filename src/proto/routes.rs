@@ -160,3 +160,97 @@ impl Routes {
             .map_or(MAX_REQUESTS_PER_PEER, |slots| slots.available_permits())
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn name() -> ServiceName {
+        "client1".parse().unwrap()
+    }
+
+    fn routes(providers: &[PeerId], now: Instant) -> Routes {
+        let mut routes = Routes::new();
+        routes.looked_up(&name(), providers, now);
+        for provider in providers {
+            routes.on_connected(*provider);
+        }
+        routes
+    }
+
+    #[test]
+    fn requests_spread_over_all_providers() {
+        let providers: Vec<_> = (0..5).map(|_| PeerId::random()).collect();
+        let now = Instant::now();
+        let mut routes = routes(&providers, now);
+        let mut counts: HashMap<PeerId, usize> = HashMap::new();
+        for _ in 0..1_000 {
+            let pick = routes.pick(&name(), &[], now).unwrap();
+            *counts.entry(pick.provider).or_default() += 1;
+        }
+        assert!(
+            counts.values().all(|count| (100..300).contains(count)),
+            "{counts:?}"
+        );
+    }
+
+    #[test]
+    fn of_two_providers_the_less_busy_one_is_taken() {
+        let (busy, idle, now) = (PeerId::random(), PeerId::random(), Instant::now());
+        let mut routes = routes(&[busy, idle], now);
+        let _held = routes.slots(busy).try_acquire_owned().unwrap();
+        let keep = routes.slots(busy);
+        for _ in 0..20 {
+            assert_eq!(routes.pick(&name(), &[], now).unwrap().provider, idle);
+        }
+        drop(keep);
+    }
+
+    #[test]
+    fn a_connected_provider_comes_before_one_that_is_not() {
+        let (far, near, now) = (PeerId::random(), PeerId::random(), Instant::now());
+        let mut routes = routes(&[far, near], now);
+        routes.on_disconnected(&far);
+        for _ in 0..20 {
+            assert_eq!(routes.pick(&name(), &[], now).unwrap().provider, near);
+        }
+        assert_eq!(routes.pick(&name(), &[near], now).unwrap().provider, far);
+    }
+
+    #[test]
+    fn none_is_tried_twice() {
+        let (one, now) = (PeerId::random(), Instant::now());
+        let mut routes = routes(&[one], now);
+        assert!(routes.pick(&name(), &[one], now).is_none());
+    }
+
+    #[test]
+    fn what_is_stale_is_used_once_more_only_while_connected() {
+        let (one, start) = (PeerId::random(), Instant::now());
+        let mut routes = routes(&[one], start);
+        let later = start + FRESH;
+        assert!(routes.pick(&name(), &[], later).unwrap().stale);
+        assert!(
+            !routes.pick(&name(), &[], later).unwrap().stale,
+            "one refresh is enough"
+        );
+        routes.on_disconnected(&one);
+        assert!(routes.pick(&name(), &[], later + FRESH).is_none());
+    }
+
+    #[test]
+    fn a_provider_that_is_forgotten_is_not_picked() {
+        let (one, now) = (PeerId::random(), Instant::now());
+        let mut routes = routes(&[one], now);
+        routes.forget(&name(), &one);
+        assert!(routes.pick(&name(), &[], now).is_none());
+    }
+
+    #[test]
+    fn an_empty_lookup_forgets_everybody() {
+        let (one, now) = (PeerId::random(), Instant::now());
+        let mut routes = routes(&[one], now);
+        routes.looked_up(&name(), &[], now);
+        assert!(routes.pick(&name(), &[], now).is_none());
+    }
+}
