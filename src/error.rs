@@ -134,7 +134,7 @@ pub enum RequestError {
         /// The provider that answered.
         provider: PeerId,
         /// What it answered.
-        error: RemoteError,
+        error: Box<RemoteError>,
     },
     /// The connection broke after the request was sent: it may have run.
     #[error("the connection to {provider} broke; the request may have run: {reason}")]

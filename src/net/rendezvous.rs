@@ -230,13 +230,13 @@ impl Rendezvous {
                     Some(Response::Discovered(Ok(page))) => page.registrations,
                     _ => Vec::new(),
                 };
-                let provider =
-                    |found: Registration| (found.record.peer(), found.record.addresses().to_vec());
-                Learned::Discovered(
-                    grape,
-                    name,
-                    registrations.into_iter().map(provider).collect(),
-                )
+                let providers = registrations
+                    .into_iter()
+                    // No signature covers the namespace.
+                    .filter(|found| found.namespace.as_str() == name.as_ref())
+                    .map(|found| (found.record.peer(), found.record.addresses().to_vec()))
+                    .collect();
+                Learned::Discovered(grape, name, providers)
             }
             Asked::Unregister => {
                 self.unregistering -= 1;

@@ -246,7 +246,10 @@ impl<'a> Call<'a> {
                 self.node.routes().forget(self.name, &provider);
                 Verdict::Next(self.unreachable("it has withdrawn the name"))
             }
-            _ => Verdict::Over(Err(RequestError::Remote { provider, error })),
+            _ => {
+                let error = Box::new(error);
+                Verdict::Over(Err(RequestError::Remote { provider, error }))
+            }
         }
     }
 
