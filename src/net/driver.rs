@@ -2,6 +2,7 @@
 //! they decide. It holds no logic of its own, and waits nowhere but in its `select!`.
 
 use std::collections::{BTreeSet, HashMap, HashSet};
+use std::net::{IpAddr, TcpListener};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -9,6 +10,7 @@ use futures::future::BoxFuture;
 use futures::stream::FuturesUnordered;
 use futures::{FutureExt, StreamExt};
 use libp2p::core::ConnectedPoint;
+use libp2p::multiaddr::Protocol;
 use libp2p::swarm::dial_opts::{DialOpts, PeerCondition};
 use libp2p::swarm::{ConnectionId, DialError, SwarmEvent};
 use libp2p::{Multiaddr, PeerId, Swarm, identify, kad, ping};
@@ -32,7 +34,7 @@ use crate::proto::rate::RateLimit;
 use crate::proto::routes::Routes;
 use crate::store::{NewRecord, Origin, Prefix};
 
-/// How often the store is swept and the gauges are set.
+/// How often expired records are dropped, and lookups that nobody waits for.
 const HOUSEKEEPING: Duration = Duration::from_secs(1);
 
 /// How long an address may take to be listened on. The system answers at once; interfaces are told
@@ -120,6 +122,7 @@ async fn listen(
             address: address.clone(),
             reason,
         };
+        probe(address).map_err(|error| failed(explain(&error)))?;
         let listener = swarm
             .listen_on(address.clone())
             .map_err(|error| failed(explain(&error)))?;
@@ -156,6 +159,21 @@ async fn listen(
         }
     }
     Ok(bound)
+}
+
+/// Fails if another program listens on the address. libp2p shares TCP ports (`SO_REUSEPORT`): two
+/// grapes on one port would each get some of the connections.
+fn probe(address: &Multiaddr) -> std::io::Result<()> {
+    let mut parts = address.iter();
+    let ip: IpAddr = match parts.next() {
+        Some(Protocol::Ip4(ip)) => ip.into(),
+        Some(Protocol::Ip6(ip)) => ip.into(),
+        _ => return Ok(()),
+    };
+    match parts.next() {
+        Some(Protocol::Tcp(port)) if port != 0 => TcpListener::bind((ip, port)).map(drop),
+        _ => Ok(()),
+    }
 }
 
 /// What the system said, with the remedy where there is one.
@@ -241,6 +259,8 @@ impl Driver {
         for name in names {
             self.withdraw(&name);
         }
+        // The last senders: every service now ends.
+        self.dropped.clear();
         for name in self.discovery.awaited() {
             self.discovery.refuse(&name, LookupError::Closed);
         }
@@ -429,18 +449,7 @@ impl Driver {
     }
 
     fn keep_house(&mut self, now: Instant) {
-        let store = self.swarm.behaviour_mut().kad.store_mut();
-        store.sweep(now);
-        let stats = store.stats();
-        self.metrics.stored.set(stats.records);
-        self.metrics.evicted.set(stats.evicted);
-        self.metrics.refused.set(stats.refused);
-        self.metrics
-            .open_requests
-            .set(self.rpc.open_requests() as u64);
-        self.metrics
-            .announced
-            .set(self.discovery.announcements.len() as u64);
+        self.swarm.behaviour_mut().kad.store_mut().sweep(now);
         for name in self.discovery.awaited() {
             if !self.discovery.is_awaited(&name) {
                 self.held.remove(&name);
@@ -468,6 +477,18 @@ impl Driver {
         if let Some(at) = self.discovery.announcements.next_due() {
             self.wake(at, Timer::Announcements);
         }
+        self.measure();
+    }
+
+    fn measure(&mut self) {
+        let stored = self.swarm.behaviour_mut().kad.store_mut().stats();
+        self.metrics.stored.set(stored.records);
+        self.metrics.evicted.set(stored.evicted);
+        self.metrics.refused.set(stored.refused);
+        let open = self.rpc.open_requests();
+        self.metrics.open_requests.set(open as u64);
+        let announced = self.discovery.announcements.len();
+        self.metrics.announced.set(announced as u64);
     }
 
     fn carry_out_lookup(&mut self, step: Step<kad::QueryId>, now: Instant) {
