@@ -2,7 +2,7 @@
 //! they decide. It holds no logic of its own, and waits nowhere but in its `select!`.
 
 use std::collections::{BTreeSet, HashMap, HashSet};
-use std::net::{IpAddr, TcpListener};
+use std::net::{IpAddr, SocketAddr};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -14,6 +14,7 @@ use libp2p::multiaddr::Protocol;
 use libp2p::swarm::dial_opts::{DialOpts, PeerCondition};
 use libp2p::swarm::{ConnectionId, DialError, SwarmEvent};
 use libp2p::{Multiaddr, PeerId, Swarm, identify, kad, ping};
+use socket2::{Domain, Socket, Type};
 use tokio::sync::{mpsc, oneshot};
 use tokio::time::{sleep_until, timeout};
 use void::Void;
@@ -171,7 +172,17 @@ fn probe(address: &Multiaddr) -> std::io::Result<()> {
         _ => return Ok(()),
     };
     match parts.next() {
-        Some(Protocol::Tcp(port)) if port != 0 => TcpListener::bind((ip, port)).map(drop),
+        Some(Protocol::Tcp(port)) if port != 0 => {
+            let address = SocketAddr::new(ip, port);
+            let socket = Socket::new(Domain::for_address(address), Type::STREAM, None)?;
+            if address.is_ipv6() {
+                // As libp2p does: the same port of IPv4 may be this node's own.
+                socket.set_only_v6(true)?;
+            }
+            // A connection that has just closed is no listener.
+            socket.set_reuse_address(true)?;
+            socket.bind(&address.into())
+        }
         _ => Ok(()),
     }
 }
@@ -304,7 +315,9 @@ impl Driver {
             }
             Command::Block(peer) => {
                 self.swarm.behaviour_mut().blocked.block_peer(peer);
-                self.swarm.behaviour_mut().kad.remove_peer(&peer);
+                let kad = &mut self.swarm.behaviour_mut().kad;
+                kad.remove_peer(&peer);
+                kad.store_mut().withdraw_all(&peer);
             }
             Command::Unblock(peer) => {
                 self.swarm.behaviour_mut().blocked.unblock_peer(peer);

@@ -732,3 +732,34 @@ async fn blocked_and_uninvited_peers_are_not_let_in() {
     })
     .await;
 }
+
+#[tokio::test]
+async fn one_port_serves_both_families() {
+    if std::net::TcpListener::bind("[::1]:0").is_err() {
+        eprintln!("this machine has no IPv6: nothing to test");
+        return;
+    }
+    in_time(async {
+        let first = on(Role::Grape, TCP, &[]).spawn().await.unwrap();
+        let text = first.addresses()[0].to_string();
+        let port = text.split('/').nth(4).unwrap().to_owned();
+        first.shutdown().await;
+        let both = [
+            format!("/ip4/0.0.0.0/tcp/{port}"),
+            format!("/ip6/::/tcp/{port}"),
+        ];
+        let grape = spawn_when_free(|| {
+            Node::builder(Role::Grape).listen(both.iter().map(|text| address(text)))
+        })
+        .await;
+        let families = |family: &str| {
+            let addresses = grape.addresses();
+            addresses
+                .iter()
+                .any(|address| address.to_string().starts_with(family))
+        };
+        assert!(families("/ip4/"));
+        assert!(families("/ip6/"));
+    })
+    .await;
+}
