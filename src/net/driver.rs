@@ -785,6 +785,11 @@ impl Driver {
             BehaviourEvent::Identify(identify::Event::Received { peer_id, info, .. }) => {
                 self.on_identified(peer_id, &info);
             }
+            // A peer need not speak ping; the transport tells when its connection breaks.
+            BehaviourEvent::Ping(ping::Event {
+                result: Err(ping::Failure::Unsupported),
+                ..
+            }) => {}
             BehaviourEvent::Ping(ping::Event {
                 peer,
                 connection,
