@@ -2,6 +2,8 @@
 //! they decide. It holds no logic of its own, and waits nowhere but in its `select!`.
 
 use std::collections::{BTreeSet, HashMap, HashSet};
+use std::io;
+use std::net::{IpAddr, Ipv6Addr, TcpListener};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -9,6 +11,7 @@ use futures::future::BoxFuture;
 use futures::stream::FuturesUnordered;
 use futures::{FutureExt, StreamExt};
 use libp2p::core::ConnectedPoint;
+use libp2p::multiaddr::Protocol;
 use libp2p::swarm::dial_opts::{DialOpts, PeerCondition};
 use libp2p::swarm::{ConnectionId, DialError, SwarmEvent};
 use libp2p::{Multiaddr, PeerId, Swarm, identify, kad, ping};
@@ -118,6 +121,7 @@ async fn listen(
             address: address.clone(),
             reason,
         };
+        refuse_taken(address).map_err(|error| failed(explain(&error)))?;
         let listener = swarm
             .listen_on(address.clone())
             .map_err(|error| failed(explain(&error)))?;
@@ -154,6 +158,25 @@ async fn listen(
         }
     }
     Ok(bound)
+}
+
+/// Fails if a program listens on this TCP port already.
+///
+/// libp2p shares ports with every other program that does (`SO_REUSEPORT`): of two nodes on one port
+/// each would get some of the connections.
+fn refuse_taken(address: &Multiaddr) -> io::Result<()> {
+    let mut parts = address.iter();
+    let ip: IpAddr = match parts.next() {
+        Some(Protocol::Ip4(ip)) => ip.into(),
+        // All of IPv6 would be all of IPv4 too, where this node may listen already.
+        Some(Protocol::Ip6(Ipv6Addr::UNSPECIFIED)) => Ipv6Addr::LOCALHOST.into(),
+        Some(Protocol::Ip6(ip)) => ip.into(),
+        _ => return Ok(()),
+    };
+    match parts.next() {
+        Some(Protocol::Tcp(port)) => TcpListener::bind((ip, port)).map(drop),
+        _ => Ok(()),
+    }
 }
 
 /// What the system said, with the remedy where there is one.
