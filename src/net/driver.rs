@@ -805,6 +805,10 @@ impl Driver {
         if !self.registrar || !self.records.admit(record.provider, now) {
             return;
         }
+        let (key, peer) = (record.key.as_ref(), &record.provider);
+        if self.rendezvous.is_withdrawn(key, peer, now) {
+            return;
+        }
         let prefix = prefix(&self.connectivity, &record.provider);
         let store = self.swarm.behaviour_mut().kad.store_mut();
         let new = NewRecord {

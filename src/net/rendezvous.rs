@@ -6,12 +6,14 @@
 //! name taken back is gone on both roads.
 
 use std::collections::HashMap;
+use std::num::NonZeroUsize;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use libp2p::identity::Keypair;
 use libp2p::request_response::{self, Message, OutboundRequestId};
 use libp2p::{Multiaddr, PeerId};
+use lru::LruCache;
 
 use crate::limits::{LEASE, MAX_CANDIDATES, MIN_LEASE};
 use crate::name::ServiceName;
@@ -49,6 +51,8 @@ pub(crate) struct Rendezvous {
     asked: HashMap<OutboundRequestId, (PeerId, Asked)>,
     unregistering: usize,
     rate: RateLimit,
+    /// What others have taken back here, and when.
+    withdrawn: LruCache<([u8; 34], PeerId), Instant>,
 }
 
 #[derive(Debug)]
@@ -62,6 +66,13 @@ enum Asked {
 /// renews 667 of them.
 const REQUESTS_PER_SECOND: u32 = 2_000;
 
+/// How long a name that was taken back stays so for Kademlia. Its announcements come on streams of
+/// their own, and one that was under way may arrive after the withdrawal.
+const WITHDRAWN: Duration = Duration::from_secs(5);
+
+/// The withdrawals that are remembered: about 100 KB.
+const MAX_WITHDRAWN: NonZeroUsize = NonZeroUsize::new(1_024).expect("not zero");
+
 impl Rendezvous {
     pub(crate) fn new(keypair: Keypair) -> Self {
         Self {
@@ -70,6 +81,7 @@ impl Rendezvous {
             asked: HashMap::new(),
             unregistering: 0,
             rate: RateLimit::new(REQUESTS_PER_SECOND),
+            withdrawn: LruCache::new(MAX_WITHDRAWN),
         }
     }
 
@@ -81,6 +93,16 @@ impl Rendezvous {
     /// A peer has no connection any more.
     pub(crate) fn on_disconnected(&mut self, peer: &PeerId) {
         self.rate.forget(peer);
+    }
+
+    /// Whether a peer has just taken a name back here, and not announced it here again.
+    pub(crate) fn is_withdrawn(&self, key: &[u8], peer: &PeerId, now: Instant) -> bool {
+        let Ok(key) = key.try_into() else {
+            return false;
+        };
+        self.withdrawn
+            .peek(&(key, *peer))
+            .is_some_and(|at| now < *at + WITHDRAWN)
     }
 
     /// How many withdrawals no grape has confirmed yet.
@@ -248,6 +270,9 @@ impl Rendezvous {
                 record,
                 ttl,
             } => Response::Registered(if admitted {
+                if let Some(key) = key_of(&namespace) {
+                    self.withdrawn.pop(&(key, peer));
+                }
                 register(store, prefix(&peer), peer, &namespace, &record, ttl, now)
             } else {
                 Err(Status::Unavailable)
@@ -256,6 +281,7 @@ impl Rendezvous {
             Request::Unregister { namespace } => {
                 if let Some(key) = key_of(&namespace) {
                     store.withdraw(&key, &peer);
+                    self.withdrawn.put((key, peer), now);
                 }
                 Response::Unregistered
             }
