@@ -568,7 +568,7 @@ impl Driver {
             if let Some(peer) = expected
                 && self.swarm.is_connected(&peer)
             {
-                self.connectivity.bootstraps.on_known(index, peer);
+                self.connectivity.bootstraps.on_known(index, peer, now);
                 self.on_bootstrap(peer, None);
                 continue;
             }
@@ -683,7 +683,9 @@ impl Driver {
         endpoint: &ConnectedPoint,
         now: Instant,
     ) {
-        let change = self.connectivity.on_established(peer, connection, endpoint);
+        let change = self
+            .connectivity
+            .on_established(peer, connection, endpoint, now);
         if change.peer {
             self.metrics
                 .peers
