@@ -511,7 +511,14 @@ impl Driver {
                 } else {
                     self.routes().looked_up(&name, &[], now);
                 }
-                self.discovery.on_done(&name, &outcome);
+                match outcome {
+                    // A grape alone knows all there is to know.
+                    Outcome::Unanswered if !self.registrar => {
+                        let silent = self.connectivity.bootstraps.silent();
+                        self.discovery.refuse(&name, LookupError::NoGrape(silent));
+                    }
+                    outcome => self.discovery.on_done(&name, &outcome),
+                }
             }
         }
     }
@@ -839,10 +846,13 @@ impl Driver {
                 self.on_published(published, &name);
             }
             Some(rendezvous::Learned::Discovered(grape, name, providers)) => {
-                for (peer, addresses) in providers {
+                let answered = providers.is_some();
+                for (peer, addresses) in providers.unwrap_or_default() {
                     self.on_candidate(&name, peer, addresses, now);
                 }
-                self.discovery.lookups.on_discovered(&grape, &name, now);
+                self.discovery
+                    .lookups
+                    .on_discovered(&grape, &name, answered, now);
             }
             Some(rendezvous::Learned::Unregistered) | None => {}
         }

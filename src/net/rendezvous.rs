@@ -36,8 +36,8 @@ pub(crate) enum Learned {
     Registered(PeerId, ServiceName, Duration),
     /// A grape did not take a name.
     Refused(PeerId, ServiceName),
-    /// A grape named providers, or failed to and names none.
-    Discovered(PeerId, ServiceName, Vec<(PeerId, Vec<Multiaddr>)>),
+    /// A grape named providers; `None`: it did not answer.
+    Discovered(PeerId, ServiceName, Option<Vec<(PeerId, Vec<Multiaddr>)>>),
     /// A grape has taken a withdrawal, or will not any more.
     Unregistered,
 }
@@ -156,7 +156,7 @@ impl Rendezvous {
         name: ServiceName,
     ) -> Option<Learned> {
         let Ok(namespace) = Namespace::new(name.as_ref()) else {
-            return Some(Learned::Discovered(grape, name, Vec::new()));
+            return Some(Learned::Discovered(grape, name, None));
         };
         let request = Request::Discover {
             namespace: Some(namespace),
@@ -233,16 +233,14 @@ impl Rendezvous {
             },
             Asked::Discover(name) => {
                 let registrations = match response {
-                    Some(Response::Discovered(Ok(page))) => page.registrations,
-                    _ => Vec::new(),
+                    Some(Response::Discovered(Ok(page))) => Some(page.registrations),
+                    _ => None,
                 };
                 let provider =
                     |found: Registration| (found.record.peer(), found.record.addresses().to_vec());
-                Learned::Discovered(
-                    grape,
-                    name,
-                    registrations.into_iter().map(provider).collect(),
-                )
+                let providers =
+                    registrations.map(|found| found.into_iter().map(provider).collect());
+                Learned::Discovered(grape, name, providers)
             }
             Asked::Unregister => {
                 self.unregistering -= 1;

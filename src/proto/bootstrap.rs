@@ -189,6 +189,18 @@ impl<C: Copy + Eq> Bootstraps<C> {
         }
     }
 
+    /// Why no grape answers, although one may be connected.
+    pub(crate) fn silent(&self) -> NoGrape {
+        let tried = self.entries.iter().map(|entry| {
+            let failure = entry.last_failure.clone();
+            let silent = || DialFailure::Unreachable("it does not answer".into());
+            (entry.address.clone(), failure.unwrap_or_else(silent))
+        });
+        NoGrape {
+            tried: tried.collect(),
+        }
+    }
+
     /// What is known of each address, in the order they were given.
     pub(crate) fn status(&self) -> Vec<BootstrapStatus> {
         let status = |entry: &Entry<C>| BootstrapStatus {

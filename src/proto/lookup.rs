@@ -56,6 +56,8 @@ pub(crate) enum Outcome {
     NotFound,
     /// So many providers were named, and none answered.
     Unreachable(usize),
+    /// No source answered: whether the name is announced is not known.
+    Unanswered,
     /// The deadline passed before the sources had answered.
     TimedOut,
 }
@@ -85,6 +87,8 @@ enum State {
 struct Lookup<Q> {
     started: Instant,
     first_live: Option<Instant>,
+    /// A source has answered.
+    answered: bool,
     query: Query<Q>,
     points: HashSet<PeerId>,
     candidates: HashMap<PeerId, Candidate>,
@@ -149,6 +153,7 @@ impl<Q: Copy + Eq + Hash> Lookups<Q> {
         let lookup = Lookup {
             started: now,
             first_live: None,
+            answered: false,
             query: Query::Starting { again: false },
             points,
             candidates: HashMap::new(),
@@ -180,8 +185,8 @@ impl<Q: Copy + Eq + Hash> Lookups<Q> {
         self.queries.get(id)
     }
 
-    /// A query has ended; `grapes_asked` tells whether it had anybody to ask.
-    pub(crate) fn on_query_ended(&mut self, id: &Q, grapes_asked: bool, now: Instant) {
+    /// A query has ended; `answered` tells whether any grape has answered it.
+    pub(crate) fn on_query_ended(&mut self, id: &Q, answered: bool, now: Instant) {
         let Some(name) = self.queries.remove(id) else {
             return;
         };
@@ -189,7 +194,8 @@ impl<Q: Copy + Eq + Hash> Lookups<Q> {
             return;
         };
         let first_time = matches!(lookup.query, Query::Running { again: false, .. });
-        if first_time && grapes_asked && lookup.candidates.is_empty() {
+        lookup.answered |= answered;
+        if first_time && answered && lookup.candidates.is_empty() {
             lookup.query = Query::Starting { again: true };
             self.steps.push_back(Step::Query(name));
             return;
@@ -200,8 +206,15 @@ impl<Q: Copy + Eq + Hash> Lookups<Q> {
 
     /// A rendezvous point has answered, or failed to; its providers came by
     /// [`on_candidate`](Self::on_candidate).
-    pub(crate) fn on_discovered(&mut self, point: &PeerId, name: &ServiceName, now: Instant) {
+    pub(crate) fn on_discovered(
+        &mut self,
+        point: &PeerId,
+        name: &ServiceName,
+        answered: bool,
+        now: Instant,
+    ) {
         if let Some(lookup) = self.running.get_mut(name) {
+            lookup.answered |= answered;
             lookup.points.remove(point);
             self.settle(name, now);
         }
@@ -365,6 +378,8 @@ impl<Q> Lookup<Q> {
             Outcome::Live(self.live.clone())
         } else if unanswered > 0 {
             Outcome::Unreachable(unanswered)
+        } else if complete && !self.answered && self.candidates.is_empty() {
+            Outcome::Unanswered
         } else if complete {
             Outcome::NotFound
         } else {
