@@ -792,16 +792,19 @@ impl Driver {
                 }
             }
             Some(discovery::Learned::Record(record)) => self.on_record(&record, now),
-            Some(discovery::Learned::Provided(name, true)) => {
+            // Kademlia reports success before delivery; with no grape connected there was none.
+            Some(discovery::Learned::Provided(name, true))
+                if !self.connectivity.grapes().is_empty() =>
+            {
                 let published = self.discovery.announcements.on_provided(&name, now);
                 self.on_published(published, &name);
             }
-            Some(discovery::Learned::Provided(name, false)) if self.registrar => {
+            Some(discovery::Learned::Provided(name, _)) if self.registrar => {
                 // Its own store holds the name: who asks this grape finds it.
                 let published = self.discovery.announcements.on_provided(&name, now);
                 self.on_published(published, &name);
             }
-            Some(discovery::Learned::Provided(name, false)) => {
+            Some(discovery::Learned::Provided(name, _)) => {
                 self.discovery
                     .announcements
                     .on_refused(&name, Place::Kademlia, now);
