@@ -249,3 +249,31 @@ fn backoff() -> ExponentialBackoff {
         .without_max_times()
         .build()
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Dials the only address, connects, and closes the connection after so long. Returns when the
+    /// address is due again, after the closing.
+    fn pause_after(lasted: Duration) -> Duration {
+        let start = Instant::now();
+        let address: Multiaddr = "/ip4/192.0.2.1/tcp/20001".parse().unwrap();
+        let grape = PeerId::random();
+        let mut bootstraps = Bootstraps::new([address], start);
+        bootstraps.on_dialling(0, 1);
+        assert!(bootstraps.on_connected(1, grape, start));
+        bootstraps.on_disconnected(&grape, start + lasted);
+        bootstraps.next_due().unwrap() - (start + lasted)
+    }
+
+    #[test]
+    fn a_grape_that_was_lost_is_dialled_at_once() {
+        assert_eq!(pause_after(LASTING), Duration::ZERO);
+    }
+
+    #[test]
+    fn a_grape_that_turns_this_node_away_is_dialled_after_a_pause() {
+        assert!(pause_after(Duration::from_millis(1)) >= REDIAL_MIN);
+    }
+}

@@ -436,3 +436,37 @@ impl Candidate {
         matches!(self.state, State::Dialling | State::Asked(_))
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// How a lookup ends whose one rendezvous point and whose Kademlia name nobody.
+    fn outcome(point_answers: bool, kademlia_answers: bool) -> Outcome {
+        let (now, point) = (Instant::now(), PeerId::random());
+        let name: ServiceName = "client1".parse().unwrap();
+        let mut lookups = Lookups::new(PeerId::random());
+        lookups.start(&name, [point], now);
+        lookups.on_discovered(&point, &name, point_answers, now);
+        let mut queries = 0;
+        loop {
+            match lookups.poll_step().expect("it ends") {
+                Step::Query(name) => {
+                    queries += 1;
+                    lookups.on_query_started(&name, queries);
+                    lookups.on_query_ended(&queries, kademlia_answers, now);
+                }
+                Step::Done(_, outcome) => return outcome,
+                _ => {}
+            }
+        }
+    }
+
+    #[test]
+    fn a_name_is_not_found_only_if_somebody_said_so() {
+        assert_eq!(outcome(true, true), Outcome::NotFound);
+        assert_eq!(outcome(true, false), Outcome::NotFound);
+        assert_eq!(outcome(false, true), Outcome::NotFound);
+        assert_eq!(outcome(false, false), Outcome::Unanswered);
+    }
+}
