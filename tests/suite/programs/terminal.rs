@@ -24,6 +24,7 @@ fn chat(arguments: &[&str]) -> OsSession {
     command
         .args(arguments)
         .env_remove("RUST_LOG")
+        .env("NO_COLOR", "1")
         .env("TERM", "xterm");
     let mut session = Session::spawn(command).unwrap();
     session.set_expect_timeout(Some(DEADLINE));
@@ -102,6 +103,7 @@ async fn a_message_that_arrives_leaves_the_line_being_typed_whole() {
         ann.send("clie").unwrap();
         see(&mut ann, "clie");
         assert_eq!(send(&grape, "ann", "hi there").await.code, Some(0));
+        see(&mut ann, "12D3..");
         see(&mut ann, ": hi there");
         see(&mut ann, "Name: clie");
         ann.send("nt1\r").unwrap();
