@@ -11,6 +11,7 @@
 //!
 //! ```text
 //! empty line: another name; exit: leave
+//! connected to the grape 12D3..w7PbsguX at /ip4/127.0.0.1/tcp/20001
 //! Name: client1
 //! client1: 1 provider: 12D3..hTpEYyh4
 //! Message: hello

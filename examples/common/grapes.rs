@@ -9,12 +9,16 @@ use super::output::Output;
 use super::short;
 
 /// How long a grape may fail before a person hears of it: one that starts at the same time, or is
-/// restarted, is there within this.
+/// restarted, is there within this. And how long a connection must last after trouble to be news:
+/// a grape that turns this node away closes each at once.
 const PATIENCE: Duration = Duration::from_secs(1);
 
 /// What a person has heard about one bootstrap address.
 struct News {
     connected: Option<PeerId>,
+    /// When the connection was first seen to stand.
+    stands: Option<Instant>,
+    /// When waiting for the grape began.
     since: Instant,
     told: Option<Trouble>,
 }
@@ -22,6 +26,7 @@ struct News {
 /// A kind of trouble. Each is told once, however often the address is dialled again.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Trouble {
+    Lost,
     Waiting,
     Unreachable,
     Refused,
@@ -60,25 +65,33 @@ impl News {
     fn new(since: Instant) -> Self {
         Self {
             connected: None,
+            stands: None,
             since,
             told: None,
         }
     }
 
-    /// When trouble that is not told yet becomes news.
+    /// When what is not told yet becomes news.
     fn due(&self, now: Instant) -> Option<Instant> {
-        let due = self.since + PATIENCE;
+        let due = self.stands.unwrap_or(self.since) + PATIENCE;
         (self.connected.is_none() && due > now).then_some(due)
     }
 
     fn update(&mut self, entry: &BootstrapStatus, now: Instant) -> Option<String> {
         let address = &entry.address;
         if let Some(peer) = entry.connected {
+            let stands = *self.stands.get_or_insert(now);
+            if self.told.is_some() && now < stands + PATIENCE {
+                return None;
+            }
+            self.told = None;
             let is_new = self.connected.replace(peer) != Some(peer);
             return is_new.then(|| format!("connected to the grape {} at {address}", short(&peer)));
         }
+        self.stands = None;
         if let Some(peer) = self.connected.take() {
-            *self = Self::new(now);
+            self.since = now;
+            self.told = Some(Trouble::Lost);
             return Some(format!(
                 "lost the grape {} at {address}; trying to reach it again",
                 short(&peer)
@@ -86,8 +99,7 @@ impl News {
         }
         let trouble = Trouble::from(entry);
         let is_known = self.told == Some(trouble);
-        let is_early = now < self.since + PATIENCE && trouble != Trouble::Refused;
-        if is_known || is_early {
+        if is_known || now < self.since + PATIENCE {
             return None;
         }
         self.told = Some(trouble);

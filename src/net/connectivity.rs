@@ -137,6 +137,7 @@ impl Connectivity {
         peer: PeerId,
         connection: ConnectionId,
         endpoint: &ConnectedPoint,
+        now: Instant,
     ) -> Change {
         self.dials.remove(&peer);
         let known = self.peers.entry(peer).or_default();
@@ -144,7 +145,7 @@ impl Connectivity {
         let first = known.connections.is_empty();
         let remote = endpoint.get_remote_address().clone();
         known.connections.insert(connection, remote);
-        let bootstrap = self.bootstraps.on_connected(connection, peer);
+        let bootstrap = self.bootstraps.on_connected(connection, peer, now);
         self.publish();
         Change {
             peer: first,

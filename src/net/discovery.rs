@@ -98,7 +98,7 @@ impl Discovery {
     pub(crate) fn on_done(&mut self, name: &ServiceName, outcome: &Outcome) {
         let result = match outcome {
             Outcome::Live(providers) => Ok(providers.clone()),
-            Outcome::NotFound => Err(LookupError::NotFound(name.clone())),
+            Outcome::NotFound | Outcome::Unanswered => Err(LookupError::NotFound(name.clone())),
             Outcome::Unreachable(providers) => Err(LookupError::Unreachable {
                 name: name.clone(),
                 providers: *providers,

@@ -539,7 +539,14 @@ impl Driver {
                 } else {
                     self.routes().looked_up(&name, &[], now);
                 }
-                self.discovery.on_done(&name, &outcome);
+                match outcome {
+                    // A grape alone knows all there is to know.
+                    Outcome::Unanswered if !self.registrar => {
+                        let silent = self.connectivity.bootstraps.silent();
+                        self.discovery.refuse(&name, LookupError::NoGrape(silent));
+                    }
+                    outcome => self.discovery.on_done(&name, &outcome),
+                }
                 self.release_held();
             }
         }
@@ -597,7 +604,7 @@ impl Driver {
             if let Some(peer) = expected
                 && self.swarm.is_connected(&peer)
             {
-                self.connectivity.bootstraps.on_known(index, peer);
+                self.connectivity.bootstraps.on_known(index, peer, now);
                 self.on_bootstrap(peer, None);
                 continue;
             }
@@ -716,7 +723,9 @@ impl Driver {
         endpoint: &ConnectedPoint,
         now: Instant,
     ) {
-        let change = self.connectivity.on_established(peer, connection, endpoint);
+        let change = self
+            .connectivity
+            .on_established(peer, connection, endpoint, now);
         if change.peer {
             self.metrics
                 .peers
@@ -821,16 +830,19 @@ impl Driver {
                 }
             }
             Some(discovery::Learned::Record(record)) => self.on_record(&record, now),
-            Some(discovery::Learned::Provided(name, true)) => {
+            // Kademlia reports success before delivery; with no grape connected there was none.
+            Some(discovery::Learned::Provided(name, true))
+                if !self.connectivity.grapes().is_empty() =>
+            {
                 let published = self.discovery.announcements.on_provided(&name, now);
                 self.on_published(published, &name);
             }
-            Some(discovery::Learned::Provided(name, false)) if self.registrar => {
+            Some(discovery::Learned::Provided(name, _)) if self.registrar => {
                 // Its own store holds the name: who asks this grape finds it.
                 let published = self.discovery.announcements.on_provided(&name, now);
                 self.on_published(published, &name);
             }
-            Some(discovery::Learned::Provided(name, false)) => {
+            Some(discovery::Learned::Provided(name, _)) => {
                 self.discovery
                     .announcements
                     .on_refused(&name, Place::Kademlia, now);
@@ -841,6 +853,10 @@ impl Driver {
 
     fn on_record(&mut self, record: &kad::ProviderRecord, now: Instant) {
         if !self.registrar || !self.records.admit(record.provider, now) {
+            return;
+        }
+        let (key, peer) = (record.key.as_ref(), &record.provider);
+        if self.rendezvous.is_withdrawn(key, peer, now) {
             return;
         }
         let prefix = prefix(&self.connectivity, &record.provider);
@@ -871,10 +887,13 @@ impl Driver {
                 self.on_published(published, &name);
             }
             Some(rendezvous::Learned::Discovered(grape, name, providers)) => {
-                for (peer, addresses) in providers {
+                let answered = providers.is_some();
+                for (peer, addresses) in providers.unwrap_or_default() {
                     self.on_candidate(&name, peer, addresses, now);
                 }
-                self.discovery.lookups.on_discovered(&grape, &name, now);
+                self.discovery
+                    .lookups
+                    .on_discovered(&grape, &name, answered, now);
             }
             Some(rendezvous::Learned::Unregistered) | None => {}
         }

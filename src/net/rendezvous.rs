@@ -6,12 +6,14 @@
 //! name taken back is gone on both roads.
 
 use std::collections::{HashMap, VecDeque};
+use std::num::NonZeroUsize;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use libp2p::identity::Keypair;
 use libp2p::request_response::{self, Message, OutboundRequestId};
 use libp2p::{Multiaddr, PeerId};
+use lru::LruCache;
 
 use crate::limits::{LEASE, MAX_CANDIDATES, MIN_LEASE};
 use crate::name::ServiceName;
@@ -34,8 +36,8 @@ pub(crate) enum Learned {
     Registered(PeerId, ServiceName, Duration),
     /// A grape did not take a name.
     Refused(PeerId, ServiceName),
-    /// A grape named providers, or failed to and names none.
-    Discovered(PeerId, ServiceName, Vec<(PeerId, Vec<Multiaddr>)>),
+    /// A grape named providers; `None`: it did not answer.
+    Discovered(PeerId, ServiceName, Option<Vec<(PeerId, Vec<Multiaddr>)>>),
     /// A grape has taken a withdrawal, or will not any more.
     Unregistered,
 }
@@ -51,6 +53,8 @@ pub(crate) struct Rendezvous {
     /// Withdrawals that wait for a stream.
     waiting: VecDeque<(PeerId, Namespace)>,
     rate: RateLimit,
+    /// What others have taken back here, and when.
+    withdrawn: LruCache<([u8; 34], PeerId), Instant>,
 }
 
 #[derive(Debug)]
@@ -67,6 +71,13 @@ const REQUESTS_PER_SECOND: u32 = 2_000;
 /// The withdrawals under way at once, to stay within a connection's streams.
 const MAX_UNREGISTERING: usize = 32;
 
+/// How long a name that was taken back stays so for Kademlia. Its announcements come on streams of
+/// their own, and one that was under way may arrive after the withdrawal.
+const WITHDRAWN: Duration = Duration::from_secs(5);
+
+/// The withdrawals that are remembered: about 100 KB.
+const MAX_WITHDRAWN: NonZeroUsize = NonZeroUsize::new(1_024).expect("not zero");
+
 impl Rendezvous {
     pub(crate) fn new(keypair: Keypair) -> Self {
         Self {
@@ -76,6 +87,7 @@ impl Rendezvous {
             unregistering: 0,
             waiting: VecDeque::new(),
             rate: RateLimit::new(REQUESTS_PER_SECOND),
+            withdrawn: LruCache::new(MAX_WITHDRAWN),
         }
     }
 
@@ -87,6 +99,16 @@ impl Rendezvous {
     /// A peer has no connection any more.
     pub(crate) fn on_disconnected(&mut self, peer: &PeerId) {
         self.rate.forget(peer);
+    }
+
+    /// Whether a peer has just taken a name back here, and not announced it here again.
+    pub(crate) fn is_withdrawn(&self, key: &[u8], peer: &PeerId, now: Instant) -> bool {
+        let Ok(key) = key.try_into() else {
+            return false;
+        };
+        self.withdrawn
+            .peek(&(key, *peer))
+            .is_some_and(|at| now < *at + WITHDRAWN)
     }
 
     /// How many withdrawals no grape has confirmed yet.
@@ -149,7 +171,7 @@ impl Rendezvous {
         name: ServiceName,
     ) -> Option<Learned> {
         let Ok(namespace) = Namespace::new(name.as_ref()) else {
-            return Some(Learned::Discovered(grape, name, Vec::new()));
+            return Some(Learned::Discovered(grape, name, None));
         };
         let request = Request::Discover {
             namespace: Some(namespace),
@@ -227,15 +249,19 @@ impl Rendezvous {
             },
             Asked::Discover(name) => {
                 let registrations = match response {
-                    Some(Response::Discovered(Ok(page))) => page.registrations,
-                    _ => Vec::new(),
+                    Some(Response::Discovered(Ok(page))) => Some(page.registrations),
+                    _ => None,
                 };
-                let providers = registrations
-                    .into_iter()
-                    // No signature covers the namespace.
-                    .filter(|found| found.namespace.as_str() == name.as_ref())
-                    .map(|found| (found.record.peer(), found.record.addresses().to_vec()))
-                    .collect();
+                let provider =
+                    |found: Registration| (found.record.peer(), found.record.addresses().to_vec());
+                let providers = registrations.map(|found| {
+                    found
+                        .into_iter()
+                        // No signature covers the namespace.
+                        .filter(|found| found.namespace.as_str() == name.as_ref())
+                        .map(provider)
+                        .collect()
+                });
                 Learned::Discovered(grape, name, providers)
             }
             Asked::Unregister => {
@@ -265,6 +291,9 @@ impl Rendezvous {
                 record,
                 ttl,
             } => Response::Registered(if admitted {
+                if let Some(key) = key_of(&namespace) {
+                    self.withdrawn.pop(&(key, peer));
+                }
                 register(store, prefix(&peer), peer, &namespace, &record, ttl, now)
             } else {
                 Err(Status::Unavailable)
@@ -273,6 +302,7 @@ impl Rendezvous {
             Request::Unregister { namespace } => {
                 if let Some(key) = key_of(&namespace) {
                     store.withdraw(&key, &peer);
+                    self.withdrawn.put((key, peer), now);
                 }
                 Response::Unregistered
             }

@@ -116,10 +116,13 @@ impl Announcements {
     /// A bootstrap grape is gone.
     pub(crate) fn on_grape_gone(&mut self, grape: &PeerId) {
         self.grapes.remove(grape);
+        let alone = self.grapes.is_empty();
         let place = Place::Rendezvous(*grape);
         self.queued.retain(|(_, queued)| *queued != place);
         self.in_flight.retain(|(_, busy)| *busy != place);
         for (name, announcement) in &mut self.names {
+            // What Kademlia sent last may not have arrived.
+            announcement.in_kademlia &= !alone;
             if let Some(at) = announcement.due.remove(&place) {
                 self.due.remove(&(at, name.clone(), place));
             }

@@ -2,9 +2,10 @@
 //!
 //! An address may end in `/p2p/<id>`, which is then what the node there must be; without it the id
 //! is learned. An address is dialled at once, again after a growing, jittered pause while it fails,
-//! and again at once when its connection closes. The node's own address is not dialled twice.
+//! and again at once when its connection closes. A connection that closes as soon as it stands has
+//! failed too: the grape does not let this node in, and must not be dialled in a loop. The node's own address is not dialled twice.
 
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use backon::{BackoffBuilder, ExponentialBackoff, ExponentialBuilder};
 use libp2p::multiaddr::Protocol;
@@ -12,6 +13,9 @@ use libp2p::{Multiaddr, PeerId};
 
 use crate::error::{DialFailure, NoGrape};
 use crate::limits::{REDIAL_MAX, REDIAL_MIN};
+
+/// A connection that closes within this has failed.
+const LASTING: Duration = Duration::from_secs(1);
 
 /// The bootstrap addresses of a node. `C` is the id of a connection attempt.
 #[derive(Debug)]
@@ -32,7 +36,8 @@ struct Entry<C> {
 enum State<C> {
     Due(Instant),
     Dialling(C),
-    Connected(PeerId),
+    /// To this peer, since then.
+    Connected(PeerId, Instant),
     /// Never to be dialled again.
     GivenUp,
 }
@@ -89,16 +94,16 @@ impl<C: Copy + Eq> Bootstraps<C> {
     }
 
     /// The address's grape is connected already.
-    pub(crate) fn on_known(&mut self, index: usize, peer: PeerId) {
-        self.entries[index].connected(peer);
+    pub(crate) fn on_known(&mut self, index: usize, peer: PeerId, now: Instant) {
+        self.entries[index].connected(peer, now);
     }
 
     /// A dial has led to a peer; returns whether it was one of ours.
-    pub(crate) fn on_connected(&mut self, connection: C, peer: PeerId) -> bool {
+    pub(crate) fn on_connected(&mut self, connection: C, peer: PeerId, now: Instant) -> bool {
         let Some(entry) = self.dialling(connection) else {
             return false;
         };
-        entry.connected(peer);
+        entry.connected(peer, now);
         true
     }
 
@@ -125,7 +130,18 @@ impl<C: Copy + Eq> Bootstraps<C> {
     /// The last connection to a peer has closed.
     pub(crate) fn on_disconnected(&mut self, peer: &PeerId, now: Instant) {
         for entry in &mut self.entries {
-            if entry.state == State::Connected(*peer) {
+            let State::Connected(connected, since) = entry.state else {
+                continue;
+            };
+            if connected != *peer {
+                continue;
+            }
+            if now < since + LASTING {
+                let reason = "it closes the connection at once; it may not let this node in";
+                entry.last_failure = Some(DialFailure::Unreachable(reason.into()));
+                entry.state = State::Due(now + entry.backoff.next().unwrap_or(REDIAL_MAX));
+            } else {
+                entry.backoff = backoff();
                 entry.state = State::Due(now);
             }
         }
@@ -135,7 +151,7 @@ impl<C: Copy + Eq> Bootstraps<C> {
     pub(crate) fn connected(&self) -> Vec<PeerId> {
         let mut peers = Vec::new();
         for entry in &self.entries {
-            if let State::Connected(peer) = entry.state
+            if let State::Connected(peer, _) = entry.state
                 && !peers.contains(&peer)
             {
                 peers.push(peer);
@@ -157,7 +173,7 @@ impl<C: Copy + Eq> Bootstraps<C> {
     pub(crate) fn is_hopeless(&self) -> bool {
         self.entries.iter().all(|entry| {
             matches!(entry.state, State::GivenUp)
-                || (!matches!(entry.state, State::Connected(_))
+                || (!matches!(entry.state, State::Connected(..))
                     && matches!(entry.last_failure, Some(DialFailure::WrongPeer { .. })))
         })
     }
@@ -173,12 +189,24 @@ impl<C: Copy + Eq> Bootstraps<C> {
         }
     }
 
+    /// Why no grape answers, although one may be connected.
+    pub(crate) fn silent(&self) -> NoGrape {
+        let tried = self.entries.iter().map(|entry| {
+            let failure = entry.last_failure.clone();
+            let silent = || DialFailure::Unreachable("it does not answer".into());
+            (entry.address.clone(), failure.unwrap_or_else(silent))
+        });
+        NoGrape {
+            tried: tried.collect(),
+        }
+    }
+
     /// What is known of each address, in the order they were given.
     pub(crate) fn status(&self) -> Vec<BootstrapStatus> {
         let status = |entry: &Entry<C>| BootstrapStatus {
             address: entry.address.clone(),
             connected: match entry.state {
-                State::Connected(peer) => Some(peer),
+                State::Connected(peer, _) => Some(peer),
                 _ => None,
             },
             last_failure: entry.last_failure.clone(),
@@ -199,10 +227,9 @@ impl<C: Copy + Eq> Bootstraps<C> {
 }
 
 impl<C> Entry<C> {
-    fn connected(&mut self, peer: PeerId) {
-        self.state = State::Connected(peer);
+    fn connected(&mut self, peer: PeerId, now: Instant) {
+        self.state = State::Connected(peer, now);
         self.last_failure = None;
-        self.backoff = backoff();
     }
 }
 
@@ -271,19 +298,6 @@ mod tests {
     }
 
     #[test]
-    fn a_lost_grape_is_dialled_again_at_once() {
-        let now = Instant::now();
-        let mut bootstraps = bootstraps(&[ADDRESS], now);
-        let grape = PeerId::random();
-        bootstraps.on_dialling(0, 1);
-        assert!(bootstraps.on_connected(1, grape));
-        assert_eq!(bootstraps.connected(), [grape]);
-        assert!(bootstraps.due(now + Duration::from_secs(3_600)).is_none());
-        bootstraps.on_disconnected(&grape, now);
-        assert!(bootstraps.due(now).is_some());
-    }
-
-    #[test]
     fn the_id_in_an_address_is_what_is_expected_there() {
         let grape = PeerId::random();
         let now = Instant::now();
@@ -332,8 +346,31 @@ mod tests {
         let now = Instant::now();
         let mut bootstraps = bootstraps(&[ADDRESS], now);
         bootstraps.on_dialling(0, 1);
-        assert!(!bootstraps.on_connected(2, PeerId::random()));
+        assert!(!bootstraps.on_connected(2, PeerId::random(), now));
         assert!(!bootstraps.on_failed(2, unreachable(), now));
         assert!(bootstraps.is_starting());
+    }
+
+    /// Dials the only address, connects, and closes the connection after so long. Returns when the
+    /// address is due again, after the closing.
+    fn pause_after(lasted: Duration) -> Duration {
+        let start = Instant::now();
+        let address: Multiaddr = "/ip4/192.0.2.1/tcp/20001".parse().unwrap();
+        let grape = PeerId::random();
+        let mut bootstraps = Bootstraps::new([address], start);
+        bootstraps.on_dialling(0, 1);
+        assert!(bootstraps.on_connected(1, grape, start));
+        bootstraps.on_disconnected(&grape, start + lasted);
+        bootstraps.next_due().unwrap() - (start + lasted)
+    }
+
+    #[test]
+    fn a_grape_that_was_lost_is_dialled_at_once() {
+        assert_eq!(pause_after(LASTING), Duration::ZERO);
+    }
+
+    #[test]
+    fn a_grape_that_turns_this_node_away_is_dialled_after_a_pause() {
+        assert!(pause_after(Duration::from_millis(1)) >= REDIAL_MIN);
     }
 }

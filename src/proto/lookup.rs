@@ -54,6 +54,8 @@ pub(crate) enum Outcome {
     NotFound,
     /// So many providers were named, and none answered.
     Unreachable(usize),
+    /// No source answered: whether the name is announced is not known.
+    Unanswered,
     /// The deadline passed before the sources had answered.
     TimedOut,
 }
@@ -83,6 +85,8 @@ enum State {
 struct Lookup<Q> {
     started: Instant,
     first_live: Option<Instant>,
+    /// A source has answered.
+    answered: bool,
     query: Query<Q>,
     points: HashSet<PeerId>,
     candidates: HashMap<PeerId, Candidate>,
@@ -149,6 +153,7 @@ impl<Q: Copy + Eq + Hash> Lookups<Q> {
         let lookup = Lookup {
             started: now,
             first_live: None,
+            answered: false,
             query: Query::Starting { again: false },
             points,
             candidates: HashMap::new(),
@@ -190,8 +195,8 @@ impl<Q: Copy + Eq + Hash> Lookups<Q> {
         self.queries.get(id)
     }
 
-    /// A query has ended; `grapes_asked` tells whether it had anybody to ask.
-    pub(crate) fn on_query_ended(&mut self, id: &Q, grapes_asked: bool, now: Instant) {
+    /// A query has ended; `answered` tells whether any grape has answered it.
+    pub(crate) fn on_query_ended(&mut self, id: &Q, answered: bool, now: Instant) {
         let Some(name) = self.queries.remove(id) else {
             return;
         };
@@ -199,7 +204,8 @@ impl<Q: Copy + Eq + Hash> Lookups<Q> {
             return;
         };
         let first_time = matches!(lookup.query, Query::Running { again: false, .. });
-        if first_time && grapes_asked && lookup.candidates.is_empty() {
+        lookup.answered |= answered;
+        if first_time && answered && lookup.candidates.is_empty() {
             lookup.query = Query::Starting { again: true };
             self.steps.push_back(Step::Query(name));
             return;
@@ -210,8 +216,15 @@ impl<Q: Copy + Eq + Hash> Lookups<Q> {
 
     /// A rendezvous point has answered, or failed to; its providers came by
     /// [`on_candidate`](Self::on_candidate).
-    pub(crate) fn on_discovered(&mut self, point: &PeerId, name: &ServiceName, now: Instant) {
+    pub(crate) fn on_discovered(
+        &mut self,
+        point: &PeerId,
+        name: &ServiceName,
+        answered: bool,
+        now: Instant,
+    ) {
         if let Some(lookup) = self.running.get_mut(name) {
+            lookup.answered |= answered;
             lookup.points.remove(point);
             self.settle(name, now);
         }
@@ -405,6 +418,8 @@ impl<Q> Lookup<Q> {
             Outcome::Live(self.live.clone())
         } else if unanswered > 0 {
             Outcome::Unreachable(unanswered)
+        } else if complete && !self.answered && self.candidates.is_empty() {
+            Outcome::Unanswered
         } else if complete {
             Outcome::NotFound
         } else {
@@ -578,7 +593,9 @@ mod tests {
     fn nobody_is_known_when_the_last_source_has_said_so_twice() {
         let point = PeerId::random();
         let mut scene = Scene::new(&[point]);
-        scene.lookups.on_discovered(&point, &scene.name, scene.now);
+        scene
+            .lookups
+            .on_discovered(&point, &scene.name, true, scene.now);
         scene.query_ends(1);
         assert_eq!(scene.outcome(), None, "an empty answer is asked again");
         scene.lookups.on_query_started(&scene.name, 2);
@@ -591,7 +608,7 @@ mod tests {
         let mut scene = Scene::new(&[]);
         scene.lookups.on_query_ended(&1, false, scene.now);
         scene.collect();
-        assert_eq!(scene.outcome(), Some(&Outcome::NotFound));
+        assert_eq!(scene.outcome(), Some(&Outcome::Unanswered));
     }
 
     #[test]
@@ -665,7 +682,7 @@ mod tests {
         scene.candidate(local, &[A], false);
         scene.lookups.on_query_ended(&1, false, scene.now);
         scene.collect();
-        assert_eq!(scene.outcome(), Some(&Outcome::NotFound));
+        assert_eq!(scene.outcome(), Some(&Outcome::Unanswered));
     }
 
     #[test]
@@ -757,7 +774,7 @@ mod tests {
                         scene.query_ends(2);
                     }
                     Happening::Discovered => {
-                        scene.lookups.on_discovered(&point, &scene.name, scene.now);
+                        scene.lookups.on_discovered(&point, &scene.name, true, scene.now);
                         scene.collect();
                     }
                     Happening::Passes(millis) => scene.passes(Duration::from_millis(millis)),
@@ -771,5 +788,34 @@ mod tests {
                 prop_assert!(!live.is_empty());
             }
         }
+    }
+
+    /// How a lookup ends whose one rendezvous point and whose Kademlia name nobody.
+    fn outcome(point_answers: bool, kademlia_answers: bool) -> Outcome {
+        let (now, point) = (Instant::now(), PeerId::random());
+        let name: ServiceName = "client1".parse().unwrap();
+        let mut lookups = Lookups::new(PeerId::random());
+        lookups.start(&name, [point], now);
+        lookups.on_discovered(&point, &name, point_answers, now);
+        let mut queries = 0;
+        loop {
+            match lookups.poll_step().expect("it ends") {
+                Step::Query(name) => {
+                    queries += 1;
+                    lookups.on_query_started(&name, queries);
+                    lookups.on_query_ended(&queries, kademlia_answers, now);
+                }
+                Step::Done(_, outcome) => return outcome,
+                _ => {}
+            }
+        }
+    }
+
+    #[test]
+    fn a_name_is_not_found_only_if_somebody_said_so() {
+        assert_eq!(outcome(true, true), Outcome::NotFound);
+        assert_eq!(outcome(true, false), Outcome::NotFound);
+        assert_eq!(outcome(false, true), Outcome::NotFound);
+        assert_eq!(outcome(false, false), Outcome::Unanswered);
     }
 }

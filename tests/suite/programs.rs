@@ -1,0 +1,737 @@
+//! The programs as processes: what a person sees, the exit codes, signals, lost grapes and peers.
+
+mod process;
+mod terminal;
+
+use std::net::TcpListener;
+use std::time::{Duration, Instant};
+
+use grapevine::{Identity, Multiaddr, Node, Role, Service};
+use process::{Program, Run, in_time, key_file, run};
+use rustix::process::Signal;
+
+/// Nobody listens there: the port takes privileges.
+const NOBODY: &str = "/ip4/127.0.0.1/tcp/1";
+
+/// A program that is asked to end is gone within this.
+const END: Duration = Duration::from_secs(3);
+
+/// A grape on any free port of this machine.
+async fn grape(arguments: &[&str]) -> Program {
+    grape_at("/ip4/127.0.0.1/tcp/0", arguments).await
+}
+
+async fn grape_at(listen: &str, arguments: &[&str]) -> Program {
+    let mut grape = Program::start("grape", &[&["--listen", listen], arguments].concat());
+    let heading = grape.line().await;
+    let is_heading = heading.starts_with("Grape 12D3KooW") && heading.ends_with(" listens on:");
+    assert!(is_heading, "{heading}");
+    grape.address = grape.line().await;
+    assert!(grape.address.contains("/p2p/12D3KooW"), "{}", grape.address);
+    grape
+}
+
+/// A peer that has announced its name at a grape.
+async fn peer(name: &str, grape: &Program) -> Program {
+    let mut peer = peer_by(name, &grape.address);
+    assert_eq!(peer.line().await, format!("announced {name}"));
+    peer
+}
+
+fn peer_by(name: &str, bootstrap: &str) -> Program {
+    let listen = "/ip4/127.0.0.1/tcp/0";
+    Program::start(
+        "peer",
+        &[name, "--listen", listen, "--bootstrap", bootstrap],
+    )
+}
+
+/// One message by a grape.
+async fn send(grape: &Program, name: &str, text: &str) -> Run {
+    run("chat", &["--bootstrap", &grape.address, "--to", name, text]).await
+}
+
+/// A conversation by a grape, through pipes.
+fn conversation(bootstrap: &str) -> Program {
+    Program::start("chat", &["--bootstrap", bootstrap])
+}
+
+/// An address on a port that is free now: two grapes that name each other need to know theirs.
+fn free_address() -> String {
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    format!(
+        "/ip4/127.0.0.1/tcp/{}",
+        listener.local_addr().unwrap().port()
+    )
+}
+
+/// Accepts connections and never says a word. Returns its address.
+fn mute() -> (tokio::net::TcpListener, String) {
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    listener.set_nonblocking(true).unwrap();
+    let port = listener.local_addr().unwrap().port();
+    let listener = tokio::net::TcpListener::from_std(listener).unwrap();
+    (listener, format!("/ip4/127.0.0.1/tcp/{port}"))
+}
+
+/// A node in this process, so that a test decides when and how it answers.
+async fn node(grape: &Program) -> Node {
+    let listen: Multiaddr = "/ip4/127.0.0.1/tcp/0".parse().unwrap();
+    let bootstrap: Multiaddr = grape.address.parse().unwrap();
+    let node = Node::builder(Role::Peer)
+        .listen([listen])
+        .bootstrap([bootstrap]);
+    node.spawn().await.unwrap()
+}
+
+async fn service(node: &Node, name: &str) -> Service {
+    node.announce(&name.parse().unwrap()).await.unwrap()
+}
+
+#[tokio::test]
+async fn one_message_works_with_nothing_else_running() {
+    in_time(async {
+        for more in [&[][..], &["--name", "ann"], &["--all"], &["--timeout", "5"]] {
+            let given = ["--default-grape", NOBODY, "--to", "echo", "hello"];
+            let chat = run("chat", &[&given, more].concat()).await;
+            assert_eq!(chat.stdout, "Echo: hello\n", "{chat:?}");
+            assert_eq!(chat.code, Some(0));
+            assert_eq!(chat.stderr.lines().count(), 1, "{chat:?}");
+            assert!(
+                chat.stderr
+                    .starts_with("no grape at /ip4/127.0.0.1/tcp/1: started one inside")
+            );
+        }
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn a_grape_that_is_found_is_used_as_it_is() {
+    in_time(async {
+        let grape = grape(&[]).await;
+        let given = ["--default-grape", &grape.address, "--to", "echo", "hello"];
+        let chat = run("chat", &given).await;
+        chat.fails(3, "error: nobody announces echo\n");
+        let _peer = peer("echo", &grape).await;
+        assert_eq!(run("chat", &given).await.stdout, "Echo: hello\n");
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn peers_of_either_grape_are_reached_by_either_grape() {
+    in_time(async {
+        for swapped in [false, true] {
+            let (one, two) = (free_address(), free_address());
+            let (first, second) = if swapped { (&two, &one) } else { (&one, &two) };
+            let mut grapes = [
+                grape_at(first, &["--bootstrap", second]).await,
+                grape_at(second, &["--bootstrap", first]).await,
+            ];
+            for grape in &mut grapes {
+                grape.says("connected to the grape 12D3..").await;
+            }
+            let mut client1 = peer("client1", &grapes[0]).await;
+            let mut client2 = peer("client2", &grapes[1]).await;
+            for grape in &grapes {
+                for (name, peer) in [("client1", &mut client1), ("client2", &mut client2)] {
+                    let chat = send(grape, name, "hello").await;
+                    assert_eq!(
+                        (chat.code, &*chat.stdout),
+                        (Some(0), "Echo: hello\n"),
+                        "{chat:?}"
+                    );
+                    let printed = peer.line().await;
+                    assert!(printed.starts_with("12D3..") && printed.ends_with(": hello"));
+                }
+            }
+        }
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn a_conversation_through_pipes_has_replies_alone_on_stdout() {
+    in_time(async {
+        let grape = grape(&[]).await;
+        let _client1 = peer("client1", &grape).await;
+        let _client2 = peer("client2", &grape).await;
+        let mut chat = conversation(&grape.address);
+        chat.says("empty line: another name; exit: leave").await;
+        for line in ["nobody", "two words", "client1"] {
+            chat.types(line).await;
+        }
+        chat.says("error: nobody announces nobody").await;
+        chat.says("error: the name has a character that cannot be seen")
+            .await;
+        chat.says("client1: 1 provider: 12D3..").await;
+        for line in ["hello", "again", "", "client2", "and you"] {
+            chat.types(line).await;
+        }
+        for reply in ["Echo: hello", "Echo: again", "Echo: and you"] {
+            assert_eq!(chat.line().await, reply);
+        }
+        chat.types("exit").await;
+        assert_eq!(chat.end().await.code(), Some(0));
+        let mut chat = conversation(&grape.address);
+        chat.closes_input();
+        assert_eq!(chat.end().await.code(), Some(0));
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn a_message_shows_its_sender_and_nothing_that_a_terminal_obeys() {
+    in_time(async {
+        let grape = grape(&[]).await;
+        let mut peer = peer("client1", &grape).await;
+        let by = ["--bootstrap", &grape.address, "--to", "client1"];
+        let signed = run(
+            "chat",
+            &[&by[..], &["--name", "ann", "hi \x1b[2J\nyou"]].concat(),
+        )
+        .await;
+        assert_eq!(signed.stdout, "Echo: hi \u{fffd}[2J\nyou\n");
+        assert_eq!(peer.line().await, "ann: hi \u{fffd}[2J you");
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn people_see_each_others_messages() {
+    in_time(async {
+        let grape = grape(&[]).await;
+        let mut ann = Program::start("chat", &["--bootstrap", &grape.address, "--name", "ann"]);
+        ann.says("announced ann").await;
+        let bob = [
+            "--bootstrap",
+            &grape.address,
+            "--to",
+            "ann",
+            "--name",
+            "bob",
+            "hello",
+        ];
+        let chat = run("chat", &bob).await;
+        assert_eq!((chat.code, &*chat.stdout), (Some(0), ""), "{chat:?}");
+        assert!(chat.stderr.starts_with("delivered to 12D3.."), "{chat:?}");
+        assert_eq!(ann.line().await, "bob: hello");
+        assert_eq!(send(&grape, "ann", "hello").await.stdout, "Echo: hello\n");
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn all_providers_of_a_name_can_be_asked() {
+    in_time(async {
+        let grape = grape(&[]).await;
+        let _one = peer("client1", &grape).await;
+        let _other = peer("client1", &grape).await;
+        let by = ["--bootstrap", &grape.address, "--to", "client1"];
+        let chat = run("chat", &[&by[..], &["--all", "hello"]].concat()).await;
+        assert_eq!(chat.stdout, "Echo: hello\nEcho: hello\n", "{chat:?}");
+        let mut chat = conversation(&grape.address);
+        chat.types("client1").await;
+        chat.says("client1: 2 providers: 12D3..").await;
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn the_id_of_a_grape_is_learned_or_checked() {
+    in_time(async {
+        let grape = grape(&[]).await;
+        let (bare, id) = grape.address.split_once("/p2p/").unwrap();
+        for right in [bare, &grape.address] {
+            let mut peer = peer_by("client1", right);
+            assert_eq!(peer.line().await, "announced client1");
+        }
+        let other = Identity::generate().peer_id().to_string();
+        let wrong = format!("{bare}/p2p/{other}");
+        let refused = format!(
+            "{wrong}: expected the node {other}, but {id} answers there; correct the /p2p/ part\n"
+        );
+        run("peer", &["client1", "--bootstrap", &wrong])
+            .await
+            .fails(1, &format!("error: no grape to announce at: {refused}"));
+        run("chat", &["--bootstrap", &wrong, "--to", "client1", "hello"])
+            .await
+            .fails(4, &format!("error: no grape to ask: {refused}"));
+        let mut second = grape_at("/ip4/127.0.0.1/tcp/0", &["--bootstrap", &wrong]).await;
+        second
+            .says(&format!("cannot join by {}", refused.trim()))
+            .await;
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn a_restarted_grape_keeps_its_id_and_gets_its_names_back() {
+    in_time(async {
+        let folder = tempfile::tempdir().unwrap();
+        let key = key_file(&folder);
+        let more = ["--identity", &*key, "--lease", "3"];
+        let mut first = grape(&more).await;
+        let mut peer = peer("client1", &first).await;
+        peer.says("connected to the grape").await;
+        let address = first.address.clone();
+        first.signal(Signal::KILL);
+        first.end().await;
+        peer.says("lost the grape").await;
+        let (listen, _) = address.split_once("/p2p/").unwrap();
+        let second = grape_at(listen, &more).await;
+        assert_eq!(second.address, address);
+        peer.says("connected to the grape").await;
+        while send(&second, "client1", "hello").await.code != Some(0) {}
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn a_peer_waits_for_its_grape_and_says_so() {
+    in_time(async {
+        let listen = free_address();
+        let mut peer = peer_by("client1", &listen);
+        let waiting = format!("waiting for the grape at {listen}: Connection refused");
+        peer.says(&waiting).await;
+        let grape = grape_at(&listen, &[]).await;
+        assert_eq!(peer.line().await, "announced client1");
+        assert_eq!(
+            send(&grape, "client1", "hello").await.stdout,
+            "Echo: hello\n"
+        );
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn a_killed_peer_is_never_reached_and_forgotten_within_its_lease() {
+    in_time(async {
+        let lease = Duration::from_secs(3);
+        let grape = grape(&["--lease", "3"]).await;
+        let mut peer = peer("client1", &grape).await;
+        peer.signal(Signal::KILL);
+        peer.end().await;
+        let killed = Instant::now();
+        loop {
+            let asked = killed.elapsed();
+            let chat = send(&grape, "client1", "hello").await;
+            assert_eq!(chat.stdout, "");
+            if chat.code == Some(3) {
+                break;
+            }
+            assert_eq!(chat.code, Some(4), "{chat:?}");
+            assert!(asked < lease, "still announced after {asked:?}");
+        }
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn a_stopped_peer_takes_its_name_back_at_once() {
+    in_time(async {
+        let grape = grape(&[]).await;
+        for signal in [Signal::TERM, Signal::INT] {
+            let mut peer = peer("client1", &grape).await;
+            peer.signal(signal);
+            assert_eq!(peer.end().await.code(), Some(0));
+            let stopped = Instant::now();
+            loop {
+                let asked = stopped.elapsed();
+                if send(&grape, "client1", "hello").await.code == Some(3) {
+                    break;
+                }
+                assert!(asked < Duration::from_secs(2), "after {asked:?}");
+            }
+        }
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn names_outlive_the_grape_they_were_announced_at() {
+    in_time(async {
+        let folder = tempfile::tempdir().unwrap();
+        let key = key_file(&folder);
+        let id = Identity::load_or_generate(&key).unwrap().peer_id();
+        // Whom the first one does not talk to can have an answer from the second one only.
+        let mut one = grape(&["--lease", "3", "--block", &id.to_string()]).await;
+        let more = ["--lease", "3", "--bootstrap", &one.address];
+        let mut two = grape(&more).await;
+        two.says("connected to the grape").await;
+        let _peer = peer("client1", &one).await;
+        let by = ["--bootstrap", &two.address, "--identity", &key];
+        let send = async || run("chat", &[&by[..], &["--to", "client1", "hello"]].concat()).await;
+        while send().await.code != Some(0) {}
+        one.signal(Signal::KILL);
+        one.end().await;
+        let chat = send().await;
+        assert_eq!(chat.stdout, "Echo: hello\n", "{chat:?}");
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn a_signal_while_joining_ends_every_program() {
+    in_time(async {
+        for signal in [Signal::INT, Signal::TERM] {
+            let interrupted: [(&str, &[&str], i32); 5] = [
+                (
+                    "grape",
+                    &["--listen", "/ip4/127.0.0.1/tcp/0", "--bootstrap"],
+                    0,
+                ),
+                ("peer", &["client1", "--bootstrap"], 0),
+                ("chat", &["--default-grape"], 0),
+                (
+                    "chat",
+                    &["--to", "client1", "hello", "--default-grape"],
+                    130,
+                ),
+                ("chat", &["--to", "client1", "hello", "--bootstrap"], 130),
+            ];
+            for (name, arguments, code) in interrupted {
+                let (listener, address) = mute();
+                let mut program = Program::start(name, &[arguments, &[&address]].concat());
+                let _dialled = listener.accept().await.unwrap();
+                program.ends_on(signal, code).await;
+            }
+        }
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn a_signal_while_idle_ends_every_program() {
+    in_time(async {
+        for signal in [Signal::INT, Signal::TERM] {
+            let mut grape = grape(&[]).await;
+            let mut peer = peer("client1", &grape).await;
+            let mut chat = conversation(&grape.address);
+            chat.says("connected to the grape").await;
+            for program in [&mut chat, &mut peer, &mut grape] {
+                program.ends_on(signal, 0).await;
+            }
+        }
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn a_signal_while_an_answer_is_awaited_ends_chat() {
+    in_time(async {
+        let mut grape = grape(&[]).await;
+        let silent = node(&grape).await;
+        let mut service = service(&silent, "silent").await;
+        for signal in [Signal::INT, Signal::TERM] {
+            let by = ["--bootstrap", &grape.address, "--to", "silent", "hello"];
+            let mut once = Program::start("chat", &by);
+            let _request = service.next().await.unwrap();
+            once.ends_on(signal, 130).await;
+            let mut chat = conversation(&grape.address);
+            chat.types("silent").await;
+            chat.types("hello").await;
+            let _request = service.next().await.unwrap();
+            chat.ends_on(signal, 0).await;
+        }
+        let by = ["--bootstrap", &grape.address, "--to", "silent", "hello"];
+        let _once = Program::start("chat", &by);
+        let _request = service.next().await.unwrap();
+        grape.ends_on(Signal::TERM, 0).await;
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn a_signal_while_a_message_is_being_printed_ends_peer() {
+    in_time(async {
+        let grape = grape(&[]).await;
+        let sender = node(&grape).await;
+        for signal in [Signal::INT, Signal::TERM] {
+            let mut peer = peer("client1", &grape).await;
+            // Longer than a pipe holds, so that printing it takes until it is read: never.
+            let long = "x".repeat(1 << 19);
+            let name = "client1".parse().unwrap();
+            let call = tokio::spawn({
+                let sender = sender.clone();
+                async move { sender.request(&name, long).await }
+            });
+            peer.begins_to_print().await;
+            peer.ends_on(signal, 0).await;
+            assert!(call.await.unwrap().is_err());
+        }
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn a_peer_whose_messages_nobody_reads_ends_in_peace() {
+    in_time(async {
+        let grape = grape(&[]).await;
+        let mut peer = peer("client1", &grape).await;
+        peer.closes_output();
+        send(&grape, "client1", "hello").await;
+        assert_eq!(peer.end().await.code(), Some(0));
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn the_exit_code_says_what_went_wrong() {
+    in_time(async {
+        let grape = grape(&[]).await;
+        let odd = node(&grape).await;
+        let mut silent = service(&odd, "silent").await;
+        tokio::spawn(async move {
+            let mut held = Vec::new();
+            while let Some(request) = silent.next().await {
+                held.push(request);
+            }
+        });
+        let refusing = service(&odd, "refusing").await;
+        tokio::spawn(refusing.serve(|request| async move { request.fail("not\ntoday") }));
+        let id = odd.peer_id();
+        let table = [
+            (
+                "silent",
+                5,
+                "error: no reply from silent in time; the request may have run\n".into(),
+            ),
+            (
+                "refusing",
+                7,
+                format!("error: {id} answered: handler-failed: not today\n"),
+            ),
+            ("nobody", 3, "error: nobody announces nobody\n".into()),
+        ];
+        for (name, code, stderr) in table {
+            let by = [
+                "--bootstrap",
+                &grape.address,
+                "--timeout",
+                "1",
+                "--to",
+                name,
+                "hello",
+            ];
+            run("chat", &by).await.fails(code, &stderr);
+            let chat = run("chat", &[&by[..], &["--all"]].concat()).await;
+            chat.fails(code, &stderr);
+        }
+        run("chat", &["--bootstrap", NOBODY, "--to", "client1", "hello"])
+            .await
+            .fails(
+                4,
+                "error: no grape to ask: /ip4/127.0.0.1/tcp/1: Connection refused\n",
+            );
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn a_grape_keeps_out_whom_it_is_told_to() {
+    in_time(async {
+        let folder = tempfile::tempdir().unwrap();
+        let key = key_file(&folder);
+        let id = Identity::load_or_generate(&key)
+            .unwrap()
+            .peer_id()
+            .to_string();
+        for (refuses, flag) in [(true, "--block"), (false, "--allow")] {
+            let grape = grape(&[flag, &id]).await;
+            let by = ["--bootstrap", &grape.address];
+            let (known, other) = (
+                run(
+                    "chat",
+                    &[&by[..], &["--identity", &key, "--to", "x", "y"]].concat(),
+                )
+                .await,
+                run("chat", &[&by[..], &["--to", "x", "y"]].concat()).await,
+            );
+            let (out, within) = if refuses {
+                (known, other)
+            } else {
+                (other, known)
+            };
+            assert_eq!(within.code, Some(3), "{within:?}");
+            assert_eq!(out.code, Some(4), "{out:?}");
+        }
+        let grape = grape(&["--block", &id]).await;
+        let by = ["--bootstrap", &grape.address, "--identity", &key];
+        let mut peer = Program::start("peer", &[&["client1"], &by[..]].concat());
+        let reason = "it closes the connection at once; it may not let this node in";
+        peer.says(&format!(
+            "waiting for the grape at {}: {reason}",
+            grape.address
+        ))
+        .await;
+        peer.ends_on(Signal::TERM, 0).await;
+        assert_eq!(peer.output().await, "", "nothing is announced");
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn wrong_usage_is_one_line_that_says_what_to_do() {
+    in_time(async {
+        let folder = tempfile::tempdir().unwrap();
+        let path = |name: &str| folder.path().join(name).to_str().unwrap().to_owned();
+        let (text, missing) = (path("text"), path("no/folder/key"));
+        std::fs::write(&text, "not a key").unwrap();
+        let folder_itself = path("");
+        let taken = TcpListener::bind("127.0.0.1:0").unwrap();
+        let port = taken.local_addr().unwrap().port();
+        let taken = format!("/ip4/127.0.0.1/tcp/{port}");
+        let long = "x".repeat(256);
+        let table: &[(&str, &[&str], i32, &str)] = &[
+            (
+                "grape",
+                &["--listen", "foo"],
+                2,
+                "\"foo\" is not an address to listen on: write it like /ip4/",
+            ),
+            (
+                "grape",
+                &["--listen", "/ip4/0.0.0.0"],
+                2,
+                "write it like /ip4/0.0.0.0/tcp/20001",
+            ),
+            (
+                "grape",
+                &["--listen", "/ip4/0.0.0.0/udp/1"],
+                2,
+                "/ip4/0.0.0.0/udp/20001/quic-v1",
+            ),
+            (
+                "grape",
+                &["--bootstrap", "localhost:20001"],
+                2,
+                "such as /ip4/127.0.0.1/tcp/20001",
+            ),
+            (
+                "grape",
+                &["--external", ""],
+                2,
+                "write it like /ip4/203.0.113.7/tcp/20001",
+            ),
+            (
+                "grape",
+                &["--lease", "2"],
+                2,
+                "\"2\" is not a whole number of seconds from 3 to 90",
+            ),
+            (
+                "grape",
+                &["--lease", "soon"],
+                2,
+                "\"soon\" is not a whole number of seconds",
+            ),
+            ("grape", &["--allow", "ann"], 2, "\"ann\" is not an id"),
+            ("grape", &["--block", ""], 2, "\"\" is not an id"),
+            ("grape", &["--identity", &text], 2, "is not a key file"),
+            ("grape", &["--identity", &folder_itself], 2, "is not a file"),
+            ("grape", &["--identity", &missing], 2, "create it first"),
+            (
+                "grape",
+                &["--listen", &taken],
+                1,
+                "another program uses this port",
+            ),
+            (
+                "grape",
+                &["--listen", "/ip4/192.0.2.99/tcp/0"],
+                1,
+                "this machine has no such address",
+            ),
+            (
+                "peer",
+                &["x", "--bootstrap", "/p2p/foo"],
+                2,
+                "is not the address of a grape",
+            ),
+            (
+                "peer",
+                &[""],
+                2,
+                "the name is empty: give at least one character",
+            ),
+            (
+                "peer",
+                &["two words"],
+                2,
+                "leave out white space, control and zero-width characters",
+            ),
+            ("peer", &["bell\x07"], 2, "U+0007 at byte 4"),
+            ("peer", &["grapevine/serves"], 2, "choose another"),
+            ("peer", &[&long], 2, "the name is too long: 256 bytes"),
+            (
+                "peer",
+                &["x", "--listen", &taken],
+                1,
+                "another program uses this port",
+            ),
+            ("chat", &["--to", "", "hello"], 2, "the name is empty"),
+            (
+                "chat",
+                &["--to", "x", "--timeout", "61", "y"],
+                2,
+                "from 1 to 60",
+            ),
+            (
+                "chat",
+                &["--to", "x", "--identity", &text, "y"],
+                2,
+                "is not a key file",
+            ),
+        ];
+        for (program, arguments, code, says) in table {
+            let run = run(program, arguments).await;
+            let what = format!("{program} {arguments:?}: {run:?}");
+            assert_eq!(run.code, Some(*code), "{what}");
+            assert!(
+                run.stdout.is_empty() && run.stderr.starts_with("error: "),
+                "{what}"
+            );
+            assert!(
+                run.stderr.contains(says) && run.stderr.ends_with('\n'),
+                "{what}"
+            );
+            assert_eq!(run.stderr.lines().count(), 1, "{what}");
+            assert!(run.is_fit_for_people(), "{what}");
+        }
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn a_wrong_command_line_shows_the_usage() {
+    in_time(async {
+        let table: &[(&str, &[&str])] = &[
+            ("grape", &["--nonsense"]),
+            ("grape", &["stray"]),
+            ("peer", &[]),
+            ("chat", &["text without a name"]),
+            ("chat", &["--to"]),
+            ("chat", &["--to", "x", "two", "words"]),
+        ];
+        for (program, arguments) in table {
+            let run = run(program, arguments).await;
+            assert_eq!(run.code, Some(2), "{program} {arguments:?}: {run:?}");
+            assert!(
+                run.stdout.is_empty() && run.stderr.contains("--help"),
+                "{run:?}"
+            );
+            assert!(run.is_fit_for_people(), "{run:?}");
+        }
+        for program in ["grape", "peer", "chat"] {
+            let help = run(program, &["--help"]).await;
+            assert_eq!(help.code, Some(0));
+            assert!(help.stdout.contains("Examples:") && help.stdout.contains("Exit codes:"));
+            let version = run(program, &["--version"]).await;
+            let expected = format!("{program} {}\n", env!("CARGO_PKG_VERSION"));
+            assert_eq!((version.code, version.stdout), (Some(0), expected));
+        }
+    })
+    .await;
+}

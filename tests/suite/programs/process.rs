@@ -1,0 +1,205 @@
+//! Runs a program as a process. It is killed, by its id, when the test is over.
+
+use std::fmt::Write;
+use std::path::PathBuf;
+use std::process::{ExitStatus, Stdio};
+use std::time::Instant;
+
+use rustix::process::{Pid, Signal, kill_process};
+use tempfile::TempDir;
+use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader, Lines};
+use tokio::process::{Child, ChildStderr, ChildStdin, ChildStdout, Command};
+use tokio::time::timeout;
+
+use super::END;
+
+/// No test takes longer than this, however busy the machine.
+const DEADLINE: std::time::Duration = std::time::Duration::from_secs(90);
+
+pub(super) async fn in_time<T>(scenario: impl Future<Output = T>) -> T {
+    timeout(DEADLINE, scenario).await.expect("the test hangs")
+}
+
+/// A program that runs.
+pub(super) struct Program {
+    name: String,
+    child: Child,
+    stdin: Option<ChildStdin>,
+    stdout: Option<Lines<BufReader<ChildStdout>>>,
+    stderr: Lines<BufReader<ChildStderr>>,
+    /// What it has said on stderr so far, for the messages of failed tests.
+    said: String,
+    /// Where it can be dialled, if it has told.
+    pub(super) address: String,
+}
+
+/// What a program has done.
+#[derive(Debug)]
+pub(super) struct Run {
+    pub(super) code: Option<i32>,
+    pub(super) stdout: String,
+    pub(super) stderr: String,
+}
+
+/// The program's file. Cargo builds the examples before it runs the tests.
+pub(super) fn path(name: &str) -> PathBuf {
+    let test = std::env::current_exe().unwrap();
+    let path = test
+        .parent()
+        .and_then(|deps| deps.parent())
+        .unwrap()
+        .join("examples")
+        .join(format!("{name}{}", std::env::consts::EXE_SUFFIX));
+    assert!(
+        path.is_file(),
+        "{} is missing: build it with `cargo build --examples`",
+        path.display()
+    );
+    path
+}
+
+/// Where a key may be kept.
+pub(super) fn key_file(folder: &TempDir) -> String {
+    folder.path().join("key").to_str().unwrap().into()
+}
+
+fn command(name: &str, arguments: &[&str]) -> Command {
+    let mut command = Command::new(path(name));
+    command
+        .args(arguments)
+        .env_remove("RUST_LOG")
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .kill_on_drop(true);
+    command
+}
+
+/// Runs a program to its end, without input.
+pub(super) async fn run(name: &str, arguments: &[&str]) -> Run {
+    let output = command(name, arguments)
+        .stdin(Stdio::null())
+        .output()
+        .await
+        .unwrap();
+    Run {
+        code: output.status.code(),
+        stdout: String::from_utf8(output.stdout).unwrap(),
+        stderr: String::from_utf8(output.stderr).unwrap(),
+    }
+}
+
+impl Run {
+    /// Fails the test unless the program failed in this way.
+    #[track_caller]
+    pub(super) fn fails(&self, code: i32, stderr: &str) {
+        let done = (self.code, &*self.stdout, &*self.stderr);
+        assert_eq!(done, (Some(code), "", stderr));
+    }
+
+    /// Whether there is nothing in it that only a programmer understands.
+    pub(super) fn is_fit_for_people(&self) -> bool {
+        let alien = ["panicked", "RUST_BACKTRACE", "Error(", "Err(", "Some("];
+        !alien.iter().any(|word| self.stderr.contains(word))
+    }
+}
+
+impl Program {
+    pub(super) fn start(name: &str, arguments: &[&str]) -> Self {
+        let mut child = command(name, arguments)
+            .stdin(Stdio::piped())
+            .spawn()
+            .unwrap();
+        Self {
+            name: name.into(),
+            stdin: child.stdin.take(),
+            stdout: child.stdout.take().map(|out| BufReader::new(out).lines()),
+            stderr: BufReader::new(child.stderr.take().unwrap()).lines(),
+            child,
+            said: String::new(),
+            address: String::new(),
+        }
+    }
+
+    /// The next line on stdout.
+    pub(super) async fn line(&mut self) -> String {
+        let stdout = self.stdout.as_mut().unwrap();
+        let Some(line) = stdout.next_line().await.unwrap() else {
+            let rest = self.rest().await;
+            panic!("{} has ended: {rest}", self.name);
+        };
+        line
+    }
+
+    /// What is left on stdout when the program has ended.
+    pub(super) async fn output(&mut self) -> String {
+        let mut rest = String::new();
+        let stdout = self.stdout.take().unwrap();
+        stdout.into_inner().read_to_string(&mut rest).await.unwrap();
+        rest
+    }
+
+    /// Waits for a line on stderr that begins like this.
+    pub(super) async fn says(&mut self, start: &str) {
+        while let Some(line) = self.stderr.next_line().await.unwrap() {
+            writeln!(self.said, "{line}").unwrap();
+            if line.starts_with(start) {
+                return;
+            }
+        }
+        panic!("{} has not said {start:?} but: {}", self.name, self.said);
+    }
+
+    pub(super) async fn types(&mut self, line: &str) {
+        let stdin = self.stdin.as_mut().unwrap();
+        stdin.write_all(line.as_bytes()).await.unwrap();
+        stdin.write_all(b"\n").await.unwrap();
+    }
+
+    pub(super) fn closes_input(&mut self) {
+        self.stdin = None;
+    }
+
+    pub(super) fn closes_output(&mut self) {
+        self.stdout = None;
+    }
+
+    /// Waits for the first byte of a line, and takes no more.
+    pub(super) async fn begins_to_print(&mut self) {
+        let mut stdout = self.stdout.take().unwrap().into_inner();
+        stdout.read_u8().await.unwrap();
+        self.stdout = Some(stdout.lines());
+    }
+
+    pub(super) fn signal(&self, signal: Signal) {
+        let id = self.child.id().expect("it runs");
+        let pid = Pid::from_raw(id.try_into().unwrap()).unwrap();
+        kill_process(pid, signal).unwrap();
+    }
+
+    pub(super) async fn end(&mut self) -> ExitStatus {
+        self.child.wait().await.unwrap()
+    }
+
+    /// Sends a signal; the program keeps its promise to end soon, with this code.
+    pub(super) async fn ends_on(&mut self, signal: Signal, code: i32) {
+        self.signal(signal);
+        let asked = Instant::now();
+        let status = self.end().await;
+        let took = asked.elapsed();
+        let rest = self.rest().await;
+        assert_eq!(
+            status.code(),
+            Some(code),
+            "{} on {signal:?}: {rest}",
+            self.name
+        );
+        assert!(took < END, "{} took {took:?}", self.name);
+    }
+
+    async fn rest(&mut self) -> String {
+        while let Ok(Some(line)) = self.stderr.next_line().await {
+            writeln!(self.said, "{line}").unwrap();
+        }
+        std::mem::take(&mut self.said)
+    }
+}

@@ -1,0 +1,171 @@
+//! Chat on a terminal: a pseudo-terminal, on which a test types and reads.
+
+use std::process::Command;
+use std::time::Duration;
+
+use expectrl::process::unix::WaitStatus;
+use expectrl::session::OsSession;
+use expectrl::{ControlCode, Eof, Expect, Session};
+use rustix::process::{Pid, Signal, kill_process};
+use rustix::termios::LocalModes;
+
+use super::process::{Program, in_time, path};
+use super::{grape, peer, send};
+
+/// As long as a test may wait for anything.
+const DEADLINE: Duration = Duration::from_secs(60);
+
+/// Ctrl-C, as a terminal sends it.
+const CTRL_C: ControlCode = ControlCode::EndOfText;
+
+/// Chat on a terminal of its own. Killed by its id when the test is over.
+fn chat(arguments: &[&str]) -> OsSession {
+    let mut command = Command::new(path("chat"));
+    command
+        .args(arguments)
+        .env_remove("RUST_LOG")
+        .env("NO_COLOR", "1")
+        .env("TERM", "xterm");
+    let mut session = Session::spawn(command).unwrap();
+    session.set_expect_timeout(Some(DEADLINE));
+    session
+}
+
+/// A chat by a grape, at its first question.
+fn chat_by(grape: &Program, arguments: &[&str]) -> OsSession {
+    let mut session = chat(&[&["--bootstrap", &grape.address], arguments].concat());
+    see(&mut session, "empty line: another name; exit: leave");
+    see(&mut session, "Name: ");
+    session
+}
+
+#[track_caller]
+fn see(session: &mut OsSession, text: &str) {
+    if let Err(error) = session.expect(text) {
+        panic!("no {text:?}: {error}");
+    }
+}
+
+/// Whether the terminal is as the programs of a shell expect it.
+fn reads_lines(session: &OsSession) -> bool {
+    let terminal = session.get_process().get_raw_handle().unwrap();
+    let modes = rustix::termios::tcgetattr(terminal).unwrap().local_modes;
+    modes.contains(LocalModes::ICANON)
+}
+
+#[track_caller]
+fn ends(session: &mut OsSession) {
+    session.expect(Eof).unwrap();
+    let status = session.get_process().wait().unwrap();
+    assert!(matches!(status, WaitStatus::Exited(_, 0)), "{status:?}");
+}
+
+/// The terminal blocks, the programs beside it do not: two threads at least.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_conversation_asks_shows_and_goes_on() {
+    in_time(async {
+        let grape = grape(&[]).await;
+        let (_one, _two) = (peer("client1", &grape).await, peer("client2", &grape).await);
+        let mut chat = chat_by(&grape, &[]);
+        chat.send_line("client3").unwrap();
+        see(&mut chat, "error: nobody announces client3");
+        see(&mut chat, "Name: ");
+        chat.send_line("client1").unwrap();
+        see(&mut chat, "client1: 1 provider: 12D3..");
+        see(&mut chat, "Message: ");
+        chat.send_line("hello").unwrap();
+        see(&mut chat, "Echo: hello");
+        see(&mut chat, "Message: ");
+        chat.send_line("").unwrap();
+        see(&mut chat, "Name: ");
+        chat.send_line("client2").unwrap();
+        see(&mut chat, "Message: ");
+        chat.send_line("and you").unwrap();
+        see(&mut chat, "Echo: and you");
+        chat.send_line("").unwrap();
+        see(&mut chat, "Name: ");
+        chat.send("client1\x15cl\t\t").unwrap();
+        see(&mut chat, "client1");
+        see(&mut chat, "client2");
+        chat.send("\x15exit\r").unwrap();
+        ends(&mut chat);
+    })
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_message_that_arrives_leaves_the_line_being_typed_whole() {
+    in_time(async {
+        let grape = grape(&[]).await;
+        let _client1 = peer("client1", &grape).await;
+        let mut ann = chat_by(&grape, &["--name", "ann"]);
+        see(&mut ann, "announced ann");
+        ann.send("clie").unwrap();
+        see(&mut ann, "clie");
+        assert_eq!(send(&grape, "ann", "hi there").await.code, Some(0));
+        see(&mut ann, "12D3..");
+        see(&mut ann, ": hi there");
+        see(&mut ann, "Name: clie");
+        ann.send("nt1\r").unwrap();
+        see(&mut ann, "client1: 1 provider: ");
+        see(&mut ann, "Message: ");
+        ann.send(CTRL_C).unwrap();
+        ends(&mut ann);
+    })
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_name_of_the_command_line_is_talked_to_first() {
+    in_time(async {
+        let mut chat = chat(&["--default-grape", super::NOBODY, "--to", "echo"]);
+        see(&mut chat, "started one inside this program");
+        see(&mut chat, "echo: 1 provider: ");
+        see(&mut chat, "Message: ");
+        chat.send_line("hello").unwrap();
+        see(&mut chat, "Echo: hello");
+        see(&mut chat, "Message: ");
+        chat.send(ControlCode::EndOfTransmission).unwrap();
+        ends(&mut chat);
+    })
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_signal_at_the_prompt_leaves_the_terminal_in_order() {
+    in_time(async {
+        let grape = grape(&[]).await;
+        for signal in [Signal::TERM, Signal::INT] {
+            let mut chat = chat_by(&grape, &[]);
+            assert!(!reads_lines(&chat), "the editor reads keys");
+            let pid = chat.get_process().pid().as_raw();
+            kill_process(Pid::from_raw(pid).unwrap(), signal).unwrap();
+            see(&mut chat, "\x1b[?2004l");
+            assert!(reads_lines(&chat), "what is typed next is taken key by key");
+            ends(&mut chat);
+        }
+    })
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_was_typed_is_kept_where_one_asks_for_it() {
+    in_time(async {
+        let folder = tempfile::tempdir().unwrap();
+        let file = folder.path().join("history");
+        let grape = grape(&[]).await;
+        let _client1 = peer("client1", &grape).await;
+        let keep = ["--history", file.to_str().unwrap()];
+        let mut chat = chat_by(&grape, &keep);
+        chat.send_line("client1").unwrap();
+        see(&mut chat, "Message: ");
+        chat.send(CTRL_C).unwrap();
+        ends(&mut chat);
+        let mut chat = chat_by(&grape, &keep);
+        chat.send("\x1b[A\r").unwrap();
+        see(&mut chat, "client1: 1 provider: ");
+        chat.send(CTRL_C).unwrap();
+        ends(&mut chat);
+    })
+    .await;
+}
