@@ -19,6 +19,9 @@ pub const RPC_PROTOCOL: StreamProtocol = StreamProtocol::new("/grapevine/rpc/1.0
 /// The protocol version that identify tells.
 pub const IDENTIFY_VERSION: &str = "/grapevine/1.0.0";
 
+/// The agent that identify tells, without its version: such a peer serves kept streams.
+pub const AGENT: &str = "grapevine/";
+
 /// The agent that identify tells.
 pub const AGENT_VERSION: &str = concat!("grapevine/", env!("CARGO_PKG_VERSION"));
 
@@ -61,9 +64,15 @@ pub const MAX_REQUEST_TIME: Duration = Duration::from_secs(60);
 /// How long a peer may take to send one frame it has begun, or to take one.
 pub const FRAME_DEADLINE: Duration = Duration::from_secs(10);
 
-/// The requests that a node keeps open to one peer; further ones wait their turn. Stays below
-/// [`MAX_RPC_STREAMS`], over which the remote drops streams without an answer.
-pub const MAX_REQUESTS_PER_PEER: usize = 64;
+/// The requests that a node has open to one peer; further ones wait their turn.
+pub const MAX_REQUESTS_PER_PEER: usize = 512;
+
+/// Those of them that have a stream of their own. Stays below [`MAX_RPC_STREAMS`], over which the
+/// remote closes streams without an answer.
+pub const MAX_SINGLE_REQUESTS: usize = 64;
+
+/// The requests open on one stream; it is not read further until one of them is answered.
+pub const MAX_PIPELINED: usize = 1_024;
 
 /// The RPC streams of one connection, both directions together.
 pub const MAX_RPC_STREAMS: usize = 256;

@@ -5,7 +5,7 @@
 //! So two names that look the same because of an invisible or a differently composed character are the
 //! same name or no name. Look-alikes of different scripts (Latin and Cyrillic `a`) are left to pinning.
 
-use std::{fmt, str::FromStr, sync::Arc};
+use std::{borrow::Borrow, fmt, str::FromStr, sync::Arc};
 
 use sha2::{Digest, Sha256};
 use unicode_normalization::{UnicodeNormalization, is_nfc};
@@ -48,6 +48,11 @@ impl ServiceName {
         Ok(Self(name.into()))
     }
 
+    /// The text, without a copy.
+    pub(crate) fn shared(&self) -> Arc<str> {
+        Arc::clone(&self.0)
+    }
+
     /// The key under which Kademlia stores the name's providers: the sha2-256 multihash of its bytes.
     pub fn key(&self) -> [u8; 34] {
         let mut key = [0; 34];
@@ -85,6 +90,13 @@ impl TryFrom<String> for ServiceName {
 
     fn try_from(name: String) -> Result<Self, NameError> {
         name.parse()
+    }
+}
+
+/// Hashes and compares as its text does.
+impl Borrow<str> for ServiceName {
+    fn borrow(&self) -> &str {
+        &self.0
     }
 }
 

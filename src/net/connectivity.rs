@@ -15,7 +15,7 @@ use libp2p::{Multiaddr, PeerId, StreamProtocol, identify};
 use tokio::sync::watch;
 
 use crate::error::DialFailure;
-use crate::limits::{KAD_PROTOCOL, MAX_ADDRESSES};
+use crate::limits::{AGENT, KAD_PROTOCOL, MAX_ADDRESSES};
 use crate::proto::bootstrap::{BootstrapStatus, Bootstraps};
 
 /// What a node knows of its own place in the network.
@@ -52,6 +52,8 @@ pub(crate) struct Connectivity {
 struct Peer {
     connections: HashMap<ConnectionId, Multiaddr>,
     is_grape: bool,
+    /// Runs this implementation, which serves many requests on one stream.
+    is_ours: bool,
     /// This node has dialled it, or tried to.
     dialled: bool,
 }
@@ -98,6 +100,11 @@ impl Connectivity {
             }
         }
         grapes
+    }
+
+    /// Whether a peer is known to run this implementation.
+    pub(crate) fn is_ours(&self, peer: &PeerId) -> bool {
+        self.peers.get(peer).is_some_and(|peer| peer.is_ours)
     }
 
     /// The address a peer is connected from, for its prefix.
@@ -209,6 +216,7 @@ impl Connectivity {
             return Vec::new();
         };
         known.is_grape = info.protocols.iter().any(is_kademlia);
+        known.is_ours = info.agent_version.starts_with(AGENT);
         if !known.is_grape || known.dialled || !is_registrar {
             return Vec::new();
         }

@@ -22,7 +22,9 @@ use void::Void;
 use super::connectivity::{Connectivity, describe};
 use super::discovery::{self, Discovery, Waiter};
 use super::rendezvous::{self, Rendezvous};
-use super::rpc::{self, Answer, Inbound, Rpc};
+use super::rpc::kept::{KeptStreams, Lane};
+use super::rpc::serve::{Inbound, Server};
+use super::rpc::single::{Requests, Serves};
 use super::swarm::{Behaviour, BehaviourEvent, build};
 use super::{COMMANDS, Command, Handle, Settings};
 use crate::error::{AnnounceError, LookupError, SpawnError};
@@ -58,27 +60,30 @@ enum Stop {
 
 /// Binds every address and starts the loop in a task of its own.
 pub(super) async fn start(settings: Settings) -> Result<Handle, SpawnError> {
-    let mut swarm = build(&settings).map_err(|error| SpawnError::Transport(error.to_string()))?;
+    let metrics = Arc::new(Metrics::default());
+    let server = Server::new(&settings.limits, Arc::clone(&metrics));
+    let mut swarm = build(&settings, Arc::clone(&server))
+        .map_err(|error| SpawnError::Transport(error.to_string()))?;
     let listening = listen(&mut swarm, &settings.listen).await?;
     let now = Instant::now();
     let local = *swarm.local_peer_id();
     let bootstrap = settings.bootstrap.clone();
     let (connectivity, status) = Connectivity::new(local, bootstrap, now);
-    let (rpc, answers) = Rpc::new(&settings.limits);
     let (sender, commands) = mpsc::channel(COMMANDS);
     let routes = Arc::new(Mutex::new(Routes::new()));
-    let metrics = Arc::new(Metrics::default());
+    let kept = Arc::new(KeptStreams::default());
     let mut driver = Driver {
         swarm,
         commands,
-        answers,
         dropped: FuturesUnordered::new(),
         housekeeping: now + HOUSEKEEPING,
         keep_alive: now + KEEP_ALIVE_INTERVAL,
         connectivity,
         discovery: Discovery::new(local),
         rendezvous: Rendezvous::new(settings.identity.keypair().clone()),
-        rpc,
+        server,
+        requests: Requests::default(),
+        kept: Arc::clone(&kept),
         handlers: HashMap::new(),
         publishing: HashMap::new(),
         held: HashSet::new(),
@@ -98,6 +103,7 @@ pub(super) async fn start(settings: Settings) -> Result<Handle, SpawnError> {
         commands: sender,
         status,
         routes,
+        kept,
         metrics,
     })
 }
@@ -202,7 +208,6 @@ fn explain(error: &(dyn std::error::Error + 'static)) -> String {
 struct Driver {
     swarm: Swarm<Behaviour>,
     commands: mpsc::Receiver<Command>,
-    answers: mpsc::Receiver<Answer>,
     /// One for each name served, done when its handler is dropped.
     dropped: FuturesUnordered<BoxFuture<'static, (ServiceName, mpsc::Sender<Inbound>)>>,
     /// When the next housekeeping is due.
@@ -212,7 +217,9 @@ struct Driver {
     connectivity: Connectivity,
     discovery: Discovery,
     rendezvous: Rendezvous,
-    rpc: Rpc,
+    server: Arc<Server>,
+    requests: Requests,
+    kept: Arc<KeptStreams>,
     handlers: HashMap<ServiceName, mpsc::Sender<Inbound>>,
     /// Who waits for a name to be published.
     publishing: HashMap<ServiceName, oneshot::Sender<Result<(), AnnounceError>>>,
@@ -242,7 +249,6 @@ impl Driver {
             let due = self.next_due();
             tokio::select! {
                 event = self.swarm.select_next_some() => self.on_swarm_event(event),
-                Some(answer) = self.answers.recv() => self.on_answer(answer),
                 Some((name, handler)) = self.dropped.next() => self.on_handler_gone(&name, &handler),
                 command = self.commands.recv() => match command {
                     Some(Command::Shutdown(done)) => return Err(Stop::Asked(done)),
@@ -258,7 +264,7 @@ impl Driver {
     /// Withdraws every name, lets open requests finish and stops; ends within
     /// [`SHUTDOWN_DEADLINE`].
     async fn shut_down(&mut self) {
-        self.rpc.stop();
+        self.server.stop();
         let names: Vec<_> = self.discovery.announcements.names().cloned().collect();
         for name in names {
             self.withdraw(&name);
@@ -269,10 +275,11 @@ impl Driver {
             self.discovery.refuse(&name, LookupError::Closed);
         }
         let deadline = tokio::time::Instant::now() + SHUTDOWN_DEADLINE;
-        while self.rendezvous.unregistering() > 0 || self.rpc.open_requests() > 0 {
+        while self.rendezvous.unregistering() > 0 || self.server.open_requests() > 0 {
+            let server = Arc::clone(&self.server);
             tokio::select! {
                 event = self.swarm.select_next_some() => self.on_swarm_event(event),
-                Some(answer) = self.answers.recv() => self.on_answer(answer),
+                () = server.idle(), if server.open_requests() > 0 => {}
                 () = sleep_until(deadline) => break,
             }
         }
@@ -303,8 +310,13 @@ impl Driver {
             }
             Command::Lookup(name, waiter) => self.on_lookup(name, waiter),
             Command::Request(request) => {
-                self.metrics.requests_sent.add(1);
-                self.rpc.call(&mut self.swarm.behaviour_mut().rpc, request);
+                let (peer, lane) = (request.provider, Lane::of(&request.payload));
+                let behaviour = self.swarm.behaviour_mut();
+                self.requests.call(&mut behaviour.single, request);
+                if self.connectivity.is_ours(&peer) {
+                    let open = |peer| behaviour.streams.open(peer);
+                    self.kept.keep(peer, lane, open);
+                }
             }
             Command::Block(peer) => {
                 self.swarm.behaviour_mut().blocked.block_peer(peer);
@@ -352,7 +364,7 @@ impl Driver {
             let _ = done.send(Err(error));
             return;
         }
-        self.rpc.serve(name.clone(), handler.clone());
+        self.server.serve(name.clone(), handler.clone());
         self.handlers.insert(name.clone(), handler.clone());
         self.publishing.insert(name.clone(), done);
         let watched = name;
@@ -376,7 +388,7 @@ impl Driver {
     fn withdraw(&mut self, name: &ServiceName) {
         self.handlers.remove(name);
         self.publishing.remove(name);
-        self.rpc.unserve(name);
+        self.server.unserve(name);
         if !self.discovery.announcements.withdraw(name) {
             return;
         }
@@ -430,11 +442,6 @@ impl Driver {
         !self.registrar && self.connectivity.bootstraps.is_hopeless()
     }
 
-    fn on_answer(&mut self, answer: Answer) {
-        let behaviour = self.swarm.behaviour_mut();
-        self.rpc.on_answer(&mut behaviour.rpc, answer);
-    }
-
     /// When time alone makes something happen.
     fn next_due(&self) -> Instant {
         let due = [
@@ -463,8 +470,8 @@ impl Driver {
 
     fn keep_alive(&mut self, now: Instant) {
         for grape in self.connectivity.bootstraps.connected() {
-            let rpc = &mut self.swarm.behaviour_mut().rpc;
-            self.rpc.keep_alive(rpc, grape);
+            let behaviour = &mut self.swarm.behaviour_mut().single;
+            self.requests.keep_alive(behaviour, grape);
         }
         self.keep_alive = now + KEEP_ALIVE_INTERVAL;
     }
@@ -497,7 +504,7 @@ impl Driver {
         self.metrics.stored.set(stored.records);
         self.metrics.evicted.set(stored.evicted);
         self.metrics.refused.set(stored.refused);
-        let open = self.rpc.open_requests();
+        let open = self.server.open_requests();
         self.metrics.open_requests.set(open as u64);
         let announced = self.discovery.announcements.len();
         self.metrics.announced.set(announced as u64);
@@ -526,7 +533,7 @@ impl Driver {
             }
             Step::Dial(peer, addresses) => self.dial_candidate(peer, addresses, now),
             Step::Ask(peer, name) => {
-                self.rpc.ask_serves(&mut behaviour.rpc, peer, name);
+                self.requests.ask_serves(&mut behaviour.single, peer, name);
             }
             Step::Found(name, provider) => {
                 self.routes().found(&name, provider, now);
@@ -789,15 +796,9 @@ impl Driver {
                 );
                 self.on_rendezvous(learned, now);
             }
-            BehaviourEvent::Rpc(event) => {
-                let rpc = &mut self.swarm.behaviour_mut().rpc;
-                match self.rpc.on_event(rpc, event) {
-                    Some(rpc::Learned::Serves(peer, name, serves)) => {
-                        self.discovery.lookups.on_answer(&peer, &name, serves, now);
-                    }
-                    Some(rpc::Learned::Dispatched) => self.metrics.requests_received.add(1),
-                    Some(rpc::Learned::Refused) => self.metrics.requests_refused.add(1),
-                    None => {}
+            BehaviourEvent::Single(event) => {
+                if let Some(Serves(peer, name, serves)) = self.requests.on_event(event) {
+                    self.discovery.lookups.on_answer(&peer, &name, serves, now);
                 }
             }
             BehaviourEvent::Identify(identify::Event::Received { peer_id, info, .. }) => {

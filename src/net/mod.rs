@@ -20,7 +20,10 @@ use tokio::sync::{mpsc, oneshot, watch};
 
 pub use connectivity::Status;
 pub(crate) use discovery::Waiter;
-pub(crate) use rpc::{Answer, Inbound, Outbound, Outcome, Ticket};
+pub(crate) use rpc::Outcome;
+pub(crate) use rpc::kept::{KeptStreams, Lane, Outgoing};
+pub(crate) use rpc::serve::{Inbound, Responder};
+pub(crate) use rpc::single::Outbound;
 
 use crate::error::{AnnounceError, SpawnError};
 use crate::identity::Identity;
@@ -86,6 +89,7 @@ pub(crate) struct Handle {
     pub(crate) commands: mpsc::Sender<Command>,
     pub(crate) status: watch::Receiver<Status>,
     pub(crate) routes: Arc<Mutex<Routes>>,
+    pub(crate) kept: Arc<KeptStreams>,
     pub(crate) metrics: Arc<Metrics>,
 }
 

@@ -2,6 +2,7 @@
 
 use std::io;
 use std::num::NonZeroU8;
+use std::sync::Arc;
 use std::time::{Instant, SystemTime};
 
 use libp2p::allow_block_list::{self, AllowedPeers, BlockedPeers};
@@ -19,7 +20,8 @@ use libp2p::{
 };
 
 use super::admission;
-use super::rpc::RpcCodec;
+use super::rpc::serve::Server;
+use super::rpc::{single, streams};
 use super::{Carrier, Settings};
 use crate::limits::{
     AGENT_VERSION, CONNECT_TIMEOUT, FRAME_DEADLINE, IDENTIFY_VERSION, IDLE_TIMEOUT, KAD_PROTOCOL,
@@ -41,11 +43,13 @@ pub(crate) struct Behaviour {
     ping: ping::Behaviour,
     pub(crate) kad: kad::Behaviour<Store>,
     pub(crate) rendezvous: request_response::Behaviour<rendezvous::Codec>,
-    pub(crate) rpc: request_response::Behaviour<RpcCodec>,
+    /// Before `single`, which speaks the same protocol and accepts no stream.
+    pub(crate) streams: streams::Behaviour,
+    pub(crate) single: single::Behaviour,
 }
 
 /// Builds a node's Swarm. It does not listen or dial yet.
-pub(crate) fn build(settings: &Settings) -> io::Result<Swarm<Behaviour>> {
+pub(crate) fn build(settings: &Settings, server: Arc<Server>) -> io::Result<Swarm<Behaviour>> {
     let keypair = settings.identity.keypair();
     let peer = settings.identity.peer_id();
     let transport = match settings.carrier {
@@ -60,13 +64,13 @@ pub(crate) fn build(settings: &Settings) -> io::Result<Swarm<Behaviour>> {
         .with_max_negotiating_inbound_streams(MAX_RPC_STREAMS);
     Ok(Swarm::new(
         transport,
-        behaviour(settings, keypair),
+        behaviour(settings, keypair, server),
         peer,
         config,
     ))
 }
 
-fn behaviour(settings: &Settings, keypair: &identity::Keypair) -> Behaviour {
+fn behaviour(settings: &Settings, keypair: &identity::Keypair, server: Arc<Server>) -> Behaviour {
     let limits = &settings.limits;
     Behaviour {
         blocked: allow_block_list::Behaviour::default(),
@@ -108,9 +112,10 @@ fn behaviour(settings: &Settings, keypair: &identity::Keypair) -> Behaviour {
                 .with_request_timeout(FRAME_DEADLINE)
                 .with_max_concurrent_streams(MAX_RENDEZVOUS_STREAMS),
         ),
-        rpc: request_response::Behaviour::with_codec(
-            RpcCodec::default(),
-            [(RPC_PROTOCOL, ProtocolSupport::Full)],
+        streams: streams::Behaviour::new(server),
+        single: request_response::Behaviour::with_codec(
+            single::Codec::default(),
+            [(RPC_PROTOCOL, ProtocolSupport::Outbound)],
             request_response::Config::default()
                 .with_request_timeout(MAX_REQUEST_TIME)
                 .with_max_concurrent_streams(MAX_RPC_STREAMS),

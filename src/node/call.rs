@@ -12,7 +12,7 @@ use super::{Closed, Node};
 use crate::error::RequestError;
 use crate::limits::{MAX_REQUEST_TIME, REQUEST_DEADLINE};
 use crate::name::ServiceName;
-use crate::net::{Command, Outbound, Outcome, Waiter};
+use crate::net::{Command, Lane, Outbound, Outcome, Outgoing, Waiter};
 use crate::proto::routes::Pick;
 use crate::proto::wire::{ErrorCode, MAX_PAYLOAD, RemoteError};
 
@@ -198,14 +198,24 @@ impl<'a> Call<'a> {
     }
 
     async fn attempt(&mut self, pick: Pick) -> Verdict {
-        let provider = pick.provider;
-        let Ok(slot) = pick.slots.acquire_owned().await else {
+        let Ok(_slot) = pick.slots.all.acquire().await else {
             return Verdict::Over(Err(RequestError::Closed));
         };
+        self.node.count_request();
+        if let Some(outcome) = self.over_kept_stream(pick.provider).await {
+            return self.judge(pick.provider, outcome);
+        }
+        let Ok(slot) = Arc::clone(&pick.slots.single).acquire_owned().await else {
+            return Verdict::Over(Err(RequestError::Closed));
+        };
+        // One may have been opened while this waited.
+        if let Some(outcome) = self.over_kept_stream(pick.provider).await {
+            return self.judge(pick.provider, outcome);
+        }
         let (sender, outcome) = oneshot::channel();
         let command = Command::Request(Outbound {
-            provider,
-            service: self.name.to_string(),
+            provider: pick.provider,
+            service: self.name.shared(),
             payload: Arc::clone(&self.payload),
             outcome: sender,
             slot,
@@ -214,8 +224,25 @@ impl<'a> Call<'a> {
             return Verdict::Over(Err(RequestError::Closed));
         }
         match outcome.await {
-            Ok(outcome) => self.judge(provider, outcome),
+            Ok(outcome) => self.judge(pick.provider, outcome),
             Err(_) => Verdict::Over(Err(RequestError::Closed)),
+        }
+    }
+
+    /// `None` if there is no such stream, or it ended before the request was written to it.
+    async fn over_kept_stream(&self, provider: PeerId) -> Option<Outcome> {
+        let lane = Lane::of(&self.payload);
+        let queue = self.node.kept_stream(provider, lane)?;
+        let (sender, outcome) = oneshot::channel();
+        let request = Outgoing {
+            service: self.name.shared(),
+            payload: Arc::clone(&self.payload),
+            outcome: sender,
+        };
+        queue.send(request).await.ok()?;
+        match outcome.await {
+            Ok(Outcome::NotSent(_)) | Err(_) => None,
+            Ok(outcome) => Some(outcome),
         }
     }
 

@@ -9,7 +9,7 @@ use tokio::task::JoinSet;
 
 use super::Node;
 use crate::name::ServiceName;
-use crate::net::{Answer, Command, Inbound, Ticket};
+use crate::net::{Command, Inbound, Responder};
 use crate::proto::wire::{ErrorCode, RemoteError};
 
 /// The requests that may wait for a handler; one more is answered `busy`. The node's own limit on
@@ -36,7 +36,7 @@ pub struct Service {
 pub struct Request {
     from: PeerId,
     payload: Vec<u8>,
-    reply: Option<(Ticket, mpsc::Sender<Answer>)>,
+    responder: Responder,
 }
 
 impl Service {
@@ -61,7 +61,7 @@ impl Service {
         Some(Request {
             from: inbound.from,
             payload: inbound.payload,
-            reply: Some((inbound.ticket, inbound.answers)),
+            responder: inbound.responder,
         })
     }
 
@@ -100,14 +100,10 @@ impl Service {
 
 impl Drop for Service {
     fn drop(&mut self) {
-        // Requests in the queue are answered, not lost.
+        // Requests in the queue are answered, as every request that is dropped.
         self.requests.close();
         while let Some(Some(inbound)) = self.requests.recv().now_or_never() {
-            drop(Request {
-                from: inbound.from,
-                payload: inbound.payload,
-                reply: Some((inbound.ticket, inbound.answers)),
-            });
+            drop(inbound);
         }
     }
 }
@@ -151,21 +147,7 @@ impl Request {
         self.answer(Err(RemoteError::new(ErrorCode::BadRequest, message)));
     }
 
-    fn answer(mut self, outcome: Result<Vec<u8>, RemoteError>) {
-        self.send(outcome);
-    }
-
-    fn send(&mut self, outcome: Result<Vec<u8>, RemoteError>) {
-        if let Some((ticket, answers)) = self.reply.take() {
-            // The channel has room for every open request; it is closed when the node is shut down.
-            let _ = answers.try_send((ticket, outcome));
-        }
-    }
-}
-
-impl Drop for Request {
-    fn drop(&mut self) {
-        let error = RemoteError::new(ErrorCode::HandlerFailed, "the handler gave no answer");
-        self.send(Err(error));
+    fn answer(self, outcome: Result<Vec<u8>, RemoteError>) {
+        self.responder.answer(outcome);
     }
 }

@@ -9,8 +9,12 @@
 //! There is no time-out here: who reads from a stranger sets one.
 
 use std::io;
+use std::ops::Range;
+use std::time::Duration;
 
 use futures::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
+use tokio::time::error::Elapsed;
+use tokio::time::timeout;
 use unsigned_varint::{decode, encode};
 
 /// The multiformats specification ends an unsigned varint after 9 bytes (63 bits).
@@ -51,6 +55,12 @@ impl From<io::Error> for FrameError {
             io::ErrorKind::UnexpectedEof => Self::Truncated,
             _ => Self::Io(error),
         }
+    }
+}
+
+impl From<Elapsed> for FrameError {
+    fn from(elapsed: Elapsed) -> Self {
+        Self::Io(elapsed.into())
     }
 }
 
@@ -98,6 +108,113 @@ where
         io.write_all(body).await?;
     }
     io.flush().await
+}
+
+/// Appends `body` as one frame to what is to be written.
+pub fn append_frame(out: &mut Vec<u8>, body: &[u8]) {
+    let mut buffer = encode::usize_buffer();
+    out.extend_from_slice(encode::usize(body.len(), &mut buffer));
+    out.extend_from_slice(body);
+}
+
+/// Reads frames that follow each other on a stream, many of them with one read.
+///
+/// Holds what has arrived and not been asked for: at most a frame and [`READ_LEN`] bytes more.
+#[derive(Debug)]
+pub struct FrameReader<R> {
+    io: R,
+    buffer: Vec<u8>,
+    /// Where in `buffer` the next frame begins, and where what has arrived ends.
+    begin: usize,
+    end: usize,
+}
+
+/// Bytes asked of the stream at once: what yamux carries in one frame.
+const READ_LEN: usize = 16 * 1024;
+
+/// What the buffer may keep when it is empty.
+const KEEP_LEN: usize = 64 * 1024;
+
+impl<R: AsyncRead + Unpin> FrameReader<R> {
+    /// Begins to read.
+    pub fn new(io: R) -> Self {
+        Self {
+            io,
+            buffer: Vec::new(),
+            begin: 0,
+            end: 0,
+        }
+    }
+
+    /// The body of the next frame, at most `max` bytes; `None` if the stream ends before it.
+    ///
+    /// Fails with [`io::ErrorKind::TimedOut`] if the frame does not begin within `patience`, or once
+    /// begun is not whole within `deadline`.
+    pub async fn next(
+        &mut self,
+        max: usize,
+        patience: Duration,
+        deadline: Duration,
+    ) -> Result<Option<&[u8]>, FrameError> {
+        if self.begin == self.end && !timeout(patience, self.fill(READ_LEN)).await?? {
+            return Ok(None);
+        }
+        let body = match self.body(max)? {
+            Some(body) => body,
+            None => timeout(deadline, self.complete(max)).await??,
+        };
+        self.begin = body.end;
+        Ok(Some(&self.buffer[body]))
+    }
+
+    /// Reads on until the frame is whole.
+    async fn complete(&mut self, max: usize) -> Result<Range<usize>, FrameError> {
+        loop {
+            // Grows with what has arrived, not with what is claimed.
+            let more = (self.end - self.begin).max(READ_LEN);
+            if !self.fill(more).await? {
+                return Err(FrameError::Truncated);
+            }
+            if let Some(body) = self.body(max)? {
+                return Ok(body);
+            }
+        }
+    }
+
+    /// Where the next frame's body is, if it is whole.
+    fn body(&self, max: usize) -> Result<Option<Range<usize>>, FrameError> {
+        let arrived = &self.buffer[self.begin..self.end];
+        let (len, rest) = match decode::u64(arrived) {
+            Ok(decoded) => decoded,
+            Err(decode::Error::Insufficient) if arrived.len() < MAX_PREFIX_LEN => return Ok(None),
+            Err(_) => return Err(FrameError::MalformedLength),
+        };
+        let len = match usize::try_from(len) {
+            Ok(len) if len <= max => len,
+            _ => return Err(FrameError::TooLarge { len, max }),
+        };
+        let begin = self.end - rest.len();
+        Ok((rest.len() >= len).then(|| begin..begin + len))
+    }
+
+    /// Reads at most `len` bytes; `false` at the end of the stream.
+    async fn fill(&mut self, len: usize) -> io::Result<bool> {
+        if self.begin == self.end {
+            (self.begin, self.end) = (0, 0);
+            if self.buffer.len() > KEEP_LEN {
+                self.buffer = Vec::new();
+            }
+        } else if self.begin > 0 && self.buffer.len() - self.end < len {
+            self.buffer.copy_within(self.begin..self.end, 0);
+            (self.begin, self.end) = (0, self.end - self.begin);
+        }
+        if self.buffer.len() - self.end < len {
+            self.buffer.resize(self.end + len, 0);
+        }
+        let read = self.io.read(&mut self.buffer[self.end..]).await?;
+        self.end += read;
+        Ok(read > 0)
+    }
 }
 
 /// Byte by byte, because a byte read too many would be the next frame's.

@@ -7,6 +7,7 @@
 //!
 //! At most [`MAX_NAMES`] names are known; the one used least recently goes first.
 
+use std::collections::hash_map::Entry;
 use std::collections::{HashMap, HashSet};
 use std::num::NonZeroUsize;
 use std::sync::Arc;
@@ -17,7 +18,7 @@ use lru::LruCache;
 use rand::seq::IteratorRandom;
 use tokio::sync::Semaphore;
 
-use crate::limits::MAX_REQUESTS_PER_PEER;
+use crate::limits::{MAX_REQUESTS_PER_PEER, MAX_SINGLE_REQUESTS};
 use crate::name::ServiceName;
 
 /// The names whose providers are kept: about 200 bytes each.
@@ -35,7 +36,16 @@ const FRESH: Duration = Duration::from_secs(30);
 pub(crate) struct Routes {
     names: LruCache<ServiceName, Route>,
     connected: HashSet<PeerId>,
-    slots: HashMap<PeerId, Arc<Semaphore>>,
+    slots: HashMap<PeerId, Slots>,
+}
+
+/// The requests to one peer that may be under way.
+#[derive(Clone, Debug)]
+pub(crate) struct Slots {
+    /// One permit for each request.
+    pub(crate) all: Arc<Semaphore>,
+    /// One more for each that has a stream of its own.
+    pub(crate) single: Arc<Semaphore>,
 }
 
 #[derive(Debug)]
@@ -48,8 +58,7 @@ struct Route {
 #[derive(Debug)]
 pub(crate) struct Pick {
     pub(crate) provider: PeerId,
-    /// One permit for each request to the provider under way.
-    pub(crate) slots: Arc<Semaphore>,
+    pub(crate) slots: Slots,
     /// The name should be looked up again, beside the request.
     pub(crate) stale: bool,
 }
@@ -96,16 +105,12 @@ impl Routes {
     }
 
     /// The slots for requests to one peer.
-    pub(crate) fn slots(&mut self, peer: PeerId) -> Arc<Semaphore> {
+    pub(crate) fn slots(&mut self, peer: PeerId) -> Slots {
         // A peer without a request under way needs no entry.
         if self.slots.len() >= MAX_NAMES.get() {
-            self.slots.retain(|_, slots| Arc::strong_count(slots) > 1);
+            self.slots.retain(|_, slots| slots.are_used());
         }
-        let slots = self
-            .slots
-            .entry(peer)
-            .or_insert_with(|| Arc::new(Semaphore::new(MAX_REQUESTS_PER_PEER)));
-        Arc::clone(slots)
+        self.slots.entry(peer).or_default().clone()
     }
 
     /// A provider of the name is live.
@@ -150,14 +155,32 @@ impl Routes {
 
     pub(crate) fn on_disconnected(&mut self, peer: &PeerId) {
         self.connected.remove(peer);
-        self.slots
-            .retain(|known, slots| known != peer || Arc::strong_count(slots) > 1);
+        if let Entry::Occupied(slots) = self.slots.entry(*peer)
+            && !slots.get().are_used()
+        {
+            slots.remove();
+        }
     }
 
     fn free_slots(&self, peer: &PeerId) -> usize {
         self.slots
             .get(peer)
-            .map_or(MAX_REQUESTS_PER_PEER, |slots| slots.available_permits())
+            .map_or(MAX_REQUESTS_PER_PEER, |slots| slots.all.available_permits())
+    }
+}
+
+impl Slots {
+    fn are_used(&self) -> bool {
+        Arc::strong_count(&self.all) > 1 || Arc::strong_count(&self.single) > 1
+    }
+}
+
+impl Default for Slots {
+    fn default() -> Self {
+        Self {
+            all: Arc::new(Semaphore::new(MAX_REQUESTS_PER_PEER)),
+            single: Arc::new(Semaphore::new(MAX_SINGLE_REQUESTS)),
+        }
     }
 }
 
@@ -198,7 +221,7 @@ mod tests {
     fn of_two_providers_the_less_busy_one_is_taken() {
         let (busy, idle, now) = (PeerId::random(), PeerId::random(), Instant::now());
         let mut routes = routes(&[busy, idle], now);
-        let _held = routes.slots(busy).try_acquire_owned().unwrap();
+        let _held = routes.slots(busy).all.try_acquire_owned().unwrap();
         let keep = routes.slots(busy);
         for _ in 0..20 {
             assert_eq!(routes.pick(&name(), &[], now).unwrap().provider, idle);

@@ -78,10 +78,15 @@ pub enum EncodeError {
 
 /// Writes `value`, which is expected to need about `size` bytes.
 fn encode(value: &impl Serialize, size: usize) -> Result<Vec<u8>, EncodeError> {
-    let mut bytes = Vec::with_capacity(size);
-    serde_cbor::to_writer(&mut bytes, value)
-        .map_err(|error| EncodeError::Encoder(error.to_string()))?;
+    let mut bytes = Vec::new();
+    append(value, size, &mut bytes)?;
     Ok(bytes)
+}
+
+/// As [`encode`], behind what is in `bytes` already.
+fn append(value: &impl Serialize, size: usize, bytes: &mut Vec<u8>) -> Result<(), EncodeError> {
+    bytes.reserve(size);
+    serde_cbor::to_writer(bytes, value).map_err(|error| EncodeError::Encoder(error.to_string()))
 }
 
 /// Reads `bytes`, one map and nothing after it.

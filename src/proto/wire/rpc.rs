@@ -8,8 +8,8 @@ use serde::{
 };
 
 use super::{
-    DecodeError, EncodeError, MAX_FRAME, MAX_PAYLOAD, check_len, check_sendable, decode,
-    decode_into, encode, floor_char_boundary, malformed,
+    DecodeError, EncodeError, MAX_FRAME, MAX_PAYLOAD, append, check_len, check_sendable, decode,
+    decode_into, floor_char_boundary, malformed,
     map::{Bytes, Draft, Nested, Text, require, set, unknown_key},
 };
 use crate::text::sanitise_line;
@@ -134,6 +134,13 @@ impl Request {
 impl RequestRef<'_> {
     /// Writes a frame's content.
     pub fn encode(&self) -> Result<Vec<u8>, EncodeError> {
+        let mut frame = Vec::new();
+        self.append_to(&mut frame)?;
+        Ok(frame)
+    }
+
+    /// Writes a frame's content behind what is in `out` already.
+    pub fn append_to(&self, out: &mut Vec<u8>) -> Result<(), EncodeError> {
         check_sendable("service", self.service.len(), MAX_SERVICE)?;
         check_sendable("payload", self.payload.len(), MAX_PAYLOAD)?;
         let shape = RequestShape {
@@ -141,7 +148,11 @@ impl RequestRef<'_> {
             service: self.service,
             payload: self.payload,
         };
-        encode(&shape, OVERHEAD + self.service.len() + self.payload.len())
+        append(
+            &shape,
+            OVERHEAD + self.service.len() + self.payload.len(),
+            out,
+        )
     }
 }
 
@@ -177,6 +188,13 @@ impl Reply {
 impl ReplyRef<'_> {
     /// Writes a frame's content. An error always fits.
     pub fn encode(&self) -> Result<Vec<u8>, EncodeError> {
+        let mut frame = Vec::new();
+        self.append_to(&mut frame)?;
+        Ok(frame)
+    }
+
+    /// Writes a frame's content behind what is in `out` already.
+    pub fn append_to(&self, out: &mut Vec<u8>) -> Result<(), EncodeError> {
         let (ok, error) = match self.outcome {
             Ok(payload) => (Some(serde_bytes::Bytes::new(payload)), None),
             Err(error) => (None, Some(ErrorShape::of(error))),
@@ -187,7 +205,7 @@ impl ReplyRef<'_> {
         };
         check_sendable("payload", len, MAX_PAYLOAD)?;
         let id = self.id;
-        encode(&ReplyShape { id, ok, error }, OVERHEAD + len)
+        append(&ReplyShape { id, ok, error }, OVERHEAD + len, out)
     }
 }
 

@@ -1,0 +1,27 @@
+//! Requests and replies.
+//!
+//! * [`serve`]: the requests of others. A stream may carry one or many; each is served by the same
+//!   handlers within one budget.
+//! * [`kept`]: requests to a peer, pipelined over a stream that stays open. Used once it is known
+//!   that the peer is one of ours, which serves such streams.
+//! * [`single`]: a stream for each request, as every libp2p implementation can; the first requests
+//!   to a peer, and all to a foreign one.
+//! * [`streams`]: opens and accepts the streams, and knows nothing of what they carry.
+//!
+//! Only opening a stream takes the Swarm's task; reading, decoding, handling and writing do not.
+
+pub(crate) mod kept;
+pub(crate) mod serve;
+pub(crate) mod single;
+pub(crate) mod streams;
+
+/// What became of a caller's request.
+#[derive(Debug)]
+pub(crate) enum Outcome {
+    /// The provider answered.
+    Answered(Result<Vec<u8>, crate::proto::wire::RemoteError>),
+    /// It was never sent.
+    NotSent(String),
+    /// It was sent, and may have run.
+    Broken(String),
+}

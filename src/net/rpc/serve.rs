@@ -1,0 +1,379 @@
+//! Serves the requests of others, each stream in a task of its own.
+//!
+//! A request takes a *place* in a budget of count and bytes, and keeps it until its reply has left
+//! or the stream has failed: neither slow handlers nor slow readers make memory grow. Beyond the
+//! budget the answer is `busy`, and one peer gets three quarters of it at most. A stream that has
+//! [`MAX_PIPELINED`] requests open is not read further.
+
+use std::collections::HashMap;
+use std::io;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, PoisonError, RwLock, Weak};
+
+use futures::future::{Either, select};
+use futures::io::{AsyncReadExt, AsyncWrite, AsyncWriteExt};
+use libp2p::PeerId;
+use libp2p::swarm::Stream;
+use tokio::sync::Notify;
+use tokio::sync::mpsc::{self, OwnedPermit};
+use tokio::time::timeout;
+
+use crate::limits::{FRAME_DEADLINE, IDLE_TIMEOUT, Limits, MAX_PIPELINED};
+use crate::metrics::Metrics;
+use crate::name::ServiceName;
+use crate::proto::frame::{FrameError, FrameReader, append_frame};
+use crate::proto::wire::{self, ErrorCode, RemoteError, ReplyRef, Request};
+
+/// Written at once at most, so that one large reply is not copied into a larger buffer.
+const WRITE_CHUNK: usize = 64 * 1024;
+
+/// The replies that are taken from the queue for one write.
+const WRITE_BATCH: usize = 256;
+
+/// What serves the requests of others, shared by all their streams.
+#[derive(Debug)]
+pub(crate) struct Server {
+    services: RwLock<HashMap<ServiceName, mpsc::Sender<Inbound>>>,
+    peers: Mutex<HashMap<PeerId, Weak<AtomicUsize>>>,
+    open: AtomicUsize,
+    bytes: AtomicUsize,
+    max_open: usize,
+    max_bytes: usize,
+    stopping: AtomicBool,
+    idle: Notify,
+    metrics: Arc<Metrics>,
+}
+
+/// A request on its way to a handler.
+#[derive(Debug)]
+pub(crate) struct Inbound {
+    pub(crate) from: PeerId,
+    pub(crate) payload: Vec<u8>,
+    pub(crate) responder: Responder,
+}
+
+/// Answers one request, exactly once: dropping it answers `handler-failed`.
+#[derive(Debug)]
+pub(crate) struct Responder {
+    id: u64,
+    place: Option<Place>,
+    /// Room in the stream's queue of replies.
+    permit: Option<OwnedPermit<Answer>>,
+}
+
+#[derive(Debug)]
+struct Answer {
+    id: u64,
+    outcome: Result<Vec<u8>, RemoteError>,
+    /// Given back when the reply has left.
+    _place: Option<Place>,
+}
+
+/// A place in the budget; dropping it gives it back.
+#[derive(Debug)]
+struct Place {
+    server: Arc<Server>,
+    of_peer: Arc<AtomicUsize>,
+    bytes: usize,
+}
+
+impl Server {
+    pub(crate) fn new(limits: &Limits, metrics: Arc<Metrics>) -> Arc<Self> {
+        Arc::new(Self {
+            services: RwLock::default(),
+            peers: Mutex::default(),
+            open: AtomicUsize::new(0),
+            bytes: AtomicUsize::new(0),
+            max_open: limits.inbound_requests,
+            max_bytes: limits.inbound_bytes,
+            stopping: AtomicBool::new(false),
+            idle: Notify::new(),
+            metrics,
+        })
+    }
+
+    /// Requests for the name go to this channel from now on.
+    pub(crate) fn serve(&self, name: ServiceName, handler: mpsc::Sender<Inbound>) {
+        let mut services = self
+            .services
+            .write()
+            .unwrap_or_else(PoisonError::into_inner);
+        services.insert(name, handler);
+    }
+
+    /// The name is not served any more.
+    pub(crate) fn unserve(&self, name: &ServiceName) {
+        let mut services = self
+            .services
+            .write()
+            .unwrap_or_else(PoisonError::into_inner);
+        services.remove(name);
+    }
+
+    /// Refuses new requests from now on.
+    pub(crate) fn stop(&self) {
+        self.stopping.store(true, Ordering::Relaxed);
+    }
+
+    /// How many requests are open.
+    pub(crate) fn open_requests(&self) -> usize {
+        self.open.load(Ordering::Acquire)
+    }
+
+    /// Returns when no request is open.
+    pub(crate) async fn idle(&self) {
+        loop {
+            let idle = self.idle.notified();
+            if self.open_requests() == 0 {
+                return;
+            }
+            idle.await;
+        }
+    }
+
+    fn handler(&self, service: &str) -> Option<mpsc::Sender<Inbound>> {
+        let services = self.services.read().unwrap_or_else(PoisonError::into_inner);
+        services.get(service).cloned()
+    }
+
+    /// The count of a peer's open requests, one for all its streams.
+    fn count_of(&self, peer: PeerId) -> Arc<AtomicUsize> {
+        let mut peers = self.peers.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(count) = peers.get(&peer).and_then(Weak::upgrade) {
+            return count;
+        }
+        peers.retain(|_, count| count.strong_count() > 0);
+        let count = Arc::default();
+        peers.insert(peer, Arc::downgrade(&count));
+        count
+    }
+
+    fn place(self: &Arc<Self>, of_peer: &Arc<AtomicUsize>, bytes: usize) -> Option<Place> {
+        // Counted first, so that two streams cannot both take the last place.
+        let place = Place {
+            server: Arc::clone(self),
+            of_peer: Arc::clone(of_peer),
+            bytes,
+        };
+        let open = self.open.fetch_add(1, Ordering::AcqRel);
+        let of_peer = of_peer.fetch_add(1, Ordering::AcqRel);
+        let held = self.bytes.fetch_add(bytes, Ordering::AcqRel);
+        let fits = open < self.max_open
+            && of_peer < (self.max_open * 3 / 4).max(1)
+            && held + bytes <= self.max_bytes;
+        fits.then_some(place)
+    }
+
+    fn serves(&self, payload: &[u8]) -> Result<Vec<u8>, RemoteError> {
+        let name = std::str::from_utf8(payload)
+            .ok()
+            .filter(|text| ServiceName::from_wire(text).is_ok());
+        let Some(name) = name else {
+            let message = "the payload is not a name";
+            return Err(RemoteError::new(ErrorCode::BadRequest, message));
+        };
+        let serves = !self.stopping.load(Ordering::Relaxed) && self.handler(name).is_some();
+        Ok(vec![u8::from(serves)])
+    }
+}
+
+impl Drop for Place {
+    fn drop(&mut self) {
+        self.server.bytes.fetch_sub(self.bytes, Ordering::AcqRel);
+        self.of_peer.fetch_sub(1, Ordering::AcqRel);
+        if self.server.open.fetch_sub(1, Ordering::AcqRel) == 1 {
+            self.server.idle.notify_waiters();
+        }
+    }
+}
+
+impl Responder {
+    pub(crate) fn answer(mut self, outcome: Result<Vec<u8>, RemoteError>) {
+        self.send(outcome);
+    }
+
+    fn send(&mut self, outcome: Result<Vec<u8>, RemoteError>) {
+        let Some(permit) = self.permit.take() else {
+            return;
+        };
+        let mut place = self.place.take();
+        if let (Some(place), Ok(payload)) = (&mut place, &outcome) {
+            place.bytes += payload.len();
+            place
+                .server
+                .bytes
+                .fetch_add(payload.len(), Ordering::AcqRel);
+        }
+        permit.send(Answer {
+            id: self.id,
+            outcome,
+            _place: place,
+        });
+    }
+}
+
+impl Drop for Responder {
+    fn drop(&mut self) {
+        let error = RemoteError::new(ErrorCode::HandlerFailed, "the handler gave no answer");
+        self.send(Err(error));
+    }
+}
+
+/// Serves one stream until the remote has closed its side and every reply has left, or it fails.
+pub(crate) async fn serve(server: Arc<Server>, peer: PeerId, stream: Stream) {
+    let (reader, writer) = stream.split();
+    let (replies, queue) = mpsc::channel(MAX_PIPELINED);
+    let reading = std::pin::pin!(read(&server, peer, FrameReader::new(reader), replies));
+    let writing = std::pin::pin!(write(writer, queue));
+    let ended = match select(reading, writing).await {
+        Either::Left((Ok(()), writing)) => writing.await,
+        Either::Left((Err(error), writing)) => {
+            // What was asked before the fault is still answered.
+            let _ = writing.await;
+            Err(error)
+        }
+        Either::Right((result, _)) => result,
+    };
+    if let Err(error) = ended {
+        tracing::debug!(%peer, %error, "an RPC stream has failed");
+    }
+}
+
+async fn read<R: futures::io::AsyncRead + Unpin>(
+    server: &Arc<Server>,
+    peer: PeerId,
+    mut frames: FrameReader<R>,
+    replies: mpsc::Sender<Answer>,
+) -> io::Result<()> {
+    let count = server.count_of(peer);
+    let mut patience = FRAME_DEADLINE;
+    loop {
+        let Ok(permit) = replies.clone().reserve_owned().await else {
+            return Ok(());
+        };
+        let frame = frames.next(wire::MAX_FRAME, patience, FRAME_DEADLINE).await;
+        let (id, refusal) = match frame {
+            Ok(Some(frame)) => match Request::decode(frame) {
+                Ok(request) => {
+                    dispatch(server, peer, &count, request, permit);
+                    // A stream that has carried a request may rest before the next one.
+                    patience = IDLE_TIMEOUT;
+                    continue;
+                }
+                Err(error) => {
+                    let id = wire::salvage_id(frame).unwrap_or_default();
+                    (
+                        id,
+                        RemoteError::new(ErrorCode::BadRequest, error.to_string()),
+                    )
+                }
+            },
+            Ok(None) => return Ok(()),
+            Err(error @ FrameError::TooLarge { .. }) => {
+                (0, RemoteError::new(ErrorCode::TooLarge, error.to_string()))
+            }
+            Err(error) => return Err(error.into()),
+        };
+        server.metrics.requests_refused.add(1);
+        permit.send(Answer {
+            id,
+            outcome: Err(refusal),
+            _place: None,
+        });
+        // Where the next frame would begin is not known for certain, or not worth knowing.
+        return Ok(());
+    }
+}
+
+/// Hands a request to its handler, or answers why not.
+fn dispatch(
+    server: &Arc<Server>,
+    peer: PeerId,
+    count: &Arc<AtomicUsize>,
+    request: Request,
+    permit: OwnedPermit<Answer>,
+) {
+    let mut responder = Responder {
+        id: request.id,
+        place: None,
+        permit: Some(permit),
+    };
+    if request.service == wire::SERVES {
+        return responder.answer(server.serves(&request.payload));
+    }
+    let refuse = |responder: Responder, code, message: &str| {
+        server.metrics.requests_refused.add(1);
+        responder.answer(Err(RemoteError::new(code, message)));
+    };
+    if server.stopping.load(Ordering::Relaxed) {
+        return refuse(
+            responder,
+            ErrorCode::ShuttingDown,
+            "this node is shutting down",
+        );
+    }
+    let Some(handler) = server.handler(&request.service) else {
+        return refuse(responder, ErrorCode::UnknownService, "not served here");
+    };
+    responder.place = server.place(count, request.payload.len());
+    if responder.place.is_none() {
+        return refuse(responder, ErrorCode::Busy, "too many requests are open");
+    }
+    let inbound = Inbound {
+        from: peer,
+        payload: request.payload,
+        responder,
+    };
+    match handler.try_send(inbound) {
+        Ok(()) => server.metrics.requests_received.add(1),
+        Err(mpsc::error::TrySendError::Full(inbound)) => {
+            refuse(
+                inbound.responder,
+                ErrorCode::Busy,
+                "the handler's queue is full",
+            );
+        }
+        Err(mpsc::error::TrySendError::Closed(inbound)) => {
+            refuse(
+                inbound.responder,
+                ErrorCode::UnknownService,
+                "not served any more",
+            );
+        }
+    }
+}
+
+/// Writes replies as they come, those that wait together in one go.
+async fn write<W: AsyncWrite + Unpin>(
+    mut writer: W,
+    mut queue: mpsc::Receiver<Answer>,
+) -> io::Result<()> {
+    let (mut batch, mut buffer, mut frame) = (Vec::new(), Vec::new(), Vec::new());
+    while queue.recv_many(&mut batch, WRITE_BATCH).await > 0 {
+        for answer in &batch {
+            frame.clear();
+            let reply = ReplyRef {
+                id: answer.id,
+                outcome: answer.outcome.as_deref(),
+            };
+            reply.append_to(&mut frame).map_err(io::Error::other)?;
+            append_frame(&mut buffer, &frame);
+            if buffer.len() >= WRITE_CHUNK {
+                timeout(FRAME_DEADLINE, writer.write_all(&buffer)).await??;
+                buffer.clear();
+            }
+        }
+        let rest = async {
+            writer.write_all(&buffer).await?;
+            writer.flush().await
+        };
+        timeout(FRAME_DEADLINE, rest).await??;
+        buffer.clear();
+        // Gives the places back.
+        batch.clear();
+        if frame.capacity() > WRITE_CHUNK {
+            (buffer, frame) = (Vec::new(), Vec::new());
+        }
+    }
+    timeout(FRAME_DEADLINE, writer.close()).await?
+}
