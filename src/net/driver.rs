@@ -2,6 +2,8 @@
 //! they decide. It holds no logic of its own, and waits nowhere but in its `select!`.
 
 use std::collections::{HashMap, HashSet};
+use std::error::Error;
+use std::io::{self, ErrorKind};
 use std::net::{IpAddr, SocketAddr};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
@@ -160,7 +162,7 @@ async fn listen(
 
 /// Fails if another program listens on the address. libp2p shares TCP ports (`SO_REUSEPORT`): two
 /// grapes on one port would each get some of the connections.
-fn probe(address: &Multiaddr) -> std::io::Result<()> {
+fn probe(address: &Multiaddr) -> io::Result<()> {
     let mut parts = address.iter();
     let ip: IpAddr = match parts.next() {
         Some(Protocol::Ip4(ip)) => ip.into(),
@@ -168,7 +170,7 @@ fn probe(address: &Multiaddr) -> std::io::Result<()> {
         _ => return Ok(()),
     };
     match parts.next() {
-        Some(Protocol::Tcp(port)) if port != 0 => {
+        Some(Protocol::Tcp(port)) => {
             let address = SocketAddr::new(ip, port);
             let socket = Socket::new(Domain::for_address(address), Type::STREAM, None)?;
             if address.is_ipv6() {
@@ -184,25 +186,27 @@ fn probe(address: &Multiaddr) -> std::io::Result<()> {
 }
 
 /// What the system said, with the remedy where there is one.
-fn explain(error: &(dyn std::error::Error + 'static)) -> String {
-    let mut source = Some(error);
-    while let Some(error) = source {
-        if let Some(io) = error.downcast_ref::<std::io::Error>() {
-            let remedy = match io.kind() {
-                std::io::ErrorKind::AddrInUse => {
-                    "another program uses this port; stop it or choose another one"
-                }
-                std::io::ErrorKind::PermissionDenied => {
-                    "this port needs privileges; choose one above 1023"
-                }
-                std::io::ErrorKind::AddrNotAvailable => "this machine has no such address",
-                _ => return io.to_string(),
-            };
-            return remedy.into();
+fn explain(error: &(dyn Error + 'static)) -> String {
+    let mut error = error;
+    loop {
+        let io = error.downcast_ref::<io::Error>();
+        match io.map(io::Error::kind) {
+            Some(ErrorKind::AddrInUse) => {
+                return "another program uses this port; stop it or choose another one".into();
+            }
+            Some(ErrorKind::PermissionDenied) => {
+                return "this port needs privileges; choose one above 1023".into();
+            }
+            Some(ErrorKind::AddrNotAvailable) => return "this machine has no such address".into(),
+            _ => {}
         }
-        source = error.source();
+        // libp2p wraps what the system said in several layers of both kinds.
+        let inner = io.and_then(io::Error::get_ref).map(|inner| inner as _);
+        match inner.or_else(|| error.source()) {
+            Some(inner) => error = inner,
+            None => return error.to_string(),
+        }
     }
-    error.to_string()
 }
 
 struct Driver {
