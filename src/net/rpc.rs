@@ -4,8 +4,10 @@
 //!   byte is about to be written; what fails before that was never sent.
 //! * Inbound: a request takes a place in a budget of count and bytes, held until its handler has
 //!   answered *and* its reply has left or the stream has failed, so that neither slow handlers nor
-//!   slow readers make memory grow. Beyond the budget the answer is `busy`. One peer gets three
-//!   quarters of it at most.
+//!   slow readers make memory grow. Beyond the budget the answer is `busy`, or, when a reply finds no
+//!   room after its handler has run, `too-large`. One peer gets three quarters of it at most.
+//! * Requests that are still arriving have a budget of as many bytes, so that frames that never end
+//!   neither make memory grow nor take the places of those that do.
 //! * The names served are known here, so that `grapevine/serves` is answered at once.
 
 use std::collections::HashMap;
@@ -18,13 +20,13 @@ use libp2p::request_response::{
     self, InboundRequestId, Message, OutboundFailure, OutboundRequestId, ResponseChannel,
 };
 use libp2p::{PeerId, StreamProtocol};
-use tokio::sync::{OwnedSemaphorePermit, mpsc, oneshot};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, oneshot};
 use tokio::time::timeout;
 
 use crate::limits::{FRAME_DEADLINE, Limits};
 use crate::name::ServiceName;
-use crate::proto::frame::{FrameError, read_frame, write_frame};
-use crate::proto::wire::{self, ErrorCode, RemoteError, Reply, RequestRef};
+use crate::proto::frame::{FrameError, read_frame, read_frame_if, write_frame};
+use crate::proto::wire::{self, DecodeError, ErrorCode, RemoteError, Reply, RequestRef};
 
 /// The request-response behaviour of the Swarm.
 pub(crate) type Behaviour = request_response::Behaviour<RpcCodec>;
@@ -89,7 +91,7 @@ pub(crate) struct Rpc {
     services: HashMap<ServiceName, mpsc::Sender<Inbound>>,
     open: HashMap<Ticket, Open>,
     streams: HashMap<InboundRequestId, Ticket>,
-    peers: HashMap<PeerId, usize>,
+    peers: HashMap<PeerId, Usage>,
     bytes: usize,
     max_requests: usize,
     max_bytes: usize,
@@ -105,6 +107,13 @@ enum Pending {
         _slot: OwnedSemaphorePermit,
     },
     Serves(PeerId, ServiceName),
+}
+
+/// What a peer has of the budget.
+#[derive(Clone, Copy, Debug, Default)]
+struct Usage {
+    requests: usize,
+    bytes: usize,
 }
 
 /// An inbound request that holds a place in the budget.
@@ -202,11 +211,15 @@ impl Rpc {
         let Some(channel) = open.channel.take() else {
             return;
         };
-        if let Ok(payload) = &outcome {
-            open.bytes += payload.len();
-            self.bytes += payload.len();
-        }
-        let id = open.id;
+        let (id, peer) = (open.id, open.peer);
+        let bytes = weight(outcome.as_ref().map_or(0, Vec::len));
+        let outcome = if self.has_room(&peer, bytes) {
+            self.charge(ticket, peer, bytes);
+            outcome
+        } else {
+            let message = "too many replies wait to be read";
+            Err(RemoteError::new(ErrorCode::TooLarge, message))
+        };
         // The stream may have failed; then its end was or will be told by an event.
         let _ = behaviour.send_response(channel, Reply { id, outcome });
         self.release_if_over(ticket);
@@ -297,13 +310,13 @@ impl Rpc {
         channel: ResponseChannel<Reply>,
     ) -> Option<Learned> {
         let (id, refusal, channel) = match call {
-            Call::In(request) if request.service == wire::SERVES => {
+            Call::In(request, _) if request.service == wire::SERVES => {
                 let id = request.id;
                 let outcome = self.serves(&request.payload);
                 let _ = behaviour.send_response(channel, Reply { id, outcome });
                 return None;
             }
-            Call::In(request) => {
+            Call::In(request, _arriving) => {
                 let id = request.id;
                 match self.dispatch(peer, stream, request, channel) {
                     Ok(()) => return Some(Learned::Dispatched),
@@ -356,11 +369,11 @@ impl Rpc {
         let Some(handler) = handler else {
             return refuse(ErrorCode::UnknownService, "not served here", channel);
         };
-        let bytes = request.payload.len();
+        let bytes = weight(request.payload.len());
         let of_peer = self.peers.get(&peer).copied().unwrap_or_default();
         if self.open.len() >= self.max_requests
-            || of_peer >= share(self.max_requests)
-            || self.bytes + bytes > self.max_bytes
+            || of_peer.requests >= share(self.max_requests)
+            || !self.has_room(&peer, bytes)
         {
             return refuse(ErrorCode::Busy, "too many requests are open", channel);
         }
@@ -381,18 +394,31 @@ impl Rpc {
                 return refuse(ErrorCode::UnknownService, "not served any more", channel);
             }
         }
-        self.bytes += bytes;
-        *self.peers.entry(peer).or_default() += 1;
+        self.peers.entry(peer).or_default().requests += 1;
         self.streams.insert(stream, ticket);
         let open = Open {
             peer,
             id: request.id,
-            bytes,
+            bytes: 0,
             channel: Some(channel),
             stream: Some(stream),
         };
         self.open.insert(ticket, open);
+        self.charge(ticket, peer, bytes);
         Ok(())
+    }
+
+    fn has_room(&self, peer: &PeerId, bytes: usize) -> bool {
+        let of_peer = self.peers.get(peer).map_or(0, |usage| usage.bytes);
+        self.bytes + bytes <= self.max_bytes && of_peer + bytes <= share(self.max_bytes)
+    }
+
+    fn charge(&mut self, ticket: Ticket, peer: PeerId, bytes: usize) {
+        self.bytes += bytes;
+        self.peers.entry(peer).or_default().bytes += bytes;
+        if let Some(open) = self.open.get_mut(&ticket) {
+            open.bytes += bytes;
+        }
     }
 
     fn on_stream_ended(&mut self, stream: &InboundRequestId) {
@@ -413,13 +439,21 @@ impl Rpc {
             return;
         };
         self.bytes -= open.bytes;
-        if let Some(count) = self.peers.get_mut(&open.peer) {
-            *count -= 1;
-            if *count == 0 {
+        if let Some(usage) = self.peers.get_mut(&open.peer) {
+            usage.requests -= 1;
+            usage.bytes -= open.bytes;
+            if usage.requests == 0 {
                 self.peers.remove(&open.peer);
             }
         }
     }
+}
+
+/// What a payload takes of the budget of bytes: a small one nothing, so that short messages go on
+/// while slow readers hold all of it. The budget of requests bounds those.
+fn weight(payload: usize) -> usize {
+    const SMALL: usize = 4 * 1024;
+    if payload <= SMALL { 0 } else { payload }
 }
 
 /// What one peer may use of a budget.
@@ -437,20 +471,53 @@ pub(crate) enum Call {
         /// Set when the first byte is about to be written.
         sent: Arc<AtomicBool>,
     },
-    In(wire::Request),
+    /// With its part of the budget for what arrives.
+    In(wire::Request, Option<OwnedSemaphorePermit>),
     /// Not a request; to be answered with the error.
-    Malformed {
-        id: u64,
-        error: RemoteError,
-    },
+    Malformed { id: u64, error: RemoteError },
 }
 
 /// Frames of CBOR on a stream, see [`crate::proto`].
-#[derive(Clone, Debug, Default)]
+#[derive(Clone, Debug)]
 pub(crate) struct RpcCodec {
     /// The id of the request that this clone has written.
     expected: Option<u64>,
+    /// The bytes that requests still arriving may take, all clones together.
+    arriving: Arc<Semaphore>,
 }
+
+impl RpcCodec {
+    pub(crate) fn new(limits: &Limits) -> Self {
+        let bytes = limits.inbound_bytes.min(Semaphore::MAX_PERMITS);
+        Self {
+            expected: None,
+            arriving: Arc::new(Semaphore::new(bytes)),
+        }
+    }
+
+    /// A frame's content, with its part of the budget; what needs one chunk needs no part.
+    async fn read_arriving<T>(&self, io: &mut T) -> Result<Option<Arrived>, FrameError>
+    where
+        T: AsyncRead + Unpin + Send,
+    {
+        let mut held: Option<OwnedSemaphorePermit> = None;
+        let has_room = |bytes: usize| {
+            let bytes = u32::try_from(bytes).unwrap_or(u32::MAX);
+            let Ok(more) = Arc::clone(&self.arriving).try_acquire_many_owned(bytes) else {
+                return false;
+            };
+            match &mut held {
+                Some(held) => held.merge(more),
+                None => held = Some(more),
+            }
+            true
+        };
+        let frame = read_frame_if(io, wire::MAX_FRAME, has_room).await?;
+        Ok(frame.map(|frame| (frame, held)))
+    }
+}
+
+type Arrived = (Vec<u8>, Option<OwnedSemaphorePermit>);
 
 impl request_response::Codec for RpcCodec {
     type Protocol = StreamProtocol;
@@ -461,19 +528,26 @@ impl request_response::Codec for RpcCodec {
     where
         T: AsyncRead + Unpin + Send,
     {
-        match timeout(FRAME_DEADLINE, read_frame(io, wire::MAX_FRAME)).await? {
-            Ok(Some(frame)) => Ok(match wire::Request::decode(&frame) {
-                Ok(request) => Call::In(request),
-                Err(error) => Call::Malformed {
-                    id: wire::salvage_id(&frame).unwrap_or_default(),
-                    error: RemoteError::new(ErrorCode::BadRequest, error.to_string()),
-                },
+        let malformed = |id, code, error: &dyn std::fmt::Display| Call::Malformed {
+            id,
+            error: RemoteError::new(code, error.to_string()),
+        };
+        match timeout(FRAME_DEADLINE, self.read_arriving(io)).await? {
+            Ok(Some((frame, arriving))) => Ok(match wire::Request::decode(&frame) {
+                Ok(request) => Call::In(request, arriving),
+                Err(error) => {
+                    let code = match error {
+                        DecodeError::TooLarge { .. } => ErrorCode::TooLarge,
+                        _ => ErrorCode::BadRequest,
+                    };
+                    malformed(wire::salvage_id(&frame).unwrap_or_default(), code, &error)
+                }
             }),
             Ok(None) => Err(io::ErrorKind::UnexpectedEof.into()),
-            Err(error @ FrameError::TooLarge { .. }) => Ok(Call::Malformed {
-                id: 0,
-                error: RemoteError::new(ErrorCode::TooLarge, error.to_string()),
-            }),
+            Err(error @ FrameError::TooLarge { .. }) => {
+                Ok(malformed(0, ErrorCode::TooLarge, &error))
+            }
+            Err(error @ FrameError::NoRoom { .. }) => Ok(malformed(0, ErrorCode::Busy, &error)),
             Err(error) => Err(error.into()),
         }
     }
@@ -534,6 +608,8 @@ impl request_response::Codec for RpcCodec {
         T: AsyncWrite + Unpin + Send,
     {
         let frame = reply.as_ref().encode().map_err(io::Error::other)?;
+        // While a slow reader takes the frame, it is held once.
+        drop(reply);
         timeout(FRAME_DEADLINE, write_frame(io, &frame)).await?
     }
 }

@@ -109,7 +109,7 @@ fn behaviour(settings: &Settings, keypair: &identity::Keypair) -> Behaviour {
                 .with_max_concurrent_streams(MAX_RENDEZVOUS_STREAMS),
         ),
         rpc: request_response::Behaviour::with_codec(
-            RpcCodec::default(),
+            RpcCodec::new(limits),
             [(RPC_PROTOCOL, ProtocolSupport::Full)],
             request_response::Config::default()
                 .with_request_timeout(MAX_REQUEST_TIME)

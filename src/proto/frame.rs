@@ -34,6 +34,12 @@ pub enum FrameError {
         /// The reader's limit in bytes.
         max: usize,
     },
+    /// The reader has no room for the frame now, and has read past it.
+    #[error("no room for a frame of {len} bytes now")]
+    NoRoom {
+        /// Announced length of the body in bytes.
+        len: u64,
+    },
     /// The stream ended inside a frame.
     #[error("stream ended inside a frame")]
     Truncated,
@@ -58,6 +64,7 @@ impl From<FrameError> for io::Error {
     fn from(error: FrameError) -> Self {
         let kind = match error {
             FrameError::TooLarge { .. } | FrameError::MalformedLength => io::ErrorKind::InvalidData,
+            FrameError::NoRoom { .. } => io::ErrorKind::OutOfMemory,
             FrameError::Truncated => io::ErrorKind::UnexpectedEof,
             FrameError::Io(error) => return error,
         };
@@ -72,11 +79,25 @@ pub async fn read_frame<R>(io: &mut R, max: usize) -> Result<Option<Vec<u8>>, Fr
 where
     R: AsyncRead + Unpin,
 {
+    read_frame_if(io, max, |_| true).await
+}
+
+/// As [`read_frame`], for a reader that shares its memory out: asks `has_room` before the buffer grows beyond its
+/// first 4 KiB, each time for the bytes by which it grows. Where it says no, the frame is skipped and the result is
+/// [`FrameError::NoRoom`].
+pub async fn read_frame_if<R>(
+    io: &mut R,
+    max: usize,
+    has_room: impl FnMut(usize) -> bool,
+) -> Result<Option<Vec<u8>>, FrameError>
+where
+    R: AsyncRead + Unpin,
+{
     let Some(len) = read_len(io).await? else {
         return Ok(None);
     };
     match usize::try_from(len) {
-        Ok(len) if len <= max => read_body(io, len).await.map(Some),
+        Ok(len) if len <= max => read_body(io, len, has_room).await.map(Some),
         _ => Err(FrameError::TooLarge { len, max }),
     }
 }
@@ -123,7 +144,11 @@ where
     Err(FrameError::MalformedLength)
 }
 
-async fn read_body<R>(io: &mut R, len: usize) -> Result<Vec<u8>, FrameError>
+async fn read_body<R>(
+    io: &mut R,
+    len: usize,
+    mut has_room: impl FnMut(usize) -> bool,
+) -> Result<Vec<u8>, FrameError>
 where
     R: AsyncRead + Unpin,
 {
@@ -132,11 +157,30 @@ where
     while body.len() < len {
         let arrived = body.len();
         let next = len.min(arrived * 2);
+        if !has_room(next - arrived) {
+            body.truncate(FIRST_CHUNK_LEN);
+            body.shrink_to_fit();
+            skip(io, len - arrived, &mut body).await?;
+            return Err(FrameError::NoRoom { len: len as u64 });
+        }
         body.reserve_exact(next - arrived);
         body.resize(next, 0);
         io.read_exact(&mut body[arrived..]).await?;
     }
     Ok(body)
+}
+
+/// Reads so many bytes and forgets them: a sender that is not read from would wait for ever, and not hear why.
+async fn skip<R>(io: &mut R, mut len: usize, buffer: &mut [u8]) -> io::Result<()>
+where
+    R: AsyncRead + Unpin,
+{
+    while len > 0 {
+        let chunk = len.min(buffer.len());
+        io.read_exact(&mut buffer[..chunk]).await?;
+        len -= chunk;
+    }
+    Ok(())
 }
 
 #[cfg(test)]
@@ -318,6 +362,30 @@ mod tests {
             "{} bytes",
             stream.largest_buffer
         );
+    }
+
+    #[test]
+    fn room_is_asked_for_as_bytes_arrive() {
+        let body = vec![1; 3 * FIRST_CHUNK_LEN];
+        let stream = [framed(&body), framed(b"next")].concat();
+        let read = |room: usize| {
+            let (mut left, mut asked) = (room, Vec::new());
+            let mut bytes = Cursor::new(stream.as_slice());
+            let has_room = |grows| {
+                asked.push(grows);
+                left.checked_sub(grows).map(|rest| left = rest).is_some()
+            };
+            let result = block_on(read_frame_if(&mut bytes, MAX, has_room));
+            let next = block_on(read_frame(&mut bytes, MAX)).unwrap();
+            assert_eq!(next.as_deref(), Some(b"next".as_slice()));
+            (result, asked)
+        };
+        let (result, asked) = read(2 * FIRST_CHUNK_LEN);
+        assert_eq!(result.unwrap().unwrap(), body);
+        assert_eq!(asked, [FIRST_CHUNK_LEN, FIRST_CHUNK_LEN]);
+        let (result, _) = read(2 * FIRST_CHUNK_LEN - 1);
+        let len = body.len() as u64;
+        assert!(matches!(result, Err(FrameError::NoRoom { len: l }) if l == len));
     }
 
     #[test]
