@@ -118,8 +118,9 @@ pub const SHUTDOWN_DEADLINE: Duration = Duration::from_secs(2);
 pub struct Limits {
     /// The requests of others that are open at once; one more is answered `busy`. 1,024 by default.
     pub inbound_requests: usize,
-    /// The payload bytes of those requests and of their replies that are held at once. 64 MiB by
-    /// default: 64 of the largest payloads.
+    /// The payload bytes of those requests and of their replies that are held at once, and again as
+    /// many of requests that are still arriving. 64 MiB by default: 64 of the largest payloads. Those
+    /// of up to 4 KiB do not count; the number of requests bounds them.
     pub inbound_bytes: usize,
     /// The established connections that others opened. 4,096 by default, each about 100 KB.
     pub inbound_connections: u32,

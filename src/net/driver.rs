@@ -36,7 +36,7 @@ use crate::limits::{
 use crate::metrics::Metrics;
 use crate::name::ServiceName;
 use crate::proto::announce::Place;
-use crate::proto::lookup::{Outcome, Step};
+use crate::proto::lookup::{Outcome, Source, Step};
 use crate::proto::rate::RateLimit;
 use crate::proto::routes::Routes;
 use crate::store::{NewRecord, Origin, Prefix};
@@ -831,7 +831,7 @@ impl Driver {
                 for peer in providers {
                     let kad = &mut self.swarm.behaviour_mut().kad;
                     let addresses = Discovery::stored_addresses(kad, &peer);
-                    self.on_candidate(&name, peer, addresses, now);
+                    self.on_candidate(&name, Source::Kademlia, peer, addresses, now);
                 }
             }
             Some(discovery::Learned::Record(record)) => self.on_record(&record, now),
@@ -894,7 +894,7 @@ impl Driver {
             Some(rendezvous::Learned::Discovered(grape, name, providers)) => {
                 let answered = providers.is_some();
                 for (peer, addresses) in providers.unwrap_or_default() {
-                    self.on_candidate(&name, peer, addresses, now);
+                    self.on_candidate(&name, Source::Point(grape), peer, addresses, now);
                 }
                 self.discovery
                     .lookups
@@ -907,6 +907,7 @@ impl Driver {
     fn on_candidate(
         &mut self,
         name: &ServiceName,
+        source: Source,
         peer: PeerId,
         mut addresses: Vec<Multiaddr>,
         now: Instant,
@@ -915,7 +916,7 @@ impl Driver {
         let connected = self.connectivity.is_connected(&peer);
         self.discovery
             .lookups
-            .on_candidate(name, peer, addresses, connected, now);
+            .on_candidate(name, source, peer, addresses, connected, now);
         // Kademlia keeps the addresses it heard only while its query runs: dial from inside it.
         self.carry_out_lookups(now);
     }

@@ -10,9 +10,11 @@
 
 use std::io;
 use std::ops::Range;
+use std::sync::Arc;
 use std::time::Duration;
 
 use futures::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio::time::error::Elapsed;
 use tokio::time::timeout;
 use unsigned_varint::{decode, encode};
@@ -37,6 +39,14 @@ pub enum FrameError {
         len: u64,
         /// The reader's limit in bytes.
         max: usize,
+    },
+    /// The reader has no room for the frame now, and has read past it.
+    #[error("no room for a frame of {len} bytes now")]
+    NoRoom {
+        /// Announced length of the body in bytes.
+        len: usize,
+        /// How the body begins: enough to tell what it would have been.
+        head: Vec<u8>,
     },
     /// The stream ended inside a frame.
     #[error("stream ended inside a frame")]
@@ -68,6 +78,7 @@ impl From<FrameError> for io::Error {
     fn from(error: FrameError) -> Self {
         let kind = match error {
             FrameError::TooLarge { .. } | FrameError::MalformedLength => io::ErrorKind::InvalidData,
+            FrameError::NoRoom { .. } => io::ErrorKind::OutOfMemory,
             FrameError::Truncated => io::ErrorKind::UnexpectedEof,
             FrameError::Io(error) => return error,
         };
@@ -119,7 +130,9 @@ pub fn append_frame(out: &mut Vec<u8>, body: &[u8]) {
 
 /// Reads frames that follow each other on a stream, many of them with one read.
 ///
-/// Holds what has arrived and not been asked for: at most a frame and [`READ_LEN`] bytes more.
+/// Holds what has arrived and not been asked for, in a buffer that grows with what has arrived, not
+/// with what is claimed. Beyond its first [`FREE_LEN`] bytes it takes from a budget that readers
+/// share, until it is empty again.
 #[derive(Debug)]
 pub struct FrameReader<R> {
     io: R,
@@ -127,41 +140,52 @@ pub struct FrameReader<R> {
     /// Where in `buffer` the next frame begins, and where what has arrived ends.
     begin: usize,
     end: usize,
+    budget: Arc<Semaphore>,
+    held: Option<OwnedSemaphorePermit>,
 }
 
-/// Bytes asked of the stream at once: what yamux carries in one frame.
-const READ_LEN: usize = 16 * 1024;
+/// The smallest read: most messages fit, and a stream that is silent holds no more.
+const MIN_READ: usize = 4 * 1024;
 
-/// What the buffer may keep when it is empty.
-const KEEP_LEN: usize = 64 * 1024;
+/// What a buffer may hold without asking: what yamux carries in one frame.
+const FREE_LEN: usize = 16 * 1024;
+
+/// How much of a frame that finds no room is kept, to tell what it was.
+const HEAD_LEN: usize = 512;
 
 impl<R: AsyncRead + Unpin> FrameReader<R> {
-    /// Begins to read.
-    pub fn new(io: R) -> Self {
+    /// Begins to read, within a budget of so many bytes.
+    pub fn new(io: R, budget: Arc<Semaphore>) -> Self {
         Self {
             io,
             buffer: Vec::new(),
             begin: 0,
             end: 0,
+            budget,
+            held: None,
         }
     }
 
     /// The body of the next frame, at most `max` bytes; `None` if the stream ends before it.
     ///
     /// Fails with [`io::ErrorKind::TimedOut`] if the frame does not begin within `patience`, or once
-    /// begun is not whole within `deadline`.
+    /// begun is not whole within `deadline`. After [`FrameError::NoRoom`] the reader is at the next
+    /// frame; after every other error it must not be used again.
     pub async fn next(
         &mut self,
         max: usize,
         patience: Duration,
         deadline: Duration,
     ) -> Result<Option<&[u8]>, FrameError> {
-        if self.begin == self.end && !timeout(patience, self.fill(READ_LEN)).await?? {
-            return Ok(None);
+        if self.begin == self.end {
+            self.empty();
+            if !timeout(patience, self.fill()).await?? {
+                return Ok(None);
+            }
         }
         let body = match self.body(max)? {
-            Some(body) => body,
-            None => timeout(deadline, self.complete(max)).await??,
+            (body, true) => body,
+            _ => timeout(deadline, self.complete(max)).await??,
         };
         self.begin = body.end;
         Ok(Some(&self.buffer[body]))
@@ -170,23 +194,26 @@ impl<R: AsyncRead + Unpin> FrameReader<R> {
     /// Reads on until the frame is whole.
     async fn complete(&mut self, max: usize) -> Result<Range<usize>, FrameError> {
         loop {
-            // Grows with what has arrived, not with what is claimed.
-            let more = (self.end - self.begin).max(READ_LEN);
-            if !self.fill(more).await? {
+            if !self.make_room() {
+                return Err(self.skip(max).await?);
+            }
+            if !self.fill().await? {
                 return Err(FrameError::Truncated);
             }
-            if let Some(body) = self.body(max)? {
+            if let (body, true) = self.body(max)? {
                 return Ok(body);
             }
         }
     }
 
-    /// Where the next frame's body is, if it is whole.
-    fn body(&self, max: usize) -> Result<Option<Range<usize>>, FrameError> {
+    /// Where the next frame's body is or will be, and whether it is whole.
+    fn body(&self, max: usize) -> Result<(Range<usize>, bool), FrameError> {
         let arrived = &self.buffer[self.begin..self.end];
         let (len, rest) = match decode::u64(arrived) {
             Ok(decoded) => decoded,
-            Err(decode::Error::Insufficient) if arrived.len() < MAX_PREFIX_LEN => return Ok(None),
+            Err(decode::Error::Insufficient) if arrived.len() < MAX_PREFIX_LEN => {
+                return Ok((self.end..self.end, false));
+            }
             Err(_) => return Err(FrameError::MalformedLength),
         };
         let len = match usize::try_from(len) {
@@ -194,26 +221,71 @@ impl<R: AsyncRead + Unpin> FrameReader<R> {
             _ => return Err(FrameError::TooLarge { len, max }),
         };
         let begin = self.end - rest.len();
-        Ok((rest.len() >= len).then(|| begin..begin + len))
+        Ok((begin..begin + len, rest.len() >= len))
     }
 
-    /// Reads at most `len` bytes; `false` at the end of the stream.
-    async fn fill(&mut self, len: usize) -> io::Result<bool> {
-        if self.begin == self.end {
-            (self.begin, self.end) = (0, 0);
-            if self.buffer.len() > KEEP_LEN {
-                self.buffer = Vec::new();
-            }
-        } else if self.begin > 0 && self.buffer.len() - self.end < len {
-            self.buffer.copy_within(self.begin..self.end, 0);
-            (self.begin, self.end) = (0, self.end - self.begin);
-        }
-        if self.buffer.len() - self.end < len {
-            self.buffer.resize(self.end + len, 0);
+    /// Reads what there is, into the room there is; `false` at the end of the stream.
+    async fn fill(&mut self) -> io::Result<bool> {
+        if self.buffer.is_empty() {
+            self.buffer.resize(MIN_READ, 0);
         }
         let read = self.io.read(&mut self.buffer[self.end..]).await?;
         self.end += read;
         Ok(read > 0)
+    }
+
+    /// Forgets what has been read; a buffer that has grown far is given back.
+    fn empty(&mut self) {
+        (self.begin, self.end) = (0, 0);
+        if self.held.take().is_some() {
+            self.buffer.truncate(FREE_LEN);
+            self.buffer.shrink_to_fit();
+        }
+    }
+
+    /// Makes room behind what has arrived; `false` if the budget has none.
+    fn make_room(&mut self) -> bool {
+        if self.begin > 0 {
+            self.buffer.copy_within(self.begin..self.end, 0);
+            (self.begin, self.end) = (0, self.end - self.begin);
+        }
+        if self.end < self.buffer.len() {
+            return true;
+        }
+        let grown = 2 * self.buffer.len();
+        let more = grown.saturating_sub(self.buffer.len().max(FREE_LEN));
+        if more > 0 && !self.take(more) {
+            return false;
+        }
+        self.buffer.resize(grown, 0);
+        true
+    }
+
+    fn take(&mut self, bytes: usize) -> bool {
+        let bytes = u32::try_from(bytes).unwrap_or(u32::MAX);
+        let Ok(more) = Arc::clone(&self.budget).try_acquire_many_owned(bytes) else {
+            return false;
+        };
+        match &mut self.held {
+            Some(held) => held.merge(more),
+            None => self.held = Some(more),
+        }
+        true
+    }
+
+    /// Reads past a frame: a sender that is not read from would wait for ever, and not hear why.
+    async fn skip(&mut self, max: usize) -> Result<FrameError, FrameError> {
+        let (body, _) = self.body(max)?;
+        let head = &self.buffer[body.start..self.end];
+        let head = head[..head.len().min(HEAD_LEN)].to_vec();
+        let (len, mut left) = (body.len(), body.end - self.end);
+        self.empty();
+        while left > 0 {
+            let chunk = left.min(self.buffer.len());
+            self.io.read_exact(&mut self.buffer[..chunk]).await?;
+            left -= chunk;
+        }
+        Ok(FrameError::NoRoom { len, head })
     }
 }
 
@@ -263,7 +335,7 @@ mod tests {
         task::{Context, Poll},
     };
 
-    use futures::{executor::block_on, io::Cursor};
+    use futures::{TryStreamExt, executor::block_on, io::Cursor};
     use proptest::prelude::*;
 
     use super::*;
@@ -452,6 +524,93 @@ mod tests {
             if let Ok(Some(body)) = read(&bytes, max) {
                 prop_assert!(body.len() <= max && body.len() < bytes.len());
             }
+        }
+    }
+
+    const PATIENCE: Duration = Duration::from_secs(10);
+
+    fn budget(bytes: usize) -> Arc<Semaphore> {
+        Arc::new(Semaphore::new(bytes))
+    }
+
+    /// All that a reader makes of a stream whose bytes come `at_once` at a time.
+    async fn read_all(
+        stream: &[u8],
+        at_once: usize,
+        budget: Arc<Semaphore>,
+    ) -> (Vec<Vec<u8>>, Option<FrameError>) {
+        let io = futures::stream::iter(stream.chunks(at_once).map(Ok)).into_async_read();
+        let mut reader = FrameReader::new(io, budget);
+        let mut frames = Vec::new();
+        loop {
+            match reader.next(MAX, PATIENCE, PATIENCE).await {
+                Ok(Some(frame)) => frames.push(frame.to_vec()),
+                Ok(None) => return (frames, None),
+                Err(error) => return (frames, Some(error)),
+            }
+        }
+    }
+
+    #[tokio::test]
+    async fn frames_are_read_however_they_arrive() {
+        let bodies: Vec<_> = [0, 1, 127, 128, 5_000, MAX, 3]
+            .map(|len| vec![len as u8; len])
+            .into();
+        let stream: Vec<u8> = bodies.iter().flat_map(|body| framed(body)).collect();
+        for at_once in [1, 7, 4_096, 1_000_000] {
+            let (frames, error) = read_all(&stream, at_once, budget(usize::MAX >> 4)).await;
+            assert!(error.is_none(), "{error:?}");
+            assert!(frames == bodies, "at {at_once} bytes at once");
+        }
+    }
+
+    #[tokio::test]
+    async fn a_stream_that_ends_inside_a_frame_is_truncated() {
+        let stream = framed(&[1; 300]);
+        for end in 1..stream.len() {
+            let (frames, error) = read_all(&stream[..end], 64, budget(0)).await;
+            assert!(frames.is_empty());
+            assert!(
+                matches!(error, Some(FrameError::Truncated)),
+                "{end}: {error:?}"
+            );
+        }
+    }
+
+    #[tokio::test]
+    async fn a_claim_beyond_the_limit_ends_the_stream() {
+        let (_, error) = read_all(&framed(&vec![0; MAX + 1]), 64, budget(0)).await;
+        let Some(FrameError::TooLarge { len, max }) = error else {
+            panic!("{error:?}");
+        };
+        assert_eq!((len, max), (MAX as u64 + 1, MAX));
+    }
+
+    #[tokio::test]
+    async fn a_frame_without_room_is_skipped_and_room_is_given_back() {
+        let large = vec![7; 3 * FREE_LEN];
+        let stream = [framed(&large), framed(b"next"), framed(&large)].concat();
+        for (room, fits) in [(4 * FREE_LEN, true), (FREE_LEN, false)] {
+            let shared = budget(room);
+            let io = Cursor::new(stream.as_slice());
+            let mut reader = FrameReader::new(io, Arc::clone(&shared));
+            for expected in [large.as_slice(), b"next", &large] {
+                let read = reader.next(4 * FREE_LEN, PATIENCE, PATIENCE).await;
+                match read {
+                    Ok(frame) => {
+                        assert!(fits || expected == b"next");
+                        assert_eq!(frame, Some(expected));
+                    }
+                    Err(FrameError::NoRoom { len, head }) => {
+                        assert!(!fits);
+                        assert_eq!(len, expected.len());
+                        assert_eq!(head, expected[..HEAD_LEN]);
+                    }
+                    Err(error) => panic!("{error}"),
+                }
+            }
+            drop(reader);
+            assert_eq!(shared.available_permits(), room);
         }
     }
 }

@@ -10,7 +10,8 @@
 //!   known as soon as the last source has said so, never by waiting.
 //! * An empty answer of Kademlia is asked again once: its queries can end empty although the key
 //!   exists.
-//! * At most [`MAX_CANDIDATES`] are dialled for a lookup.
+//! * At most [`MAX_CANDIDATES`] are dialled for a lookup, an equal part of them for each source, so
+//!   that one that makes providers up cannot hide those that another one names.
 //!
 //! Does no I/O: it takes what happened and `now`, and says what to do as [`Step`]s. `Q` is
 //! Kademlia's query id, which nobody but Kademlia can make.
@@ -60,9 +61,20 @@ pub(crate) enum Outcome {
     TimedOut,
 }
 
+/// Who names providers.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub(crate) enum Source {
+    /// Any grape that the query has met.
+    Kademlia,
+    /// A rendezvous point.
+    Point(PeerId),
+}
+
 /// A peer that a source names.
 #[derive(Debug)]
 struct Candidate {
+    /// Who named it first.
+    source: Source,
     state: State,
     /// The addresses that a dial was given.
     tried: Vec<Multiaddr>,
@@ -89,6 +101,8 @@ struct Lookup<Q> {
     answered: bool,
     query: Query<Q>,
     points: HashSet<PeerId>,
+    /// How many were asked, Kademlia included.
+    sources: usize,
     candidates: HashMap<PeerId, Candidate>,
     live: Vec<PeerId>,
     /// Its entries in [`Lookups::deadlines`].
@@ -155,6 +169,7 @@ impl<Q: Copy + Eq + Hash> Lookups<Q> {
             first_live: None,
             answered: false,
             query: Query::Starting { again: false },
+            sources: points.len() + 1,
             points,
             candidates: HashMap::new(),
             live: Vec::new(),
@@ -234,6 +249,7 @@ impl<Q: Copy + Eq + Hash> Lookups<Q> {
     pub(crate) fn on_candidate(
         &mut self,
         name: &ServiceName,
+        source: Source,
         peer: PeerId,
         addresses: Vec<Multiaddr>,
         connected: bool,
@@ -245,11 +261,12 @@ impl<Q: Copy + Eq + Hash> Lookups<Q> {
         if peer == self.local {
             return;
         }
-        let full = lookup.candidates.len() >= MAX_CANDIDATES;
+        let full = lookup.is_full(source);
+        let max_addresses = lookup.sources * MAX_ADDRESSES;
         match lookup.candidates.get_mut(&peer) {
             None if full => {}
             None => {
-                let mut candidate = Candidate::new(addresses);
+                let mut candidate = Candidate::new(source, addresses);
                 if connected {
                     candidate.ask(name, peer, now, &mut self.steps);
                 } else {
@@ -261,7 +278,7 @@ impl<Q: Copy + Eq + Hash> Lookups<Q> {
                 }
             }
             Some(candidate) => {
-                candidate.add(addresses);
+                candidate.add(addresses, max_addresses);
                 if candidate.state == State::Unreachable && !candidate.untried.is_empty() {
                     candidate.dial(peer, &mut self.steps);
                 }
@@ -399,6 +416,13 @@ impl<Q: Copy + Eq + Hash> Lookups<Q> {
 }
 
 impl<Q> Lookup<Q> {
+    /// Whether as many as may be are dialled for a source.
+    fn is_full(&self, source: Source) -> bool {
+        let share = (MAX_CANDIDATES / self.sources).max(1);
+        let candidates = self.candidates.values();
+        candidates.filter(|named| named.source == source).count() >= share
+    }
+
     fn outcome(&self, now: Instant) -> Option<Outcome> {
         let sources_done = self.query_done() && self.points.is_empty();
         let complete = sources_done && !self.candidates.values().any(Candidate::is_open);
@@ -433,21 +457,22 @@ impl<Q> Lookup<Q> {
 }
 
 impl Candidate {
-    fn new(addresses: Vec<Multiaddr>) -> Self {
+    fn new(source: Source, addresses: Vec<Multiaddr>) -> Self {
         let mut candidate = Self {
+            source,
             state: State::Unreachable,
             tried: Vec::new(),
             untried: Vec::new(),
         };
-        candidate.add(addresses);
+        candidate.add(addresses, MAX_ADDRESSES);
         candidate
     }
 
-    fn add(&mut self, addresses: Vec<Multiaddr>) {
+    /// Takes further addresses, until there are `max`: as many as a provider may have for each source.
+    fn add(&mut self, addresses: Vec<Multiaddr>, max: usize) {
         for address in addresses {
             let known = self.tried.contains(&address) || self.untried.contains(&address);
-            // Two sources may each tell as many addresses as a provider may have.
-            if !known && self.tried.len() + self.untried.len() < 2 * MAX_ADDRESSES {
+            if !known && self.tried.len() + self.untried.len() < max {
                 self.untried.push(address);
             }
         }
@@ -515,8 +540,9 @@ mod tests {
 
         fn candidate(&mut self, peer: PeerId, addresses: &[&str], connected: bool) {
             let addresses = addresses.iter().map(|text| text.parse().unwrap()).collect();
+            let source = Source::Kademlia;
             self.lookups
-                .on_candidate(&self.name, peer, addresses, connected, self.now);
+                .on_candidate(&self.name, source, peer, addresses, connected, self.now);
             self.collect();
         }
 
@@ -693,6 +719,26 @@ mod tests {
         }
         let dials = |step: &&Step<u32>| matches!(step, Step::Dial(..));
         assert_eq!(scene.steps.iter().filter(dials).count(), MAX_CANDIDATES);
+    }
+
+    #[test]
+    fn a_source_that_names_many_leaves_places_to_the_others() {
+        let point = PeerId::random();
+        let mut scene = Scene::new(&[point]);
+        for _ in 0..3 * MAX_CANDIDATES {
+            scene.candidate(PeerId::random(), &[A], false);
+        }
+        let (named, source) = (PeerId::random(), Source::Point(point));
+        let addresses = vec![B.parse().unwrap()];
+        let (name, now) = (&scene.name, scene.now);
+        scene
+            .lookups
+            .on_candidate(name, source, named, addresses, false, now);
+        scene.collect();
+        assert_eq!(scene.dials_of(named), [[B]]);
+        let dials = |step: &&Step<u32>| matches!(step, Step::Dial(..));
+        let dialled = scene.steps.iter().filter(dials).count();
+        assert_eq!(dialled, MAX_CANDIDATES / 2 + 1);
     }
 
     #[test]

@@ -17,7 +17,7 @@ use futures::future::{Either, select};
 use futures::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 use libp2p::PeerId;
 use libp2p::swarm::Stream;
-use tokio::sync::{mpsc, oneshot};
+use tokio::sync::{Semaphore, mpsc, oneshot};
 use tokio::time::timeout;
 
 use super::Outcome;
@@ -123,7 +123,9 @@ async fn run(stream: Stream, mut requests: mpsc::Receiver<Outgoing>) {
     let (reader, writer) = stream.split();
     let open = Mutex::default();
     let ended = {
-        let reading = std::pin::pin!(read(FrameReader::new(reader), &open));
+        // What arrives was asked for: replies to at most so many requests of this node's own.
+        let budget = Arc::new(Semaphore::new(Semaphore::MAX_PERMITS));
+        let reading = std::pin::pin!(read(FrameReader::new(reader, budget), &open));
         let writing = std::pin::pin!(write(writer, &mut requests, &open));
         match select(reading, writing).await {
             Either::Left((result, _)) | Either::Right((result, _)) => result,

@@ -2,10 +2,15 @@
 //!
 //! A request takes a *place* in a budget of count and bytes, and keeps it until its reply has left
 //! or the stream has failed: neither slow handlers nor slow readers make memory grow. Beyond the
-//! budget the answer is `busy`, and one peer gets three quarters of it at most. A stream that has
-//! [`MAX_PIPELINED`] requests open is not read further.
+//! budget the answer is `busy` or, when a reply finds no room after its handler has run, `too-large`.
+//! One peer gets three quarters of it at most. A stream that has [`MAX_PIPELINED`] requests open is
+//! not read further.
+//!
+//! Requests that are still arriving have a budget of as many bytes, so that frames that never end
+//! neither make memory grow nor take the places of those that do.
 
 use std::collections::HashMap;
+use std::error::Error;
 use std::io;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError, RwLock, Weak};
@@ -14,15 +19,15 @@ use futures::future::{Either, select};
 use futures::io::{AsyncReadExt, AsyncWrite, AsyncWriteExt};
 use libp2p::PeerId;
 use libp2p::swarm::Stream;
-use tokio::sync::Notify;
 use tokio::sync::mpsc::{self, OwnedPermit};
+use tokio::sync::{Notify, Semaphore};
 use tokio::time::timeout;
 
 use crate::limits::{FRAME_DEADLINE, IDLE_TIMEOUT, Limits, MAX_PIPELINED};
 use crate::metrics::Metrics;
 use crate::name::ServiceName;
 use crate::proto::frame::{FrameError, FrameReader, append_frame};
-use crate::proto::wire::{self, ErrorCode, RemoteError, ReplyRef, Request};
+use crate::proto::wire::{self, DecodeError, ErrorCode, RemoteError, ReplyRef, Request};
 
 /// Written at once at most, so that one large reply is not copied into a larger buffer.
 const WRITE_CHUNK: usize = 64 * 1024;
@@ -34,14 +39,22 @@ const WRITE_BATCH: usize = 256;
 #[derive(Debug)]
 pub(crate) struct Server {
     services: RwLock<HashMap<ServiceName, mpsc::Sender<Inbound>>>,
-    peers: Mutex<HashMap<PeerId, Weak<AtomicUsize>>>,
-    open: AtomicUsize,
-    bytes: AtomicUsize,
-    max_open: usize,
+    peers: Mutex<HashMap<PeerId, Weak<Usage>>>,
+    total: Usage,
+    max_requests: usize,
     max_bytes: usize,
+    /// The bytes that frames still arriving may take.
+    arriving: Arc<Semaphore>,
     stopping: AtomicBool,
     idle: Notify,
     metrics: Arc<Metrics>,
+}
+
+/// What is used of the budget.
+#[derive(Debug, Default)]
+struct Usage {
+    requests: AtomicUsize,
+    bytes: AtomicUsize,
 }
 
 /// A request on its way to a handler.
@@ -73,7 +86,7 @@ struct Answer {
 #[derive(Debug)]
 struct Place {
     server: Arc<Server>,
-    of_peer: Arc<AtomicUsize>,
+    of_peer: Arc<Usage>,
     bytes: usize,
 }
 
@@ -82,10 +95,12 @@ impl Server {
         Arc::new(Self {
             services: RwLock::default(),
             peers: Mutex::default(),
-            open: AtomicUsize::new(0),
-            bytes: AtomicUsize::new(0),
-            max_open: limits.inbound_requests,
+            total: Usage::default(),
+            max_requests: limits.inbound_requests,
             max_bytes: limits.inbound_bytes,
+            arriving: Arc::new(Semaphore::new(
+                limits.inbound_bytes.min(Semaphore::MAX_PERMITS),
+            )),
             stopping: AtomicBool::new(false),
             idle: Notify::new(),
             metrics,
@@ -117,7 +132,7 @@ impl Server {
 
     /// How many requests are open.
     pub(crate) fn open_requests(&self) -> usize {
-        self.open.load(Ordering::Acquire)
+        self.total.requests.load(Ordering::Acquire)
     }
 
     /// Returns when no request is open.
@@ -136,32 +151,30 @@ impl Server {
         services.get(service).cloned()
     }
 
-    /// The count of a peer's open requests, one for all its streams.
-    fn count_of(&self, peer: PeerId) -> Arc<AtomicUsize> {
+    /// What a peer uses, all its streams together.
+    fn usage_of(&self, peer: PeerId) -> Arc<Usage> {
         let mut peers = self.peers.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(count) = peers.get(&peer).and_then(Weak::upgrade) {
-            return count;
+        if let Some(usage) = peers.get(&peer).and_then(Weak::upgrade) {
+            return usage;
         }
-        peers.retain(|_, count| count.strong_count() > 0);
-        let count = Arc::default();
-        peers.insert(peer, Arc::downgrade(&count));
-        count
+        peers.retain(|_, usage| usage.strong_count() > 0);
+        let usage = Arc::default();
+        peers.insert(peer, Arc::downgrade(&usage));
+        usage
     }
 
-    fn place(self: &Arc<Self>, of_peer: &Arc<AtomicUsize>, bytes: usize) -> Option<Place> {
+    /// A place for a request, if there is one.
+    fn place(self: &Arc<Self>, of_peer: &Arc<Usage>, payload: usize) -> Option<Place> {
         // Counted first, so that two streams cannot both take the last place.
-        let place = Place {
+        let open = self.total.requests.fetch_add(1, Ordering::AcqRel);
+        let of_peer_open = of_peer.requests.fetch_add(1, Ordering::AcqRel);
+        let mut place = Place {
             server: Arc::clone(self),
             of_peer: Arc::clone(of_peer),
-            bytes,
+            bytes: 0,
         };
-        let open = self.open.fetch_add(1, Ordering::AcqRel);
-        let of_peer = of_peer.fetch_add(1, Ordering::AcqRel);
-        let held = self.bytes.fetch_add(bytes, Ordering::AcqRel);
-        let fits = open < self.max_open
-            && of_peer < (self.max_open * 3 / 4).max(1)
-            && held + bytes <= self.max_bytes;
-        fits.then_some(place)
+        let fits = open < self.max_requests && of_peer_open < share(self.max_requests);
+        (fits && place.take(payload)).then_some(place)
     }
 
     fn serves(&self, payload: &[u8]) -> Result<Vec<u8>, RemoteError> {
@@ -177,14 +190,46 @@ impl Server {
     }
 }
 
+impl Place {
+    /// Takes room for a payload; `false`, and nothing taken, if there is none.
+    fn take(&mut self, payload: usize) -> bool {
+        let bytes = weight(payload);
+        let held = self.server.total.bytes.fetch_add(bytes, Ordering::AcqRel);
+        let of_peer = self.of_peer.bytes.fetch_add(bytes, Ordering::AcqRel);
+        let max = self.server.max_bytes;
+        let fits = bytes == 0 || held + bytes <= max && of_peer + bytes <= share(max);
+        if fits {
+            self.bytes += bytes;
+        } else {
+            self.server.total.bytes.fetch_sub(bytes, Ordering::AcqRel);
+            self.of_peer.bytes.fetch_sub(bytes, Ordering::AcqRel);
+        }
+        fits
+    }
+}
+
 impl Drop for Place {
     fn drop(&mut self) {
-        self.server.bytes.fetch_sub(self.bytes, Ordering::AcqRel);
-        self.of_peer.fetch_sub(1, Ordering::AcqRel);
-        if self.server.open.fetch_sub(1, Ordering::AcqRel) == 1 {
+        let total = &self.server.total;
+        total.bytes.fetch_sub(self.bytes, Ordering::AcqRel);
+        self.of_peer.bytes.fetch_sub(self.bytes, Ordering::AcqRel);
+        self.of_peer.requests.fetch_sub(1, Ordering::AcqRel);
+        if total.requests.fetch_sub(1, Ordering::AcqRel) == 1 {
             self.server.idle.notify_waiters();
         }
     }
+}
+
+/// What a payload takes of the budget of bytes: a small one nothing, so that short messages go on
+/// while slow readers hold all of it. The budget of requests bounds those.
+fn weight(payload: usize) -> usize {
+    const SMALL: usize = 4 * 1024;
+    if payload <= SMALL { 0 } else { payload }
+}
+
+/// What one peer may use of a budget.
+fn share(budget: usize) -> usize {
+    (budget * 3 / 4).max(1)
 }
 
 impl Responder {
@@ -197,13 +242,13 @@ impl Responder {
             return;
         };
         let mut place = self.place.take();
-        if let (Some(place), Ok(payload)) = (&mut place, &outcome) {
-            place.bytes += payload.len();
-            place
-                .server
-                .bytes
-                .fetch_add(payload.len(), Ordering::AcqRel);
-        }
+        let len = outcome.as_ref().map_or(0, Vec::len);
+        let outcome = if place.as_mut().is_none_or(|place| place.take(len)) {
+            outcome
+        } else {
+            let message = "too many replies wait to be read";
+            Err(RemoteError::new(ErrorCode::TooLarge, message))
+        };
         permit.send(Answer {
             id: self.id,
             outcome,
@@ -214,8 +259,10 @@ impl Responder {
 
 impl Drop for Responder {
     fn drop(&mut self) {
-        let error = RemoteError::new(ErrorCode::HandlerFailed, "the handler gave no answer");
-        self.send(Err(error));
+        if self.permit.is_some() {
+            let message = "the handler gave no answer";
+            self.send(Err(RemoteError::new(ErrorCode::HandlerFailed, message)));
+        }
     }
 }
 
@@ -223,7 +270,8 @@ impl Drop for Responder {
 pub(crate) async fn serve(server: Arc<Server>, peer: PeerId, stream: Stream) {
     let (reader, writer) = stream.split();
     let (replies, queue) = mpsc::channel(MAX_PIPELINED);
-    let reading = std::pin::pin!(read(&server, peer, FrameReader::new(reader), replies));
+    let frames = FrameReader::new(reader, Arc::clone(&server.arriving));
+    let reading = std::pin::pin!(read(&server, peer, frames, replies));
     let writing = std::pin::pin!(write(writer, queue));
     let ended = match select(reading, writing).await {
         Either::Left((Ok(()), writing)) => writing.await,
@@ -245,43 +293,54 @@ async fn read<R: futures::io::AsyncRead + Unpin>(
     mut frames: FrameReader<R>,
     replies: mpsc::Sender<Answer>,
 ) -> io::Result<()> {
-    let count = server.count_of(peer);
+    let usage = server.usage_of(peer);
     let mut patience = FRAME_DEADLINE;
     loop {
         let Ok(permit) = replies.clone().reserve_owned().await else {
             return Ok(());
         };
-        let frame = frames.next(wire::MAX_FRAME, patience, FRAME_DEADLINE).await;
-        let (id, refusal) = match frame {
-            Ok(Some(frame)) => match Request::decode(frame) {
-                Ok(request) => {
-                    dispatch(server, peer, &count, request, permit);
-                    // A stream that has carried a request may rest before the next one.
-                    patience = IDLE_TIMEOUT;
-                    continue;
-                }
-                Err(error) => {
-                    let id = wire::salvage_id(frame).unwrap_or_default();
-                    (
-                        id,
-                        RemoteError::new(ErrorCode::BadRequest, error.to_string()),
-                    )
-                }
-            },
+        let refuse = |permit: OwnedPermit<Answer>, id, code, error: &dyn Error| {
+            server.metrics.requests_refused.add(1);
+            permit.send(Answer {
+                id,
+                outcome: Err(RemoteError::new(code, error.to_string())),
+                _place: None,
+            });
+        };
+        let frame = match frames.next(wire::MAX_FRAME, patience, FRAME_DEADLINE).await {
+            Ok(Some(frame)) => frame,
             Ok(None) => return Ok(()),
+            Err(FrameError::NoRoom { len, head }) => {
+                let id = wire::salvage_id(&head).unwrap_or_default();
+                refuse(
+                    permit,
+                    id,
+                    ErrorCode::Busy,
+                    &FrameError::NoRoom { len, head },
+                );
+                continue;
+            }
             Err(error @ FrameError::TooLarge { .. }) => {
-                (0, RemoteError::new(ErrorCode::TooLarge, error.to_string()))
+                refuse(permit, 0, ErrorCode::TooLarge, &error);
+                return Ok(());
             }
             Err(error) => return Err(error.into()),
         };
-        server.metrics.requests_refused.add(1);
-        permit.send(Answer {
-            id,
-            outcome: Err(refusal),
-            _place: None,
-        });
-        // Where the next frame would begin is not known for certain, or not worth knowing.
-        return Ok(());
+        match Request::decode(frame) {
+            Ok(request) => dispatch(server, peer, &usage, request, permit),
+            Err(error) => {
+                let code = match error {
+                    DecodeError::TooLarge { .. } => ErrorCode::TooLarge,
+                    _ => ErrorCode::BadRequest,
+                };
+                let id = wire::salvage_id(frame).unwrap_or_default();
+                refuse(permit, id, code, &error);
+                // Who sends what is no request is not listened to any further.
+                return Ok(());
+            }
+        }
+        // A stream that has carried a request may rest before the next one.
+        patience = IDLE_TIMEOUT;
     }
 }
 
@@ -289,7 +348,7 @@ async fn read<R: futures::io::AsyncRead + Unpin>(
 fn dispatch(
     server: &Arc<Server>,
     peer: PeerId,
-    count: &Arc<AtomicUsize>,
+    usage: &Arc<Usage>,
     request: Request,
     permit: OwnedPermit<Answer>,
 ) {
@@ -315,7 +374,7 @@ fn dispatch(
     let Some(handler) = server.handler(&request.service) else {
         return refuse(responder, ErrorCode::UnknownService, "not served here");
     };
-    responder.place = server.place(count, request.payload.len());
+    responder.place = server.place(usage, request.payload.len());
     if responder.place.is_none() {
         return refuse(responder, ErrorCode::Busy, "too many requests are open");
     }
