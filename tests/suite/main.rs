@@ -2,6 +2,9 @@
 #![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
 #![allow(clippy::print_stderr, reason = "a test says what it could not test")]
 
+// What it measures is read from Linux's /proc.
+#[cfg(target_os = "linux")]
+mod hostile;
 mod interop;
 mod network;
 mod programs;
