@@ -41,9 +41,15 @@ impl Testnet {
         &self.grapes
     }
 
-    /// Describes a further node that joins by the grapes and listens in this process.
+    /// Describes a further node that joins by the grapes (the first 8 of them) and listens in this
+    /// process.
     pub fn builder(&self, role: Role) -> Builder {
-        let bootstrap = self.grapes.iter().take(8).flat_map(Node::addresses);
+        self.joining(role, self.grapes.iter().take(8))
+    }
+
+    /// Describes a further node that joins by these grapes only, and listens in this process.
+    pub fn joining<'a>(&self, role: Role, grapes: impl IntoIterator<Item = &'a Node>) -> Builder {
+        let bootstrap = grapes.into_iter().flat_map(Node::addresses);
         Node::builder(role)
             .in_memory()
             .limits(crate::limits::Limits {
