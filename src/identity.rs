@@ -57,7 +57,7 @@ impl Identity {
     /// Reads the identity in `path`.
     pub fn load(path: impl AsRef<Path>) -> Result<Self, IdentityError> {
         let path = path.as_ref();
-        let bytes = read(path)?;
+        let (bytes, metadata) = read(path)?;
         let not_a_key = |reason: String| IdentityError::NotAKey {
             path: path.into(),
             reason,
@@ -65,9 +65,11 @@ impl Identity {
         if bytes.len() as u64 > MAX_FILE {
             return Err(not_a_key(format!("it is longer than {MAX_FILE} bytes")));
         }
-        Keypair::from_protobuf_encoding(&bytes)
-            .map(Self)
-            .map_err(|error| not_a_key(error.to_string()))
+        let keypair = Keypair::from_protobuf_encoding(&bytes)
+            .map_err(|error| not_a_key(error.to_string()))?;
+        // Not before: who names some other file must not be told to change or delete that.
+        refuse_if_shared(path, &metadata)?;
+        Ok(Self(keypair))
     }
 
     /// The key pair, for libp2p.
@@ -173,20 +175,20 @@ pub enum IdentityError {
     },
 }
 
-/// The file's bytes, at most one more than [`MAX_FILE`].
-fn read(path: &Path) -> Result<Vec<u8>, IdentityError> {
+/// The file's bytes, at most one more than [`MAX_FILE`], and what the system knows about it.
+fn read(path: &Path) -> Result<(Vec<u8>, fs::Metadata), IdentityError> {
     let failed = |error: io::Error| unreadable(path, error.kind());
     // Before opening: to open a pipe waits for its writer.
     if !fs::metadata(path).map_err(failed)?.is_file() {
         return Err(IdentityError::NotAFile { path: path.into() });
     }
     let file = File::open(path).map_err(failed)?;
-    refuse_if_shared(path, &file.metadata().map_err(failed)?)?;
+    let metadata = file.metadata().map_err(failed)?;
     let mut bytes = Vec::new();
     file.take(MAX_FILE + 1)
         .read_to_end(&mut bytes)
         .map_err(failed)?;
-    Ok(bytes)
+    Ok((bytes, metadata))
 }
 
 #[cfg(unix)]

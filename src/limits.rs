@@ -7,8 +7,6 @@ use std::time::Duration;
 
 use libp2p::StreamProtocol;
 
-use crate::store::Bounds;
-
 /// Kademlia between grapes and their clients. Its own id keeps this network apart from others.
 pub const KAD_PROTOCOL: StreamProtocol = StreamProtocol::new("/grapevine/kad/1.0.0");
 
@@ -141,6 +139,50 @@ impl Default for Limits {
             connections_per_peer: 8,
             memory: Some(1 << 30),
             store: Bounds::default(),
+        }
+    }
+}
+
+/// How much a grape's store of provider records holds.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Bounds {
+    /// Records in total, where each full 512 bytes of a peer's addresses and envelope count as one
+    /// more. 200,000: measured 57 MB when ten peers announce them all (76 MB by rendezvous), and
+    /// 350 MB when an attacker makes up a peer for each.
+    pub records: usize,
+    /// Records of one address prefix. 100,000: one network never takes more than half the store.
+    pub per_prefix: usize,
+    /// Records of one peer. 20,000: a gateway in front of many services, a tenth of the store.
+    pub per_peer: usize,
+    /// Providers of one key. 1,000: fifty different full answers; nobody asks for more.
+    pub per_key: usize,
+    /// Names that this node announces itself. 20,000: what another grape takes from one peer.
+    pub own: usize,
+    /// Bytes of a key. 64: room for the multihash of any common hash; a name's has 34.
+    pub key_bytes: usize,
+    /// Addresses of one peer; the rest is dropped. 8: TCP and QUIC on two interfaces, IPv4 and IPv6.
+    pub addresses: usize,
+    /// Encoded bytes of one address; a longer one is dropped. 256: a relayed address takes 140.
+    pub address_bytes: usize,
+    /// Bytes of a signed peer record. 4 KiB: eight of the longest addresses, an RSA key, a signature.
+    pub envelope_bytes: usize,
+    /// Longest lease; a longer one is cut. 90 s: a killed peer's name disappears within it.
+    pub lease: Duration,
+}
+
+impl Default for Bounds {
+    fn default() -> Self {
+        Self {
+            records: 200_000,
+            per_prefix: 100_000,
+            per_peer: 20_000,
+            per_key: 1_000,
+            own: 20_000,
+            key_bytes: 64,
+            addresses: 8,
+            address_bytes: 256,
+            envelope_bytes: 4_096,
+            lease: LEASE,
         }
     }
 }

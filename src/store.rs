@@ -38,6 +38,8 @@ use libp2p::{
     multiaddr::Protocol,
 };
 
+use crate::limits::Bounds;
+
 /// Providers in one answer of Kademlia, which cuts its answers at the replication factor of 20.
 const KADEMLIA_ANSWER: usize = 20;
 
@@ -54,54 +56,10 @@ const EXPIRED_PER_INSERT: usize = 4;
 /// Expired records that one sweep drops: 4 ms of work when each was its peer's only one.
 const EXPIRED_PER_SWEEP: usize = 1_024;
 
-/// How much a [`Store`] holds.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Bounds {
-    /// Records in total, where each full 512 bytes of a peer's addresses and envelope count as one
-    /// more. 200,000: measured 57 MB when ten peers announce them all (76 MB by rendezvous), and
-    /// 350 MB when an attacker makes up a peer for each.
-    pub records: usize,
-    /// Records of one address prefix. 100,000: one network never takes more than half the store.
-    pub per_prefix: usize,
-    /// Records of one peer. 20,000: a gateway in front of many services, a tenth of the store.
-    pub per_peer: usize,
-    /// Providers of one key. 1,000: fifty different full answers; nobody asks for more.
-    pub per_key: usize,
-    /// Names that this node announces itself. 20,000: what another grape takes from one peer.
-    pub own: usize,
-    /// Bytes of a key. 64: room for the multihash of any common hash; a name's has 34.
-    pub key_bytes: usize,
-    /// Addresses of one peer; the rest is dropped. 8: TCP and QUIC on two interfaces, IPv4 and IPv6.
-    pub addresses: usize,
-    /// Encoded bytes of one address; a longer one is dropped. 256: a relayed address takes 140.
-    pub address_bytes: usize,
-    /// Bytes of a signed peer record. 4 KiB: eight of the longest addresses, an RSA key, a signature.
-    pub envelope_bytes: usize,
-    /// Longest lease; a longer one is cut. 90 s: a killed peer's name disappears within it.
-    pub lease: Duration,
-}
-
-impl Default for Bounds {
-    fn default() -> Self {
-        Self {
-            records: 200_000,
-            per_prefix: 100_000,
-            per_peer: 20_000,
-            per_key: 1_000,
-            own: 20_000,
-            key_bytes: 64,
-            addresses: 8,
-            address_bytes: 256,
-            envelope_bytes: 4_096,
-            lease: Duration::from_secs(90),
-        }
-    }
-}
-
 /// The network that a peer belongs to when the store is shared out: what one holder of addresses
 /// gets for free, a /24 of IPv4 or a /48 of IPv6.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub enum Prefix {
+pub(crate) enum Prefix {
     /// The first 24 bits of an IPv4 address, also of one mapped into IPv6.
     V4([u8; 3]),
     /// The first 48 bits of an IPv6 address.
@@ -137,7 +95,7 @@ impl From<&Multiaddr> for Prefix {
 
 /// The road by which a record came.
 #[derive(Clone, Debug)]
-pub enum Origin {
+pub(crate) enum Origin {
     /// Kademlia's ADD_PROVIDER.
     Kademlia,
     /// A rendezvous registration. The record is then found both ways until it goes.
@@ -151,24 +109,24 @@ pub enum Origin {
 
 /// A record to insert: `peer` provides `key` for `ttl`.
 #[derive(Clone, Debug)]
-pub struct NewRecord<'a> {
+pub(crate) struct NewRecord<'a> {
     /// What is provided: normally the multihash of a name.
-    pub key: &'a [u8],
+    pub(crate) key: &'a [u8],
     /// Who provides it.
-    pub peer: PeerId,
+    pub(crate) peer: PeerId,
     /// Where the peer's connection comes from, as seen by this node and not as claimed.
-    pub prefix: Prefix,
+    pub(crate) prefix: Prefix,
     /// Where the peer can be dialled. An empty list leaves the addresses known so far.
-    pub addresses: &'a [Multiaddr],
+    pub(crate) addresses: &'a [Multiaddr],
     /// The road by which the record came.
-    pub origin: Origin,
+    pub(crate) origin: Origin,
     /// The lease, cut to [`Bounds::lease`].
-    pub ttl: Duration,
+    pub(crate) ttl: Duration,
 }
 
 /// Why a record was not stored.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
-pub enum Refused {
+pub(crate) enum Refused {
     /// The key, the namespace or the envelope is longer than the bounds allow.
     #[error("the record is too large")]
     TooLarge,
@@ -185,66 +143,66 @@ pub enum Refused {
 
 /// A live provider of a key.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Provider {
+pub(crate) struct Provider {
     /// Who provides the key.
-    pub peer: PeerId,
+    pub(crate) peer: PeerId,
     /// Where it can be dialled, as it said last; may be empty.
-    pub addresses: Vec<Multiaddr>,
+    pub(crate) addresses: Vec<Multiaddr>,
     /// When its lease ends.
-    pub expires: Instant,
+    pub(crate) expires: Instant,
 }
 
 /// A live rendezvous registration.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Registration {
+pub(crate) struct Registration {
     /// The namespace registered under.
-    pub namespace: Arc<str>,
+    pub(crate) namespace: Arc<str>,
     /// Who registered.
-    pub peer: PeerId,
+    pub(crate) peer: PeerId,
     /// The peer's signed record, as it sent it last.
-    pub envelope: Arc<[u8]>,
+    pub(crate) envelope: Arc<[u8]>,
     /// The lease granted at the last registration, in whole seconds.
-    pub ttl: Duration,
+    pub(crate) ttl: Duration,
     /// When the lease ends.
-    pub expires: Instant,
+    pub(crate) expires: Instant,
     /// The number of the last registration.
-    pub sequence: u64,
+    pub(crate) sequence: u64,
 }
 
 /// Registrations in the order of their numbers.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Page {
+pub(crate) struct Page {
     /// The registrations, oldest number first.
-    pub registrations: Vec<Registration>,
+    pub(crate) registrations: Vec<Registration>,
     /// What to pass as `after` for those that follow: the highest number that was returned or
     /// passed in. With the namespace it is the whole rendezvous cookie, so the server keeps none.
-    pub last: u64,
+    pub(crate) last: u64,
 }
 
 /// What a store holds now and what has happened to it since it was made.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Stats {
+pub(crate) struct Stats {
     /// Records held, own ones not counted.
-    pub records: u64,
+    pub(crate) records: u64,
     /// Those of them that rendezvous discovery returns.
-    pub registrations: u64,
+    pub(crate) registrations: u64,
     /// Keys that have a record.
-    pub keys: u64,
+    pub(crate) keys: u64,
     /// Peers that have a record.
-    pub peers: u64,
+    pub(crate) peers: u64,
     /// Names that this node announces itself.
-    pub own: u64,
+    pub(crate) own: u64,
     /// Records dropped to make room for somebody who held less.
-    pub evicted: u64,
+    pub(crate) evicted: u64,
     /// Inserts refused.
-    pub refused: u64,
+    pub(crate) refused: u64,
     /// Records dropped because their lease had ended.
-    pub expired: u64,
+    pub(crate) expired: u64,
 }
 
 /// The bounded table of provider records. The module's documentation gives its invariants.
 #[derive(Debug)]
-pub struct Store {
+pub(crate) struct Store {
     local: PeerId,
     bounds: Bounds,
     /// Leases are kept as nanoseconds since here: half the size of an `Instant`, and exact.
@@ -271,7 +229,7 @@ impl Store {
     /// Registrations are numbered from `first_sequence`. Pass the wall clock in microseconds: a
     /// cookie from before a restart then still means "what came since", where counting from 0 would
     /// hide every new registration from its holder.
-    pub fn new(local: PeerId, bounds: Bounds, first_sequence: u64, now: Instant) -> Self {
+    pub(crate) fn new(local: PeerId, bounds: Bounds, first_sequence: u64, now: Instant) -> Self {
         Self {
             local,
             bounds,
@@ -302,7 +260,7 @@ impl Store {
     /// When the store is full, the soonest to expire of the heaviest peer's records in the heaviest
     /// prefix goes, if the newcomer's prefix stays lighter than that prefix; otherwise that of the
     /// heaviest peer in the newcomer's own prefix, if the newcomer stays lighter than that peer.
-    pub fn insert(&mut self, new: NewRecord<'_>, now: Instant) -> Result<(), Refused> {
+    pub(crate) fn insert(&mut self, new: NewRecord<'_>, now: Instant) -> Result<(), Refused> {
         let now = self.nanos(now);
         self.drop_expired(now, EXPIRED_PER_INSERT);
         let outcome = self.admit(&new, now);
@@ -311,12 +269,12 @@ impl Store {
     }
 
     /// Drops the record of `peer` for `key`, by whichever road it came; says whether there was one.
-    pub fn withdraw(&mut self, key: &[u8], peer: &PeerId) -> bool {
+    pub(crate) fn withdraw(&mut self, key: &[u8], peer: &PeerId) -> bool {
         self.find(key, peer).is_some_and(|id| self.remove(id))
     }
 
     /// Drops all records of `peer`, at most [`Bounds::per_peer`], and returns their number.
-    pub fn withdraw_all(&mut self, peer: &PeerId) -> usize {
+    pub(crate) fn withdraw_all(&mut self, peer: &PeerId) -> usize {
         let Some(&slot) = self.peer_slots.get(peer) else {
             return 0;
         };
@@ -331,7 +289,7 @@ impl Store {
     ///
     /// Each call goes on where the last one for this key stopped, so that n providers have all been
     /// returned after n / `limit` calls.
-    pub fn sample(&self, key: &[u8], limit: usize, now: Instant) -> Vec<Provider> {
+    pub(crate) fn sample(&self, key: &[u8], limit: usize, now: Instant) -> Vec<Provider> {
         let Some((slot, key)) = self.key(key) else {
             return Vec::new();
         };
@@ -361,7 +319,7 @@ impl Store {
     ///
     /// Every registration and re-registration takes a new number. An `after` that this store has not
     /// given out yet counts as 0.
-    pub fn registrations(
+    pub(crate) fn registrations(
         &self,
         key: Option<&[u8]>,
         after: u64,
@@ -385,18 +343,18 @@ impl Store {
     ///
     /// At most 1,024 go in one call, so that the end of a flood does not stall the caller; the rest
     /// stays invisible and goes with later sweeps and inserts.
-    pub fn sweep(&mut self, now: Instant) -> usize {
+    pub(crate) fn sweep(&mut self, now: Instant) -> usize {
         let now = self.nanos(now);
         self.drop_expired(now, EXPIRED_PER_SWEEP)
     }
 
     /// The longest lease that is granted.
-    pub fn lease(&self) -> Duration {
+    pub(crate) fn lease(&self) -> Duration {
         self.bounds.lease
     }
 
     /// The addresses at which a peer that provides something can be dialled; none of an unknown one.
-    pub fn addresses(&self, peer: &PeerId) -> Vec<Multiaddr> {
+    pub(crate) fn addresses(&self, peer: &PeerId) -> Vec<Multiaddr> {
         let slot = self.peer_slots.get(peer);
         slot.and_then(|slot| self.peers.get(slot.0))
             .map(|peer| peer.payload.addresses.to_vec())
@@ -404,7 +362,7 @@ impl Store {
     }
 
     /// What the store holds and what has happened to it.
-    pub fn stats(&self) -> Stats {
+    pub(crate) fn stats(&self) -> Stats {
         Stats {
             records: self.records.len() as u64,
             registrations: self.by_sequence.len() as u64,
@@ -1090,7 +1048,6 @@ impl<T> Slab<T> {
 }
 
 #[cfg(test)]
-#[allow(clippy::unwrap_used)]
 mod tests {
     use proptest::prelude::*;
 

@@ -275,5 +275,10 @@ fn innermost(error: &(dyn std::error::Error + 'static)) -> String {
     while let Some(source) = error.source() {
         error = source;
     }
-    error.to_string()
+    let reason = error.to_string();
+    // "(os error 111)" tells a person nothing more.
+    match reason.split_once(" (os error") {
+        Some((reason, _)) => reason.into(),
+        None => reason,
+    }
 }

@@ -1,7 +1,8 @@
 //! The loop that owns the Swarm: it routes events and commands to the concerns and carries out what
 //! they decide. It holds no logic of its own, and waits nowhere but in its `select!`.
 
-use std::collections::{BTreeSet, HashMap, HashSet};
+use std::collections::{HashMap, HashSet};
+use std::net::{IpAddr, SocketAddr};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -9,9 +10,11 @@ use futures::future::BoxFuture;
 use futures::stream::FuturesUnordered;
 use futures::{FutureExt, StreamExt};
 use libp2p::core::ConnectedPoint;
+use libp2p::multiaddr::Protocol;
 use libp2p::swarm::dial_opts::{DialOpts, PeerCondition};
 use libp2p::swarm::{ConnectionId, DialError, SwarmEvent};
 use libp2p::{Multiaddr, PeerId, Swarm, identify, kad, ping};
+use socket2::{Domain, Socket, Type};
 use tokio::sync::{mpsc, oneshot};
 use tokio::time::{sleep_until, timeout};
 use void::Void;
@@ -23,7 +26,9 @@ use super::rpc::{self, Answer, Inbound, Rpc};
 use super::swarm::{Behaviour, BehaviourEvent, build};
 use super::{COMMANDS, Command, Handle, Settings};
 use crate::error::{AnnounceError, LookupError, SpawnError};
-use crate::limits::{KEEP_ALIVE_INTERVAL, MAX_ADDRESSES, MAX_ANNOUNCED, SHUTDOWN_DEADLINE};
+use crate::limits::{
+    KEEP_ALIVE_INTERVAL, MAX_ADDRESSES, MAX_ANNOUNCED, MAX_LOOKUPS, SHUTDOWN_DEADLINE,
+};
 use crate::metrics::Metrics;
 use crate::name::ServiceName;
 use crate::proto::announce::Place;
@@ -32,7 +37,7 @@ use crate::proto::rate::RateLimit;
 use crate::proto::routes::Routes;
 use crate::store::{NewRecord, Origin, Prefix};
 
-/// How often the store is swept and the gauges are set.
+/// How often expired records are dropped, and lookups that nobody waits for.
 const HOUSEKEEPING: Duration = Duration::from_secs(1);
 
 /// How long an address may take to be listened on. The system answers at once; interfaces are told
@@ -41,16 +46,6 @@ const LISTEN_DEADLINE: Duration = Duration::from_secs(5);
 
 /// The provider records taken from one peer by Kademlia each second: as many as by rendezvous.
 const RECORDS_PER_SECOND: u32 = 2_000;
-
-/// When something is to be looked at again.
-#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
-enum Timer {
-    Bootstrap,
-    Announcements,
-    Lookup(ServiceName),
-    KeepAlive,
-    Housekeeping,
-}
 
 /// Why the loop ended. It never does by itself.
 #[derive(Debug)]
@@ -78,7 +73,8 @@ pub(super) async fn start(settings: Settings) -> Result<Handle, SpawnError> {
         commands,
         answers,
         dropped: FuturesUnordered::new(),
-        timers: BTreeSet::new(),
+        housekeeping: now + HOUSEKEEPING,
+        keep_alive: now + KEEP_ALIVE_INTERVAL,
         connectivity,
         discovery: Discovery::new(local),
         rendezvous: Rendezvous::new(settings.identity.keypair().clone()),
@@ -97,9 +93,6 @@ pub(super) async fn start(settings: Settings) -> Result<Handle, SpawnError> {
     for address in listening {
         driver.on_address(address);
     }
-    driver.wake(now, Timer::Bootstrap);
-    driver.wake(now + KEEP_ALIVE_INTERVAL, Timer::KeepAlive);
-    driver.wake(now + HOUSEKEEPING, Timer::Housekeeping);
     tokio::spawn(driver.run());
     Ok(Handle {
         commands: sender,
@@ -120,6 +113,7 @@ async fn listen(
             address: address.clone(),
             reason,
         };
+        probe(address).map_err(|error| failed(explain(&error)))?;
         let listener = swarm
             .listen_on(address.clone())
             .map_err(|error| failed(explain(&error)))?;
@@ -158,6 +152,31 @@ async fn listen(
     Ok(bound)
 }
 
+/// Fails if another program listens on the address. libp2p shares TCP ports (`SO_REUSEPORT`): two
+/// grapes on one port would each get some of the connections.
+fn probe(address: &Multiaddr) -> std::io::Result<()> {
+    let mut parts = address.iter();
+    let ip: IpAddr = match parts.next() {
+        Some(Protocol::Ip4(ip)) => ip.into(),
+        Some(Protocol::Ip6(ip)) => ip.into(),
+        _ => return Ok(()),
+    };
+    match parts.next() {
+        Some(Protocol::Tcp(port)) if port != 0 => {
+            let address = SocketAddr::new(ip, port);
+            let socket = Socket::new(Domain::for_address(address), Type::STREAM, None)?;
+            if address.is_ipv6() {
+                // As libp2p does: the same port of IPv4 may be this node's own.
+                socket.set_only_v6(true)?;
+            }
+            // A connection that has just closed is no listener.
+            socket.set_reuse_address(true)?;
+            socket.bind(&address.into())
+        }
+        _ => Ok(()),
+    }
+}
+
 /// What the system said, with the remedy where there is one.
 fn explain(error: &(dyn std::error::Error + 'static)) -> String {
     let mut source = Some(error);
@@ -186,7 +205,10 @@ struct Driver {
     answers: mpsc::Receiver<Answer>,
     /// One for each name served, done when its handler is dropped.
     dropped: FuturesUnordered<BoxFuture<'static, (ServiceName, mpsc::Sender<Inbound>)>>,
-    timers: BTreeSet<(Instant, Timer)>,
+    /// When the next housekeeping is due.
+    housekeeping: Instant,
+    /// When the bootstrap grapes are asked something.
+    keep_alive: Instant,
     connectivity: Connectivity,
     discovery: Discovery,
     rendezvous: Rendezvous,
@@ -217,7 +239,7 @@ impl Driver {
 
     async fn serve(&mut self) -> Result<Void, Stop> {
         loop {
-            let due = self.timers.first().map(|(at, _)| *at);
+            let due = self.next_due();
             tokio::select! {
                 event = self.swarm.select_next_some() => self.on_swarm_event(event),
                 Some(answer) = self.answers.recv() => self.on_answer(answer),
@@ -227,7 +249,7 @@ impl Driver {
                     Some(command) => self.on_command(command),
                     None => return Err(Stop::Unused),
                 },
-                () = until(due) => self.on_timers(),
+                () = sleep_until(due.into()) => self.on_time(),
             }
             self.carry_out();
         }
@@ -241,6 +263,8 @@ impl Driver {
         for name in names {
             self.withdraw(&name);
         }
+        // The last senders: every service now ends.
+        self.dropped.clear();
         for name in self.discovery.awaited() {
             self.discovery.refuse(&name, LookupError::Closed);
         }
@@ -284,7 +308,9 @@ impl Driver {
             }
             Command::Block(peer) => {
                 self.swarm.behaviour_mut().blocked.block_peer(peer);
-                self.swarm.behaviour_mut().kad.remove_peer(&peer);
+                let kad = &mut self.swarm.behaviour_mut().kad;
+                kad.remove_peer(&peer);
+                kad.store_mut().withdraw_all(&peer);
             }
             Command::Unblock(peer) => {
                 self.swarm.behaviour_mut().blocked.unblock_peer(peer);
@@ -380,13 +406,19 @@ impl Driver {
         if points.is_empty() && self.connectivity.bootstraps.is_starting() {
             return;
         }
-        let alone = points.is_empty() && !self.registrar;
-        for name in std::mem::take(&mut self.held) {
-            if alone {
-                let failures = self.connectivity.bootstraps.failures();
+        if points.is_empty() && !self.registrar {
+            let failures = self.connectivity.bootstraps.failures();
+            for name in self.held.drain() {
+                let failures = failures.clone();
                 self.discovery.refuse(&name, LookupError::NoGrape(failures));
-                continue;
             }
+            return;
+        }
+        // One whose caller has its first provider goes on for a while.
+        let room = (2 * MAX_LOOKUPS).saturating_sub(self.discovery.lookups.len());
+        let started: Vec<_> = self.held.iter().take(room).cloned().collect();
+        for name in started {
+            self.held.remove(&name);
             self.metrics.lookups.add(1);
             let points = points.iter().copied();
             self.discovery.lookups.start(&name, points, Instant::now());
@@ -403,20 +435,29 @@ impl Driver {
         self.rpc.on_answer(&mut behaviour.rpc, answer);
     }
 
-    fn on_timers(&mut self) {
+    /// When time alone makes something happen.
+    fn next_due(&self) -> Instant {
+        let due = [
+            self.connectivity.bootstraps.next_due(),
+            self.discovery.announcements.next_due(),
+            self.discovery.lookups.next_deadline(),
+        ];
+        let due = due.into_iter().flatten().min();
+        due.unwrap_or(self.housekeeping)
+            .min(self.housekeeping)
+            .min(self.keep_alive)
+    }
+
+    /// What has become due of the announcements is carried out after every turn of the loop.
+    fn on_time(&mut self) {
         let now = Instant::now();
-        while let Some((at, _)) = self.timers.first()
-            && *at <= now
-            && let Some((_, timer)) = self.timers.pop_first()
-        {
-            match timer {
-                Timer::Bootstrap => self.dial_bootstraps(now),
-                // Carried out after every turn of the loop.
-                Timer::Announcements => {}
-                Timer::Lookup(name) => self.discovery.lookups.on_timer(&name, now),
-                Timer::KeepAlive => self.keep_alive(now),
-                Timer::Housekeeping => self.keep_house(now),
-            }
+        self.dial_bootstraps(now);
+        self.discovery.lookups.on_time(now);
+        if now >= self.keep_alive {
+            self.keep_alive(now);
+        }
+        if now >= self.housekeeping {
+            self.keep_house(now);
         }
     }
 
@@ -425,33 +466,18 @@ impl Driver {
             let rpc = &mut self.swarm.behaviour_mut().rpc;
             self.rpc.keep_alive(rpc, grape);
         }
-        self.wake(now + KEEP_ALIVE_INTERVAL, Timer::KeepAlive);
+        self.keep_alive = now + KEEP_ALIVE_INTERVAL;
     }
 
     fn keep_house(&mut self, now: Instant) {
-        let store = self.swarm.behaviour_mut().kad.store_mut();
-        store.sweep(now);
-        let stats = store.stats();
-        self.metrics.stored.set(stats.records);
-        self.metrics.evicted.set(stats.evicted);
-        self.metrics.refused.set(stats.refused);
-        self.metrics
-            .open_requests
-            .set(self.rpc.open_requests() as u64);
-        self.metrics
-            .announced
-            .set(self.discovery.announcements.len() as u64);
+        self.swarm.behaviour_mut().kad.store_mut().sweep(now);
         for name in self.discovery.awaited() {
             if !self.discovery.is_awaited(&name) {
                 self.held.remove(&name);
                 self.discovery.lookups.cancel(&name);
             }
         }
-        self.wake(now + HOUSEKEEPING, Timer::Housekeeping);
-    }
-
-    fn wake(&mut self, at: Instant, timer: Timer) {
-        self.timers.insert((at, timer));
+        self.housekeeping = now + HOUSEKEEPING;
     }
 }
 
@@ -459,14 +485,27 @@ impl Driver {
 impl Driver {
     fn carry_out(&mut self) {
         let now = Instant::now();
-        while let Some(step) = self.discovery.lookups.poll_step() {
-            self.carry_out_lookup(step, now);
-        }
+        self.carry_out_lookups(now);
         while let Some((name, place)) = self.discovery.announcements.poll_publish(now) {
             self.publish(name, place, now);
         }
-        if let Some(at) = self.discovery.announcements.next_due() {
-            self.wake(at, Timer::Announcements);
+        self.measure();
+    }
+
+    fn measure(&mut self) {
+        let stored = self.swarm.behaviour_mut().kad.store_mut().stats();
+        self.metrics.stored.set(stored.records);
+        self.metrics.evicted.set(stored.evicted);
+        self.metrics.refused.set(stored.refused);
+        let open = self.rpc.open_requests();
+        self.metrics.open_requests.set(open as u64);
+        let announced = self.discovery.announcements.len();
+        self.metrics.announced.set(announced as u64);
+    }
+
+    fn carry_out_lookups(&mut self, now: Instant) {
+        while let Some(step) = self.discovery.lookups.poll_step() {
+            self.carry_out_lookup(step, now);
         }
     }
 
@@ -489,7 +528,6 @@ impl Driver {
             Step::Ask(peer, name) => {
                 self.rpc.ask_serves(&mut behaviour.rpc, peer, name);
             }
-            Step::Wake(at, name) => self.wake(at, Timer::Lookup(name)),
             Step::Found(name, provider) => {
                 self.routes().found(&name, provider, now);
                 self.discovery.on_found(&name, provider);
@@ -502,6 +540,7 @@ impl Driver {
                     self.routes().looked_up(&name, &[], now);
                 }
                 self.discovery.on_done(&name, &outcome);
+                self.release_held();
             }
         }
     }
@@ -583,9 +622,6 @@ impl Driver {
     }
 
     fn after_bootstrap_change(&mut self) {
-        if let Some(at) = self.connectivity.bootstraps.next_due() {
-            self.wake(at, Timer::Bootstrap);
-        }
         self.release_held();
         if self.is_cut_off() {
             let failures = self.connectivity.bootstraps.failures();
@@ -645,6 +681,13 @@ impl Driver {
                 peer_id,
                 error,
             } => {
+                if let (Some(peer), DialError::Transport(_)) = (peer_id, &error)
+                    && !self.connectivity.is_connected(&peer)
+                {
+                    // Kademlia keeps a dead grape until its bucket is full, and each query would
+                    // wait for it.
+                    self.swarm.behaviour_mut().kad.remove_peer(&peer);
+                }
                 let failed = self
                     .connectivity
                     .on_dial_failed(connection_id, peer_id, &error, now);
@@ -751,6 +794,11 @@ impl Driver {
             BehaviourEvent::Identify(identify::Event::Received { peer_id, info, .. }) => {
                 self.on_identified(peer_id, &info);
             }
+            // A peer need not speak ping; the transport tells when its connection breaks.
+            BehaviourEvent::Ping(ping::Event {
+                result: Err(ping::Failure::Unsupported),
+                ..
+            }) => {}
             BehaviourEvent::Ping(ping::Event {
                 peer,
                 connection,
@@ -845,9 +893,7 @@ impl Driver {
             .lookups
             .on_candidate(name, peer, addresses, connected, now);
         // Kademlia keeps the addresses it heard only while its query runs: dial from inside it.
-        while let Some(step) = self.discovery.lookups.poll_step() {
-            self.carry_out_lookup(step, now);
-        }
+        self.carry_out_lookups(now);
     }
 
     fn on_identified(&mut self, peer: PeerId, info: &identify::Info) {
@@ -870,11 +916,4 @@ fn prefix(connectivity: &Connectivity, peer: &PeerId) -> Prefix {
     connectivity
         .remote_address(peer)
         .map_or(Prefix::Local, Prefix::from)
-}
-
-async fn until(due: Option<Instant>) {
-    match due {
-        Some(at) => sleep_until(at.into()).await,
-        None => futures::future::pending().await,
-    }
 }

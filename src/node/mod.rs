@@ -80,7 +80,7 @@ impl Node {
         self.shared.handle.status.clone()
     }
 
-    /// What this node has done and holds. Some of it is brought up to date once a second.
+    /// What this node has done and holds.
     pub fn metrics(&self) -> Snapshot {
         self.shared.handle.metrics.snapshot()
     }

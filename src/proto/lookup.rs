@@ -15,7 +15,7 @@
 //! Does no I/O: it takes what happened and `now`, and says what to do as [`Step`]s. `Q` is
 //! Kademlia's query id, which nobody but Kademlia can make.
 
-use std::collections::{HashMap, HashSet, VecDeque};
+use std::collections::{BTreeSet, HashMap, HashSet, VecDeque};
 use std::hash::Hash;
 use std::time::Instant;
 
@@ -39,8 +39,6 @@ pub(crate) enum Step<Q> {
     Dial(PeerId, Vec<Multiaddr>),
     /// Ask a connected candidate whether it serves the name.
     Ask(PeerId, ServiceName),
-    /// Call [`Lookups::on_timer`] for this name then.
-    Wake(Instant, ServiceName),
     /// A provider is live. More may come until [`Step::Done`].
     Found(ServiceName, PeerId),
     /// The lookup is over.
@@ -89,6 +87,8 @@ struct Lookup<Q> {
     points: HashSet<PeerId>,
     candidates: HashMap<PeerId, Candidate>,
     live: Vec<PeerId>,
+    /// Its entries in [`Lookups::deadlines`].
+    deadlines: Vec<Instant>,
 }
 
 #[derive(Debug, PartialEq, Eq)]
@@ -110,6 +110,7 @@ pub(crate) struct Lookups<Q> {
     local: PeerId,
     running: HashMap<ServiceName, Lookup<Q>>,
     queries: HashMap<Q, ServiceName>,
+    deadlines: BTreeSet<(Instant, ServiceName)>,
     steps: VecDeque<Step<Q>>,
 }
 
@@ -120,6 +121,7 @@ impl<Q: Copy + Eq + Hash> Lookups<Q> {
             local,
             running: HashMap::new(),
             queries: HashMap::new(),
+            deadlines: BTreeSet::new(),
             steps: VecDeque::new(),
         }
     }
@@ -144,8 +146,6 @@ impl<Q: Copy + Eq + Hash> Lookups<Q> {
             self.steps.push_back(Step::Discover(*point, name.clone()));
         }
         self.steps.push_back(Step::Query(name.clone()));
-        self.steps
-            .push_back(Step::Wake(now + LOOKUP_DEADLINE, name.clone()));
         let lookup = Lookup {
             started: now,
             first_live: None,
@@ -153,15 +153,25 @@ impl<Q: Copy + Eq + Hash> Lookups<Q> {
             points,
             candidates: HashMap::new(),
             live: Vec::new(),
+            deadlines: Vec::new(),
         };
         self.running.insert(name.clone(), lookup);
+        self.wake(name, now + LOOKUP_DEADLINE);
+    }
+
+    /// How many lookups run.
+    pub(crate) fn len(&self) -> usize {
+        self.running.len()
+    }
+
+    /// When to call [`on_time`](Self::on_time).
+    pub(crate) fn next_deadline(&self) -> Option<Instant> {
+        self.deadlines.first().map(|(at, _)| *at)
     }
 
     /// Ends a lookup that nobody waits for any more.
     pub(crate) fn cancel(&mut self, name: &ServiceName) {
-        if let Some(lookup) = self.running.remove(name) {
-            self.drop_query(&lookup.query);
-        }
+        self.remove(name);
     }
 
     /// Kademlia began the query that was asked for.
@@ -233,6 +243,9 @@ impl<Q: Copy + Eq + Hash> Lookups<Q> {
                     candidate.dial(peer, &mut self.steps);
                 }
                 lookup.candidates.insert(peer, candidate);
+                if connected {
+                    self.wake(name, now + SERVES_DEADLINE);
+                }
             }
             Some(candidate) => {
                 candidate.add(addresses);
@@ -245,12 +258,17 @@ impl<Q: Copy + Eq + Hash> Lookups<Q> {
 
     /// A connection to a peer stands.
     pub(crate) fn on_connected(&mut self, peer: &PeerId, now: Instant) {
+        let mut asked = Vec::new();
         for (name, lookup) in &mut self.running {
             if let Some(candidate) = lookup.candidates.get_mut(peer)
                 && matches!(candidate.state, State::Dialling | State::Unreachable)
             {
                 candidate.ask(name, *peer, now, &mut self.steps);
+                asked.push(name.clone());
             }
+        }
+        for name in asked {
+            self.wake(&name, now + SERVES_DEADLINE);
         }
     }
 
@@ -303,15 +321,26 @@ impl<Q: Copy + Eq + Hash> Lookups<Q> {
             self.steps.push_back(Step::Found(name.clone(), *peer));
             if lookup.first_live.is_none() {
                 lookup.first_live = Some(now);
-                self.steps
-                    .push_back(Step::Wake(now + LOOKUP_SETTLE, name.clone()));
+                self.wake(name, now + LOOKUP_SETTLE);
             }
         }
         self.settle(name, now);
     }
 
     /// Time has passed.
-    pub(crate) fn on_timer(&mut self, name: &ServiceName, now: Instant) {
+    pub(crate) fn on_time(&mut self, now: Instant) {
+        while let Some((at, _)) = self.deadlines.first()
+            && *at <= now
+            && let Some((at, name)) = self.deadlines.pop_first()
+        {
+            if let Some(lookup) = self.running.get_mut(&name) {
+                lookup.deadlines.retain(|known| *known != at);
+            }
+            self.on_deadline(&name, now);
+        }
+    }
+
+    fn on_deadline(&mut self, name: &ServiceName, now: Instant) {
         let Some(lookup) = self.running.get_mut(name) else {
             return;
         };
@@ -331,16 +360,27 @@ impl<Q: Copy + Eq + Hash> Lookups<Q> {
         let Some(outcome) = lookup.outcome(now) else {
             return;
         };
-        if let Some(lookup) = self.running.remove(name) {
-            self.drop_query(&lookup.query);
-        }
+        self.remove(name);
         self.steps.push_back(Step::Done(name.clone(), outcome));
     }
 
-    fn drop_query(&mut self, query: &Query<Q>) {
-        if let Query::Running { id, .. } = query {
-            self.queries.remove(id);
-            self.steps.push_back(Step::FinishQuery(*id));
+    fn remove(&mut self, name: &ServiceName) {
+        let Some(lookup) = self.running.remove(name) else {
+            return;
+        };
+        for at in lookup.deadlines {
+            self.deadlines.remove(&(at, name.clone()));
+        }
+        if let Query::Running { id, .. } = lookup.query {
+            self.queries.remove(&id);
+            self.steps.push_back(Step::FinishQuery(id));
+        }
+    }
+
+    fn wake(&mut self, name: &ServiceName, at: Instant) {
+        if let Some(lookup) = self.running.get_mut(name) {
+            lookup.deadlines.push(at);
+            self.deadlines.insert((at, name.clone()));
         }
     }
 }
@@ -414,7 +454,6 @@ impl Candidate {
     ) {
         self.state = State::Asked(now);
         steps.push_back(Step::Ask(peer, name.clone()));
-        steps.push_back(Step::Wake(now + SERVES_DEADLINE, name.clone()));
     }
 
     fn is_open(&self) -> bool {
@@ -488,7 +527,7 @@ mod tests {
 
         fn passes(&mut self, time: Duration) {
             self.now += time;
-            self.lookups.on_timer(&self.name, self.now);
+            self.lookups.on_time(self.now);
             self.collect();
         }
 

@@ -133,12 +133,13 @@
 //! | chat `text` and `reply` | 65,536 |
 //! | nesting of CBOR | 128 levels |
 
-pub mod wire;
-
 pub(crate) mod announce;
 pub(crate) mod bootstrap;
+#[doc(hidden)]
 pub mod frame;
 pub(crate) mod lookup;
 pub(crate) mod rate;
+#[doc(hidden)]
 pub mod rendezvous;
 pub(crate) mod routes;
+pub mod wire;

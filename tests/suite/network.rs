@@ -1,18 +1,37 @@
-//! Announce, lookup and request, over a network in one process.
+//! Announce, lookup and request: what users of the library rely on.
+//!
+//! Nodes that are to be killed run in a [`Killable`] runtime of their own, over loopback TCP;
+//! dropping it is as abrupt as a crash.
 
+use std::collections::HashMap;
 use std::time::Duration;
 
-use grapevine::error::{LookupError, RequestError};
-use grapevine::{Node, Role, ServiceName, Testnet};
+use futures::StreamExt;
+use grapevine::error::{AnnounceError, DialFailure, LookupError, RequestError, SpawnError};
+use grapevine::limits::{Limits, MIN_LEASE};
+use grapevine::proto::wire::{ErrorCode, MAX_PAYLOAD};
+use grapevine::{
+    Builder, Delivery, Identity, Multiaddr, Node, PeerId, Reply, RequestOptions, Role, ServiceName,
+    Status, Testnet,
+};
+use tokio::runtime::Runtime;
+use tokio::sync::{mpsc, oneshot};
 use tokio::time::timeout;
+
+const TCP: &str = "/ip4/127.0.0.1/tcp/0";
+const QUIC: &str = "/ip4/127.0.0.1/udp/0/quic-v1";
 
 fn name(text: &str) -> ServiceName {
     text.parse().unwrap()
 }
 
+fn address(text: &str) -> Multiaddr {
+    text.parse().unwrap()
+}
+
 /// No scenario takes longer than this, however busy the machine.
 async fn in_time<T>(scenario: impl Future<Output = T>) -> T {
-    timeout(Duration::from_secs(60), scenario)
+    timeout(Duration::from_secs(90), scenario)
         .await
         .expect("the scenario hangs")
 }
@@ -24,6 +43,49 @@ async fn echo(node: &Node, text: &str) {
         let answer = format!("Echo: {}", request.text().unwrap());
         request.reply(answer);
     }));
+}
+
+/// A node on a loopback socket.
+fn on(role: Role, listen: &str, grapes: &[&Node]) -> Builder {
+    Node::builder(role)
+        .listen([address(listen)])
+        .bootstrap(grapes.iter().flat_map(|grape| grape.addresses()))
+}
+
+/// A node that can be killed without a goodbye.
+struct Killable {
+    node: Node,
+    runtime: Option<Runtime>,
+}
+
+impl Killable {
+    fn spawn(builder: Builder) -> Self {
+        let runtime = tokio::runtime::Builder::new_multi_thread()
+            .worker_threads(1)
+            .enable_all()
+            .build()
+            .unwrap();
+        let (sender, receiver) = std::sync::mpsc::channel();
+        runtime.spawn(async move { sender.send(builder.spawn().await.unwrap()) });
+        let node = receiver.recv().unwrap();
+        let runtime = Some(runtime);
+        Self { node, runtime }
+    }
+
+    async fn echo(&self, text: &'static str) {
+        let node = self.node.clone();
+        let runtime = self.runtime.as_ref().unwrap();
+        let announced = runtime.spawn(async move { echo(&node, text).await });
+        announced.await.unwrap();
+    }
+}
+
+impl Drop for Killable {
+    fn drop(&mut self) {
+        if let Some(runtime) = self.runtime.take() {
+            runtime.shutdown_background();
+        }
+    }
 }
 
 #[tokio::test]
@@ -38,6 +100,93 @@ async fn an_announced_name_is_found_and_answers() {
         let reply = client.request(&name("client1"), "hello").await.unwrap();
         assert_eq!(reply.text().unwrap(), "Echo: hello");
         assert_eq!(reply.provider, server.peer_id());
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn every_transport_carries_a_request() {
+    in_time(async {
+        for listen in [TCP, QUIC] {
+            let grape = on(Role::Grape, listen, &[]).spawn().await.unwrap();
+            let server = on(Role::Peer, listen, &[&grape]).spawn().await.unwrap();
+            let client = Node::builder(Role::Peer)
+                .bootstrap(grape.addresses())
+                .spawn()
+                .await
+                .unwrap();
+            echo(&server, "client1").await;
+            let reply = client.request(&name("client1"), listen).await.unwrap();
+            assert_eq!(reply.text().unwrap(), format!("Echo: {listen}"));
+        }
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn a_grape_is_reached_by_its_host_name() {
+    in_time(async {
+        let grape = on(Role::Grape, TCP, &[]).spawn().await.unwrap();
+        let by_name = grape.addresses()[0]
+            .to_string()
+            .replace("/ip4/127.0.0.1", "/dns4/localhost");
+        let peer = Node::builder(Role::Peer)
+            .bootstrap([address(&by_name)])
+            .spawn()
+            .await
+            .unwrap();
+        peer.status().wait_for(Status::is_online).await.unwrap();
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn the_grapes_id_is_learned_where_the_address_names_none() {
+    in_time(async {
+        let grape = on(Role::Grape, TCP, &[]).spawn().await.unwrap();
+        let text = grape.addresses()[0].to_string();
+        let without_id = text.split("/p2p/").next().unwrap();
+        let peer = Node::builder(Role::Peer)
+            .bootstrap([address(without_id)])
+            .spawn()
+            .await
+            .unwrap();
+        let mut status = peer.status();
+        let status = status.wait_for(Status::is_online).await.unwrap();
+        assert_eq!(status.bootstrap[0].connected, Some(grape.peer_id()));
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn a_wrong_id_is_refused_and_both_ids_are_named() {
+    in_time(async {
+        let grape = on(Role::Grape, TCP, &[]).spawn().await.unwrap();
+        let text = grape.addresses()[0].to_string();
+        let expected = PeerId::random();
+        let wrong = text.replace(&grape.peer_id().to_string(), &expected.to_string());
+        let peer = Node::builder(Role::Peer)
+            .listen([address(TCP)])
+            .bootstrap([address(&wrong)])
+            .spawn()
+            .await
+            .unwrap();
+        let AnnounceError::NoGrape(no_grape) = peer.announce(&name("client1")).await.unwrap_err()
+        else {
+            panic!("announced without a grape");
+        };
+        let found = grape.peer_id();
+        assert_eq!(
+            no_grape.tried[0].1,
+            DialFailure::WrongPeer { expected, found }
+        );
+        let message = no_grape.to_string();
+        assert!(message.contains(&expected.to_string()), "{message}");
+        assert!(message.contains(&found.to_string()), "{message}");
+        assert!(matches!(
+            peer.lookup(&name("client1")).await,
+            Err(LookupError::NoGrape(_))
+        ));
     })
     .await;
 }
@@ -59,25 +208,558 @@ async fn a_name_that_nobody_announces_is_an_error_at_once() {
 }
 
 #[tokio::test]
-async fn a_withdrawn_name_is_not_found() {
+async fn a_withdrawn_name_is_gone_from_every_grape() {
     in_time(async {
-        let testnet = Testnet::new(2).await.unwrap();
+        let testnet = Testnet::new(3).await.unwrap();
         let (server, client) = (testnet.peer().await.unwrap(), testnet.peer().await.unwrap());
         let service = server.announce(&name("client1")).await.unwrap();
         client.lookup(&name("client1")).await.unwrap();
         service.withdraw().await;
         let error = client.lookup(&name("client1")).await.unwrap_err();
         assert_eq!(error, LookupError::NotFound(name("client1")));
+        stored(&testnet, 0).await;
+    })
+    .await;
+}
+
+/// Waits until every grape holds so many records.
+async fn stored(testnet: &Testnet, records: u64) {
+    for grape in testnet.grapes() {
+        while grape.metrics().stored != records {
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+    }
+}
+
+#[tokio::test]
+async fn dropping_the_service_or_the_announcement_takes_the_name_back() {
+    in_time(async {
+        let testnet = Testnet::new(1).await.unwrap();
+        let (server, client) = (testnet.peer().await.unwrap(), testnet.peer().await.unwrap());
+        let service = server.announce(&name("client1")).await.unwrap();
+        assert_eq!(
+            server.announce(&name("client1")).await.unwrap_err(),
+            AnnounceError::AlreadyAnnounced(name("client1"))
+        );
+        drop(service);
+        let error = client.lookup(&name("client1")).await.unwrap_err();
+        assert_eq!(error, LookupError::NotFound(name("client1")));
+        // At once again, before the loop can have seen the drop.
+        drop(server.announce(&name("client1")).await.unwrap());
+        let _service = server.announce(&name("client1")).await.unwrap();
+        client.lookup(&name("client1")).await.unwrap();
+
+        // A grape that is not there: the announcement waits, and is given up.
+        let waiting = on(Role::Peer, TCP, &[])
+            .bootstrap([address("/ip4/127.0.0.1/tcp/1")])
+            .spawn()
+            .await
+            .unwrap();
+        for _ in 0..2 {
+            let name = name("client2");
+            let waited = timeout(Duration::from_millis(50), waiting.announce(&name)).await;
+            // The second time it would be announced already, had the first not been given up.
+            assert!(waited.is_err(), "announced without a grape, or refused");
+        }
     })
     .await;
 }
 
 #[tokio::test]
-async fn a_peer_without_a_grape_is_told_so() {
+async fn what_cannot_be_announced_says_why() {
     in_time(async {
-        let alone = Node::builder(Role::Peer).spawn().await.unwrap();
+        let testnet = Testnet::new(1).await.unwrap();
+        let deaf = Node::builder(Role::Peer)
+            .bootstrap(testnet.grapes()[0].addresses())
+            .spawn()
+            .await
+            .unwrap();
+        assert_eq!(
+            deaf.announce(&name("client1")).await.unwrap_err(),
+            AnnounceError::NotListening
+        );
+        let alone = on(Role::Peer, TCP, &[]).spawn().await.unwrap();
+        assert!(matches!(
+            alone.announce(&name("client1")).await.unwrap_err(),
+            AnnounceError::NoGrape(_)
+        ));
         let error = alone.lookup(&name("client1")).await.unwrap_err();
         assert!(matches!(error, LookupError::NoGrape(_)), "{error}");
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn a_port_in_use_is_a_clear_error() {
+    in_time(async {
+        let first = on(Role::Grape, TCP, &[]).spawn().await.unwrap();
+        let text = first.addresses()[0].to_string();
+        let taken = text.split("/p2p/").next().unwrap();
+        let error = on(Role::Grape, taken, &[]).spawn().await.unwrap_err();
+        let SpawnError::Listen { address, reason } = &error else {
+            panic!("{error}");
+        };
+        assert_eq!(address.to_string(), taken);
+        assert!(reason.contains("another program uses this port"), "{error}");
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn requests_spread_over_all_providers_and_broadcast_reaches_each() {
+    in_time(async {
+        let testnet = Testnet::new(2).await.unwrap();
+        let client = testnet.peer().await.unwrap();
+        let mut servers = Vec::new();
+        for _ in 0..5 {
+            let server = testnet.peer().await.unwrap();
+            echo(&server, "client1").await;
+            servers.push(server.peer_id());
+        }
+        client.lookup(&name("client1")).await.unwrap();
+        let mut counts: HashMap<PeerId, usize> = HashMap::new();
+        for _ in 0..200 {
+            let reply = client.request(&name("client1"), "hello").await.unwrap();
+            *counts.entry(reply.provider).or_default() += 1;
+        }
+        assert_eq!(counts.len(), 5, "{counts:?}");
+        // Fair would be 40 each.
+        assert!(counts.values().all(|count| *count >= 10), "{counts:?}");
+        let replies: Vec<Reply> = client
+            .broadcast(&name("client1"), "all".into())
+            .map(Result::unwrap)
+            .collect()
+            .await;
+        let mut answered: Vec<_> = replies.iter().map(|reply| reply.provider).collect();
+        answered.sort();
+        servers.sort();
+        assert_eq!(answered, servers);
+    })
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_provider_killed_in_mid_run_costs_no_request_that_may_be_retried() {
+    in_time(async {
+        let grape = on(Role::Grape, TCP, &[]).spawn().await.unwrap();
+        let mut servers = Vec::new();
+        for _ in 0..2 {
+            let server = Killable::spawn(on(Role::Peer, TCP, &[&grape]));
+            server.echo("client1").await;
+            servers.push(server);
+        }
+        let client = on(Role::Peer, TCP, &[&grape]).spawn().await.unwrap();
+        assert_eq!(client.lookup(&name("client1")).await.unwrap().len(), 2);
+        let options = RequestOptions {
+            delivery: Delivery::AtLeastOnce,
+            ..RequestOptions::default()
+        };
+        let mut servers = servers.into_iter();
+        for number in 0..300 {
+            if number == 100 {
+                drop(servers.next());
+            }
+            let text = number.to_string();
+            let reply = client
+                .request_with(&name("client1"), text.clone(), options.clone())
+                .await
+                .unwrap();
+            assert_eq!(reply.text().unwrap(), format!("Echo: {text}"));
+        }
+    })
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_killed_peer_is_not_live_and_leaves_the_store_with_its_lease() {
+    in_time(async {
+        let grape = on(Role::Grape, TCP, &[])
+            .lease(MIN_LEASE)
+            .spawn()
+            .await
+            .unwrap();
+        let server = Killable::spawn(on(Role::Peer, TCP, &[&grape]));
+        server.echo("client1").await;
+        let client = on(Role::Peer, TCP, &[&grape]).spawn().await.unwrap();
+        client.request(&name("client1"), "hello").await.unwrap();
+        drop(server);
+        let error = client.lookup(&name("client1")).await.unwrap_err();
+        let unreachable = LookupError::Unreachable {
+            name: name("client1"),
+            providers: 1,
+        };
+        assert!(
+            error == unreachable || error == LookupError::NotFound(name("client1")),
+            "{error}"
+        );
+        while grape.metrics().stored > 0 {
+            tokio::time::sleep(Duration::from_millis(50)).await;
+        }
+        let error = client.lookup(&name("client1")).await.unwrap_err();
+        assert_eq!(error, LookupError::NotFound(name("client1")));
+    })
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn names_stay_reachable_when_their_grape_is_killed() {
+    in_time(async {
+        let second = on(Role::Grape, TCP, &[]).spawn().await.unwrap();
+        let first = Killable::spawn(on(Role::Grape, TCP, &[&second]));
+        first
+            .node
+            .status()
+            .wait_for(Status::is_online)
+            .await
+            .unwrap();
+        let server = on(Role::Peer, TCP, &[&first.node]).spawn().await.unwrap();
+        echo(&server, "client1").await;
+        // Kademlia takes it to the other grape in the background.
+        while second.metrics().stored == 0 {
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+        drop(first);
+        let client = on(Role::Peer, TCP, &[&second]).spawn().await.unwrap();
+        client.request(&name("client1"), "hello").await.unwrap();
+    })
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_grape_that_comes_late_or_again_is_found_by_its_peers() {
+    in_time(async {
+        let identity = Identity::generate();
+        // A port that is free now.
+        let probe = on(Role::Grape, TCP, &[]).spawn().await.unwrap();
+        let text = probe.addresses()[0].to_string();
+        let listen = text.split("/p2p/").next().unwrap().to_owned();
+        probe.shutdown().await;
+
+        let peer = || {
+            Node::builder(Role::Peer)
+                .listen([address(TCP)])
+                .bootstrap([address(&listen)])
+        };
+        let server = peer().spawn().await.unwrap();
+        let announced = tokio::spawn({
+            let server = server.clone();
+            async move { echo(&server, "client1").await }
+        });
+        let mut status = server.status();
+        let failed = |status: &Status| status.bootstrap[0].last_failure.is_some();
+        status.wait_for(failed).await.unwrap();
+
+        let grape = || on(Role::Grape, &listen, &[]).identity(identity.clone());
+        let first = Killable::spawn(grape());
+        announced.await.unwrap();
+        let client = peer().spawn().await.unwrap();
+        client.request(&name("client1"), "hello").await.unwrap();
+        drop(first);
+
+        status.wait_for(|status| !status.is_online()).await.unwrap();
+        let again = spawn_when_free(grape).await;
+        assert_eq!(again.peer_id(), identity.peer_id());
+        status.wait_for(Status::is_online).await.unwrap();
+        while again.metrics().stored == 0 {
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+        let late = peer().spawn().await.unwrap();
+        late.request(&name("client1"), "hello").await.unwrap();
+    })
+    .await;
+}
+
+/// The system may take a moment to free the port of a killed node.
+async fn spawn_when_free(builder: impl Fn() -> Builder) -> Node {
+    loop {
+        match builder().spawn().await {
+            Ok(node) => return node,
+            Err(_) => tokio::time::sleep(Duration::from_millis(20)).await,
+        }
+    }
+}
+
+#[tokio::test]
+async fn a_request_that_is_dropped_or_whose_handler_panics_is_answered() {
+    in_time(async {
+        let testnet = Testnet::new(1).await.unwrap();
+        let (server, client) = (testnet.peer().await.unwrap(), testnet.peer().await.unwrap());
+        let service = server.announce(&name("client1")).await.unwrap();
+        tokio::spawn(service.serve(|request| async move {
+            match request.text().unwrap() {
+                "drop" => drop(request),
+                "panic" => panic!("as the test wants"),
+                "fail" => request.fail("no luck"),
+                "refuse" => request.refuse("no sense"),
+                _ => request.reply("ok"),
+            }
+        }));
+        for (text, code) in [
+            ("drop", ErrorCode::HandlerFailed),
+            ("panic", ErrorCode::HandlerFailed),
+            ("fail", ErrorCode::HandlerFailed),
+            ("refuse", ErrorCode::BadRequest),
+        ] {
+            let RequestError::Remote { provider, error } =
+                client.request(&name("client1"), text).await.unwrap_err()
+            else {
+                panic!("{text} is not answered by the remote");
+            };
+            assert_eq!((provider, error.code), (server.peer_id(), code), "{text}");
+        }
+        client.request(&name("client1"), "ok").await.unwrap();
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn a_slow_handler_delays_no_other_request() {
+    in_time(async {
+        let testnet = Testnet::new(1).await.unwrap();
+        let (server, client) = (testnet.peer().await.unwrap(), testnet.peer().await.unwrap());
+        let mut service = server.announce(&name("client1")).await.unwrap();
+        let slow = tokio::spawn({
+            let client = client.clone();
+            async move { client.request(&name("client1"), "slow").await }
+        });
+        let held = service.next().await.unwrap();
+        tokio::spawn(service.serve(|request| async move { request.reply("fast") }));
+        for _ in 0..20 {
+            let reply = client.request(&name("client1"), "fast").await.unwrap();
+            assert_eq!(reply.text().unwrap(), "fast");
+        }
+        held.reply("at last");
+        assert_eq!(slow.await.unwrap().unwrap().text().unwrap(), "at last");
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn a_deadline_ends_a_request_whose_handler_is_silent() {
+    in_time(async {
+        let testnet = Testnet::new(1).await.unwrap();
+        let (server, client) = (testnet.peer().await.unwrap(), testnet.peer().await.unwrap());
+        let _silent = server.announce(&name("client1")).await.unwrap();
+        let options = RequestOptions {
+            deadline: Duration::from_millis(100),
+            ..RequestOptions::default()
+        };
+        let error = client
+            .request_with(&name("client1"), "hello", options)
+            .await
+            .unwrap_err();
+        assert_eq!(error, RequestError::TimedOut(name("client1")));
+        assert!(!error.is_retryable(), "it may have run");
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn payloads_up_to_the_limit_are_carried_and_larger_ones_refused() {
+    in_time(async {
+        let testnet = Testnet::new(1).await.unwrap();
+        let (server, client) = (testnet.peer().await.unwrap(), testnet.peer().await.unwrap());
+        let service = server.announce(&name("client1")).await.unwrap();
+        tokio::spawn(service.serve(|request| async move {
+            let len = request.payload().len();
+            request.reply(vec![7; len + usize::from(len == MAX_PAYLOAD - 1) * 2]);
+        }));
+        for len in [0, 1, 65_536, MAX_PAYLOAD] {
+            let reply = client
+                .request(&name("client1"), vec![1; len])
+                .await
+                .unwrap();
+            assert_eq!(reply.payload.len(), len);
+        }
+        let error = client
+            .request(&name("client1"), vec![1; MAX_PAYLOAD + 1])
+            .await
+            .unwrap_err();
+        let (len, max) = (MAX_PAYLOAD + 1, MAX_PAYLOAD);
+        assert_eq!(error, RequestError::TooLarge { len, max });
+        // A reply that does not fit is the handler's failure.
+        let error = client
+            .request(&name("client1"), vec![1; MAX_PAYLOAD - 1])
+            .await
+            .unwrap_err();
+        let code = ErrorCode::HandlerFailed;
+        assert!(matches!(&error, RequestError::Remote { error, .. } if error.code == code));
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn a_busy_provider_is_passed_over_and_all_busy_is_an_error() {
+    in_time(async {
+        let testnet = Testnet::new(1).await.unwrap();
+        let limits = Limits {
+            inbound_requests: 1,
+            memory: None,
+            ..Limits::default()
+        };
+        let (busy, free, client) = (
+            testnet
+                .builder(Role::Peer)
+                .limits(limits)
+                .spawn()
+                .await
+                .unwrap(),
+            testnet.peer().await.unwrap(),
+            testnet.peer().await.unwrap(),
+        );
+        let mut service = busy.announce(&name("client1")).await.unwrap();
+        let first = tokio::spawn({
+            let client = client.clone();
+            async move { client.request(&name("client1"), "first").await }
+        });
+        let held = service.next().await.unwrap();
+        let error = client
+            .request(&name("client1"), "second")
+            .await
+            .unwrap_err();
+        assert_eq!(error, RequestError::Busy(name("client1")));
+        assert!(error.is_retryable());
+        echo(&free, "client1").await;
+        let reply = client.request(&name("client1"), "third").await.unwrap();
+        assert_eq!(reply.provider, free.peer_id());
+        held.reply("done");
+        first.await.unwrap().unwrap();
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn shutting_down_withdraws_answers_what_is_open_and_closes() {
+    in_time(async {
+        let testnet = Testnet::new(1).await.unwrap();
+        let (server, client) = (testnet.peer().await.unwrap(), testnet.peer().await.unwrap());
+        let mut service = server.announce(&name("client1")).await.unwrap();
+        let open = tokio::spawn({
+            let client = client.clone();
+            async move { client.request(&name("client1"), "open").await }
+        });
+        let held = service.next().await.unwrap();
+        let (closing, closed) = oneshot::channel();
+        tokio::spawn({
+            let server = server.clone();
+            async move {
+                server.shutdown().await;
+                closing.send(()).unwrap();
+            }
+        });
+        assert!(service.next().await.is_none(), "the service ends");
+        held.reply("in time");
+        assert_eq!(open.await.unwrap().unwrap().text().unwrap(), "in time");
+        closed.await.unwrap();
+        let error = client.lookup(&name("client1")).await.unwrap_err();
+        assert_eq!(error, LookupError::NotFound(name("client1")));
+        assert_eq!(
+            server.lookup(&name("x")).await.unwrap_err(),
+            LookupError::Closed
+        );
+        assert_eq!(
+            server.announce(&name("x")).await.unwrap_err(),
+            AnnounceError::Closed
+        );
+        server.shutdown().await;
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn many_names_of_one_node_are_all_found_and_all_taken_back() {
+    in_time(async {
+        let testnet = Testnet::new(2).await.unwrap();
+        let (server, client) = (testnet.peer().await.unwrap(), testnet.peer().await.unwrap());
+        let (sender, mut services) = mpsc::channel(300);
+        for number in 0..300 {
+            let (server, sender) = (server.clone(), sender.clone());
+            tokio::spawn(async move {
+                let service = server
+                    .announce(&name(&format!("name{number}")))
+                    .await
+                    .unwrap();
+                sender.send(service).await.unwrap();
+            });
+        }
+        let mut held = Vec::new();
+        while held.len() < 300 {
+            held.push(services.recv().await.unwrap());
+        }
+        let lookups = (0..300).map(|number| {
+            let client = client.clone();
+            async move { client.lookup(&name(&format!("name{number}"))).await }
+        });
+        for found in futures::future::join_all(lookups).await {
+            assert_eq!(found.unwrap()[0].peer, server.peer_id());
+        }
+        server.shutdown().await;
+        stored(&testnet, 0).await;
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn blocked_and_uninvited_peers_are_not_let_in() {
+    in_time(async {
+        let open = on(Role::Grape, TCP, &[]).spawn().await.unwrap();
+        let peer = on(Role::Peer, TCP, &[&open]).spawn().await.unwrap();
+        let mut status = peer.status();
+        status.wait_for(Status::is_online).await.unwrap();
+        open.block(peer.peer_id()).await;
+        status.wait_for(|status| !status.is_online()).await.unwrap();
+        open.unblock(peer.peer_id()).await;
+        status.wait_for(Status::is_online).await.unwrap();
+
+        let invited = Identity::generate();
+        let private = on(Role::Grape, TCP, &[])
+            .allow_only([invited.peer_id()])
+            .spawn()
+            .await
+            .unwrap();
+        let guest = on(Role::Peer, TCP, &[&private])
+            .identity(invited)
+            .spawn()
+            .await
+            .unwrap();
+        guest.status().wait_for(Status::is_online).await.unwrap();
+        let stranger = on(Role::Peer, TCP, &[&private]).spawn().await.unwrap();
+        let error = stranger.lookup(&name("client1")).await.unwrap_err();
+        assert!(
+            matches!(error, LookupError::NoGrape(_) | LookupError::NotFound(_)),
+            "{error}"
+        );
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn one_port_serves_both_families() {
+    if std::net::TcpListener::bind("[::1]:0").is_err() {
+        eprintln!("this machine has no IPv6: nothing to test");
+        return;
+    }
+    in_time(async {
+        let first = on(Role::Grape, TCP, &[]).spawn().await.unwrap();
+        let text = first.addresses()[0].to_string();
+        let port = text.split('/').nth(4).unwrap().to_owned();
+        first.shutdown().await;
+        let both = [
+            format!("/ip4/0.0.0.0/tcp/{port}"),
+            format!("/ip6/::/tcp/{port}"),
+        ];
+        let grape = spawn_when_free(|| {
+            Node::builder(Role::Grape).listen(both.iter().map(|text| address(text)))
+        })
+        .await;
+        let families = |family: &str| {
+            let addresses = grape.addresses();
+            addresses
+                .iter()
+                .any(|address| address.to_string().starts_with(family))
+        };
+        assert!(families("/ip4/"));
+        assert!(families("/ip6/"));
     })
     .await;
 }

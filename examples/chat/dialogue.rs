@@ -1,0 +1,143 @@
+//! A conversation: a name, its providers, messages and replies, until `exit` or the end of input.
+
+use grapevine::{Node, Provider, ServiceName};
+
+use crate::Cli;
+use crate::common::output::Output;
+use crate::common::short;
+use crate::mail::Mail;
+use crate::prompt::Prompt;
+use crate::talk::{Answer, attend};
+
+const RULES: &str = "empty line: another name; exit: leave";
+
+/// How many providers are shown by their ids.
+const SHOWN: usize = 5;
+
+pub(crate) struct Dialogue {
+    prompt: Prompt,
+    mail: Mail,
+    output: Output,
+}
+
+/// What a person typed.
+enum Line {
+    Text(String),
+    Empty,
+    Leave,
+}
+
+impl Dialogue {
+    pub(crate) fn new(prompt: Prompt, mail: Mail, output: Output) -> Self {
+        Self {
+            prompt,
+            mail,
+            output,
+        }
+    }
+
+    /// Talks until the person leaves.
+    pub(crate) async fn hold(&mut self, cli: &Cli) {
+        self.output.note(RULES).await;
+        if let Some(name) = &cli.name {
+            self.prompt.remember(name);
+            let own = receive(self.mail.node.clone(), name.clone(), self.output.clone());
+            tokio::spawn(own);
+        }
+        let mut name = cli.to.clone();
+        loop {
+            let next = match name.take() {
+                Some(name) => Some(name),
+                None => self.ask_name().await,
+            };
+            let Some(next) = next else { return };
+            if !self.show_providers(&next).await {
+                continue;
+            }
+            self.prompt.remember(&next);
+            if let Line::Leave = self.converse(&next).await {
+                return;
+            }
+        }
+    }
+
+    /// The next name that can be one; `None` to leave.
+    async fn ask_name(&mut self) -> Option<ServiceName> {
+        loop {
+            match self.ask("Name: ").await {
+                Line::Leave => return None,
+                Line::Empty => {}
+                Line::Text(text) => match text.trim().parse() {
+                    Ok(name) => return Some(name),
+                    Err(error) => self.complain(&error.to_string()).await,
+                },
+            }
+        }
+    }
+
+    /// Sends messages to one name, until the person wants another one or to leave.
+    async fn converse(&mut self, name: &ServiceName) -> Line {
+        loop {
+            let text = match self.ask("Message: ").await {
+                Line::Text(text) => text,
+                end => return end,
+            };
+            if let Err(failure) = self.mail.send(name, &text).await {
+                self.complain(&failure.message).await;
+            }
+        }
+    }
+
+    async fn ask(&mut self, question: &'static str) -> Line {
+        match self.prompt.ask(question).await {
+            None => Line::Leave,
+            Some(line) => match line.trim() {
+                "" => Line::Empty,
+                "exit" => Line::Leave,
+                _ => Line::Text(line),
+            },
+        }
+    }
+
+    /// Whether somebody answers to the name.
+    async fn show_providers(&self, name: &ServiceName) -> bool {
+        match self.mail.node.lookup(name).await {
+            Ok(providers) => {
+                self.output.note(&describe(name, &providers)).await;
+                true
+            }
+            Err(error) => {
+                self.complain(&error.to_string()).await;
+                false
+            }
+        }
+    }
+
+    async fn complain(&self, message: &str) {
+        self.output.note(&format!("error: {message}")).await;
+    }
+}
+
+fn describe(name: &ServiceName, providers: &[Provider]) -> String {
+    let count = providers.len();
+    let noun = if count == 1 { "provider" } else { "providers" };
+    let ids: Vec<_> = providers
+        .iter()
+        .take(SHOWN)
+        .map(|provider| short(&provider.peer))
+        .collect();
+    let more = if count > SHOWN { ", ..." } else { "" };
+    format!("{name}: {count} {noun}: {}{more}", ids.join(", "))
+}
+
+/// Announces the person's own name and shows the messages that arrive.
+async fn receive(node: Node, name: ServiceName, output: Output) {
+    let service = match node.announce(&name).await {
+        Ok(service) => service,
+        Err(error) => return output.note(&format!("error: {error}")).await,
+    };
+    output.note(&format!("announced {name}")).await;
+    service
+        .serve(|request| attend(request, Answer::Receipt, Some(output.clone())))
+        .await;
+}

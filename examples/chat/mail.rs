@@ -1,0 +1,157 @@
+//! Sends a message and shows what is answered; says with which exit code a failure ends the program.
+
+use std::time::Duration;
+
+use futures::StreamExt;
+use futures::stream::FuturesUnordered;
+use grapevine::chat::{ChatMessage, ChatReply, sanitise};
+use grapevine::error::{LookupError, RequestError};
+use grapevine::{Node, Provider, Reply, RequestOptions, ServiceName};
+use tokio::time::{Instant, timeout_at};
+
+use crate::Cli;
+use crate::common::output::Output;
+use crate::common::{Failure, RUNTIME, USAGE, short};
+
+const NOT_FOUND: u8 = 3;
+const UNREACHABLE: u8 = 4;
+const TIMED_OUT: u8 = 5;
+const REFUSED: u8 = 7;
+
+/// How messages are sent.
+pub(crate) struct Mail {
+    pub(crate) node: Node,
+    output: Output,
+    /// Who signs them.
+    from: Option<ServiceName>,
+    to_all: bool,
+    timeout: Duration,
+}
+
+impl Mail {
+    pub(crate) fn new(cli: &Cli, node: Node, output: Output) -> Self {
+        Self {
+            node,
+            output,
+            from: cli.name.clone(),
+            to_all: cli.all,
+            timeout: cli.timeout,
+        }
+    }
+
+    /// Sends a text to a name and prints the reply, or every provider's reply. One reply is
+    /// success; with none, the first failure counts.
+    pub(crate) async fn send(&self, to: &ServiceName, text: &str) -> Result<(), Failure> {
+        let payload = self.payload(text)?;
+        if self.to_all {
+            return self.send_to_all(to, payload).await;
+        }
+        let reply = self
+            .node
+            .request_with(to, payload, self.options(self.timeout))
+            .await;
+        self.show(reply).await
+    }
+
+    async fn send_to_all(&self, to: &ServiceName, payload: Vec<u8>) -> Result<(), Failure> {
+        let deadline = Instant::now() + self.timeout;
+        let providers = timeout_at(deadline, self.node.lookup(to))
+            .await
+            .unwrap_or_else(|_| Err(LookupError::TimedOut(to.clone())))
+            .map_err(|error| failure(&error.into()))?;
+        let options = self.options(deadline - Instant::now());
+        let request = |provider: Provider| {
+            let (payload, options) = (payload.clone(), options.clone());
+            async move { self.node.request_to(&provider, to, payload, options).await }
+        };
+        let mut replies: FuturesUnordered<_> = providers.into_iter().map(request).collect();
+        let (mut answered, mut failed) = (false, None);
+        while let Some(reply) = replies.next().await {
+            match self.show(reply).await {
+                Ok(()) => answered = true,
+                Err(failure) => {
+                    if let Some(earlier) = failed.replace(failure) {
+                        self.complain(&earlier).await;
+                    }
+                }
+            }
+        }
+        match failed {
+            Some(failure) if answered => {
+                self.complain(&failure).await;
+                Ok(())
+            }
+            Some(failure) => Err(failure),
+            None => Ok(()),
+        }
+    }
+
+    async fn complain(&self, failure: &Failure) {
+        self.output
+            .note(&format!("error: {}", failure.message))
+            .await;
+    }
+
+    fn options(&self, deadline: Duration) -> RequestOptions {
+        RequestOptions {
+            deadline,
+            ..RequestOptions::default()
+        }
+    }
+
+    /// Plain text from nobody in particular, a chat message from somebody.
+    fn payload(&self, text: &str) -> Result<Vec<u8>, Failure> {
+        let Some(from) = &self.from else {
+            return Ok(text.into());
+        };
+        ChatMessage::new(from.as_ref(), text)
+            .encode()
+            .map_err(|error| Failure::new(USAGE, error))
+    }
+
+    async fn show(&self, reply: Result<Reply, RequestError>) -> Result<(), Failure> {
+        let reply = reply.map_err(|error| failure(&error))?;
+        match text_of(&reply)? {
+            Some(text) => self.output.print(sanitise(&text)).await,
+            None => {
+                let line = format!("delivered to {}", short(&reply.provider));
+                self.output.note(&line).await;
+            }
+        }
+        Ok(())
+    }
+}
+
+/// What a reply says; `None` for a receipt without an answer.
+fn text_of(reply: &Reply) -> Result<Option<String>, Failure> {
+    // A receipt is a CBOR map, which begins as no text can.
+    if let Some(0xa0..=0xbf) = reply.payload.first() {
+        return ChatReply::decode(&reply.payload)
+            .map(|receipt| receipt.reply)
+            .map_err(|error| unreadable(reply, error));
+    }
+    let text = reply.text().map_err(|error| unreadable(reply, error))?;
+    Ok(Some(text.into()))
+}
+
+fn unreadable(reply: &Reply, error: impl std::fmt::Display) -> Failure {
+    let provider = short(&reply.provider);
+    Failure::new(
+        REFUSED,
+        format!("cannot read what {provider} answered: {error}"),
+    )
+}
+
+fn failure(error: &RequestError) -> Failure {
+    let code = match error {
+        RequestError::Lookup(LookupError::NotFound(_)) => NOT_FOUND,
+        RequestError::Lookup(LookupError::TimedOut(_)) | RequestError::TimedOut(_) => TIMED_OUT,
+        RequestError::Lookup(LookupError::Unreachable { .. } | LookupError::NoGrape(_))
+        | RequestError::Unreachable { .. }
+        | RequestError::Interrupted { .. } => UNREACHABLE,
+        RequestError::Busy(_) | RequestError::Remote { .. } => REFUSED,
+        RequestError::TooLarge { .. } => USAGE,
+        _ => RUNTIME,
+    };
+    Failure::new(code, error)
+}

@@ -1,0 +1,162 @@
+//! Chat: asks for a name, shows who answers to it, sends messages and shows the replies.
+//!
+//! On a fresh machine, with nothing else running,
+//!
+//! ```text
+//! cargo run --release --example chat -- --to echo "hello"
+//! ```
+//!
+//! prints `Echo: hello`: where no grape answers, chat starts one inside itself, with an echo peer
+//! named `echo`. With the examples `grape` and `peer client1` running, without arguments:
+//!
+//! ```text
+//! empty line: another name; exit: leave
+//! Name: client1
+//! client1: 1 provider: 12D3..hTpEYyh4
+//! Message: hello
+//! Echo: hello
+//! Message: exit
+//! ```
+//!
+//! Two people, in two terminals, who see each other's messages as they arrive:
+//!
+//! ```text
+//! cargo run --release --example chat -- --name ann
+//! cargo run --release --example chat -- --name bob
+//! ```
+
+#[path = "../common/mod.rs"]
+mod common;
+mod dialogue;
+mod mail;
+mod network;
+mod prompt;
+#[path = "../common/talk.rs"]
+mod talk;
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+use std::time::Duration;
+
+use clap::Parser;
+use grapevine::ServiceName;
+
+use common::flags::{self, Flags};
+use common::output::Output;
+use common::stop::{Cause, Stop};
+use common::{Failure, grapes, run};
+use dialogue::Dialogue;
+use mail::Mail;
+use network::Network;
+use prompt::Prompt;
+use talk::DefaultGrape;
+
+/// Exit code: a signal came before the answer.
+const INTERRUPTED: u8 = 130;
+
+const AFTER_HELP: &str = "\
+Examples:
+  chat --to echo \"hello\"
+          one message; works with nothing else running
+  chat --name ann
+          a conversation, in which others find you as ann
+  chat --bootstrap /dns/example.org/tcp/20001 --to client1 --all --timeout 3 \"hello\"
+          one message to everybody who answers to client1
+  printf 'client1\\nhello\\n' | chat
+          a conversation from a file: a name, then messages; an empty line, then another name
+
+Replies and messages go to standard output, all else to standard error. RUST_LOG=debug logs there
+too.
+
+Exit codes: 0 answered, or the conversation ended; 1 the system refused something; 2 wrong usage;
+3 no such name; 4 nobody reachable, or the connection broke; 5 timed out; 7 refused;
+130 interrupted before the answer";
+
+/// Talk to those who announce a name.
+///
+/// Without --bootstrap: joins by /ip4/127.0.0.1/tcp/20001, or where none answers there, by a grape
+/// of its own with an echo peer named "echo".
+#[derive(Debug, Parser)]
+#[command(name = "chat", version, after_help = AFTER_HELP)]
+struct Cli {
+    /// Talk to this name first; with TEXT: only send that
+    #[arg(long, value_name = "NAME")]
+    to: Option<ServiceName>,
+    /// The message to send; without it, asks for names and messages
+    #[arg(value_name = "TEXT", requires = "to")]
+    text: Option<String>,
+    /// Your own name: signs what you send; without TEXT also announces you and shows what arrives
+    #[arg(long, value_name = "NAME")]
+    name: Option<ServiceName>,
+    /// Send to everybody who answers to the name, not just to one of them
+    #[arg(long)]
+    all: bool,
+    /// Wait for an answer so long: 1 to 60
+    #[arg(long, value_name = "SECONDS", default_value = "10", value_parser = timeout)]
+    timeout: Duration,
+    /// Keep what is typed in this file, for the next time
+    #[arg(long, value_name = "FILE", conflicts_with = "text")]
+    history: Option<PathBuf>,
+    #[command(flatten)]
+    network: Flags,
+    #[command(flatten)]
+    default: DefaultGrape,
+}
+
+fn main() -> ExitCode {
+    let cli: Cli = flags::parse();
+    run(|stop| chat(cli, stop))
+}
+
+async fn chat(cli: Cli, stop: Stop) -> Result<u8, Failure> {
+    match &cli.text {
+        Some(text) => match one_message(&cli, text, &stop).await {
+            Ok(result) => result,
+            Err(Cause::Signal) => Ok(INTERRUPTED),
+            Err(cause) => Ok(cause.code()),
+        },
+        None => match conversation(&cli, &stop).await {
+            Ok(result) => result.map(|()| 0),
+            Err(cause) => Ok(cause.code()),
+        },
+    }
+}
+
+async fn one_message(cli: &Cli, text: &str, stop: &Stop) -> Result<Result<u8, Failure>, Cause> {
+    let network = match stop.or(Network::join(cli)).await? {
+        Ok(network) => network,
+        Err(failure) => return Ok(Err(failure)),
+    };
+    let mail = Mail::new(cli, network.node.clone(), Output::stdout(stop.clone()));
+    let sent = match &cli.to {
+        Some(to) => stop.or(mail.send(to, text)).await,
+        // Refused with the command line.
+        None => Ok(Ok(())),
+    };
+    network.leave().await;
+    Ok(sent?.map(|()| 0))
+}
+
+async fn conversation(cli: &Cli, stop: &Stop) -> Result<Result<(), Failure>, Cause> {
+    let (prompt, output) = match Prompt::new(cli.history.clone(), stop) {
+        Ok(opened) => opened,
+        Err(failure) => return Ok(Err(failure)),
+    };
+    let network = match stop.or(Network::join(cli)).await? {
+        Ok(network) => network,
+        Err(failure) => return Ok(Err(failure)),
+    };
+    if network.is_shared() {
+        tokio::spawn(grapes::tell(network.node.clone(), output.clone()));
+    }
+    let mail = Mail::new(cli, network.node.clone(), output.clone());
+    let mut dialogue = Dialogue::new(prompt, mail, output);
+    let held = stop.or(dialogue.hold(cli)).await;
+    drop(dialogue);
+    network.leave().await;
+    Ok(Ok(held?))
+}
+
+fn timeout(text: &str) -> Result<Duration, String> {
+    flags::seconds(text, 1, 60)
+}

@@ -1,0 +1,233 @@
+//! Where a person's lines come from: a line editor on a terminal, plain lines otherwise.
+//!
+//! The editor blocks, so it runs on a thread of its own; a program that ends meanwhile puts the
+//! terminal back in order.
+
+use std::io::{self, IsTerminal, Write};
+use std::path::{Path, PathBuf};
+
+use grapevine::ServiceName;
+use rustyline::completion::Completer;
+use rustyline::error::ReadlineError;
+use rustyline::highlight::Highlighter;
+use rustyline::hint::Hinter;
+use rustyline::history::{DefaultHistory, History};
+use rustyline::validate::Validator;
+use rustyline::{CompletionType, Config, Context, Editor, ExternalPrinter, Helper};
+use tokio::io::{AsyncBufReadExt, BufReader, Lines, Stdin};
+
+use crate::common::output::Output;
+use crate::common::stop::Stop;
+use crate::common::{Failure, USAGE};
+
+/// How many lines the editor remembers.
+const HISTORY: usize = 1_000;
+
+pub(crate) enum Prompt {
+    Editor(Box<LineEditor>),
+    Lines {
+        lines: Lines<BufReader<Stdin>>,
+        /// Somebody types them.
+        asks: bool,
+    },
+}
+
+pub(crate) struct LineEditor {
+    /// Away while it waits for a line.
+    editor: Option<Editor<Names, DefaultHistory>>,
+    history: Option<PathBuf>,
+    terminal: Terminal,
+}
+
+impl Prompt {
+    /// Opens standard input, and the output that goes with it.
+    pub(crate) fn new(history: Option<PathBuf>, stop: &Stop) -> Result<(Self, Output), Failure> {
+        let asks = io::stdin().is_terminal();
+        if asks
+            && io::stdout().is_terminal()
+            && let Some(opened) = LineEditor::open(history.as_deref(), stop)?
+        {
+            return Ok(opened);
+        }
+        let lines = BufReader::new(tokio::io::stdin()).lines();
+        Ok((Self::Lines { lines, asks }, Output::stdout(stop.clone())))
+    }
+
+    /// The next line; `None` when there is none any more or the person wants to leave.
+    pub(crate) async fn ask(&mut self, question: &'static str) -> Option<String> {
+        match self {
+            Self::Editor(editor) => editor.ask(question).await,
+            Self::Lines { lines, asks } => {
+                if *asks {
+                    // Nobody to ask if it fails; the line may come all the same.
+                    let _ = write!(io::stderr(), "{question}");
+                }
+                lines.next_line().await.ok().flatten()
+            }
+        }
+    }
+
+    /// Completes this name from now on.
+    pub(crate) fn remember(&mut self, name: &ServiceName) {
+        if let Self::Editor(editor) = self
+            && let Some(names) = editor.editor.as_mut().and_then(Editor::helper_mut)
+            && !names.known.iter().any(|known| known == name.as_ref())
+        {
+            names.known.push(name.to_string());
+        }
+    }
+}
+
+impl LineEditor {
+    /// `None` if the terminal is one that lines cannot be edited on.
+    fn open(history: Option<&Path>, stop: &Stop) -> Result<Option<(Prompt, Output)>, Failure> {
+        let config = Config::builder()
+            .completion_type(CompletionType::List)
+            .auto_add_history(false)
+            .max_history_size(HISTORY)
+            .map(rustyline::config::Builder::build)
+            .unwrap_or_default();
+        let Ok(mut editor) = Editor::with_config(config) else {
+            return Ok(None);
+        };
+        let Ok(mut printer) = editor.create_external_printer() else {
+            return Ok(None);
+        };
+        editor.set_helper(Some(Names::default()));
+        if let Some(path) = history {
+            load(&mut editor, path)?;
+        }
+        let print = move |line| printer.print(line).map_err(io::Error::other);
+        let prompt = Prompt::Editor(Box::new(Self {
+            editor: Some(editor),
+            history: history.map(Path::to_path_buf),
+            terminal: Terminal::remember(),
+        }));
+        Ok(Some((prompt, Output::above(print, stop.clone()))))
+    }
+
+    async fn ask(&mut self, question: &'static str) -> Option<String> {
+        let mut editor = self.editor.take()?;
+        if let Some(names) = editor.helper_mut() {
+            names.asked = question.starts_with("Name");
+        }
+        let asked = tokio::task::spawn_blocking(move || {
+            let line = editor.readline(question);
+            (editor, line)
+        });
+        let (mut editor, line) = asked.await.ok()?;
+        if let Ok(line) = &line {
+            self.keep(&mut editor, line);
+        }
+        self.editor = Some(editor);
+        // Otherwise Ctrl-C, Ctrl-D, or a terminal that is gone.
+        line.ok()
+    }
+
+    fn keep(&self, editor: &mut Editor<Names, DefaultHistory>, line: &str) {
+        let is_new = editor.add_history_entry(line).unwrap_or(false);
+        if is_new && let Some(path) = &self.history {
+            // It was readable at the start; a conversation does not end for it.
+            let _ = editor.append_history(path);
+        }
+    }
+}
+
+impl Drop for LineEditor {
+    fn drop(&mut self) {
+        if self.editor.is_none() {
+            self.terminal.restore();
+        }
+    }
+}
+
+fn load(editor: &mut Editor<Names, DefaultHistory>, path: &Path) -> Result<(), Failure> {
+    match editor.load_history(path) {
+        Ok(()) => {}
+        Err(ReadlineError::Io(error)) if error.kind() == io::ErrorKind::NotFound => {}
+        Err(error) => return Err(no_history(path, &error)),
+    }
+    // Now, not after the first line is typed, is the time to hear that it cannot be written.
+    editor
+        .history_mut()
+        .append(path)
+        .map_err(|error| no_history(path, &error))
+}
+
+fn no_history(path: &Path, error: &ReadlineError) -> Failure {
+    Failure::new(
+        USAGE,
+        format!(
+            "--history: cannot use {}: {error}: give a text file that you can write to",
+            path.display()
+        ),
+    )
+}
+
+/// The names that can be completed.
+#[derive(Default)]
+struct Names {
+    known: Vec<String>,
+    /// A name is asked for, not a message.
+    asked: bool,
+}
+
+impl Completer for Names {
+    type Candidate = String;
+
+    fn complete(
+        &self,
+        line: &str,
+        at: usize,
+        _: &Context<'_>,
+    ) -> rustyline::Result<(usize, Vec<String>)> {
+        let typed = line.get(..at).unwrap_or(line);
+        let known = self.known.iter().filter(|name| name.starts_with(typed));
+        let names = if self.asked {
+            known.cloned().collect()
+        } else {
+            Vec::new()
+        };
+        Ok((0, names))
+    }
+}
+
+impl Hinter for Names {
+    type Hint = String;
+}
+
+impl Highlighter for Names {}
+impl Validator for Names {}
+impl Helper for Names {}
+
+/// The terminal's settings before the editor changed them.
+#[cfg(unix)]
+struct Terminal(Option<rustix::termios::Termios>);
+
+#[cfg(unix)]
+impl Terminal {
+    fn remember() -> Self {
+        Self(rustix::termios::tcgetattr(io::stdin()).ok())
+    }
+
+    fn restore(&self) {
+        if let Some(settings) = &self.0 {
+            let now = rustix::termios::OptionalActions::Now;
+            let _ = rustix::termios::tcsetattr(io::stdin(), now, settings);
+            // Ends bracketed paste, and the line that was being typed.
+            let _ = io::stdout().write_all(b"\x1b[?2004l\n");
+        }
+    }
+}
+
+#[cfg(not(unix))]
+struct Terminal;
+
+#[cfg(not(unix))]
+impl Terminal {
+    fn remember() -> Self {
+        Self
+    }
+
+    fn restore(&self) {}
+}

@@ -1,0 +1,113 @@
+//! News of the bootstrap grapes, for a person: connected, lost, not to be reached and why.
+
+use std::time::{Duration, Instant};
+
+use grapevine::error::DialFailure;
+use grapevine::{BootstrapStatus, Node, PeerId};
+
+use super::output::Output;
+use super::short;
+
+/// How long a grape may fail before a person hears of it: one that starts at the same time, or is
+/// restarted, is there within this.
+const PATIENCE: Duration = Duration::from_secs(1);
+
+/// What a person has heard about one bootstrap address.
+struct News {
+    connected: Option<PeerId>,
+    since: Instant,
+    told: Option<Trouble>,
+}
+
+/// A kind of trouble. Each is told once, however often the address is dialled again.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Trouble {
+    Waiting,
+    Unreachable,
+    Refused,
+}
+
+/// Tells the news until the node is shut down.
+pub(crate) async fn tell(node: Node, output: Output) {
+    let mut status = node.status();
+    let start = Instant::now();
+    let mut known: Vec<News> = Vec::new();
+    loop {
+        let entries = status.borrow_and_update().bootstrap.clone();
+        known.resize_with(entries.len(), || News::new(start));
+        let now = Instant::now();
+        for (news, entry) in known.iter_mut().zip(&entries) {
+            if let Some(line) = news.update(entry, now) {
+                output.note(&line).await;
+            }
+        }
+        let due = known.iter().filter_map(|news| news.due(now)).min();
+        tokio::select! {
+            changed = status.changed() => if changed.is_err() { return },
+            () = until(due) => {}
+        }
+    }
+}
+
+async fn until(due: Option<Instant>) {
+    match due {
+        Some(at) => tokio::time::sleep_until(at.into()).await,
+        None => std::future::pending().await,
+    }
+}
+
+impl News {
+    fn new(since: Instant) -> Self {
+        Self {
+            connected: None,
+            since,
+            told: None,
+        }
+    }
+
+    /// When trouble that is not told yet becomes news.
+    fn due(&self, now: Instant) -> Option<Instant> {
+        let due = self.since + PATIENCE;
+        (self.connected.is_none() && due > now).then_some(due)
+    }
+
+    fn update(&mut self, entry: &BootstrapStatus, now: Instant) -> Option<String> {
+        let address = &entry.address;
+        if let Some(peer) = entry.connected {
+            let is_new = self.connected.replace(peer) != Some(peer);
+            return is_new.then(|| format!("connected to the grape {} at {address}", short(&peer)));
+        }
+        if let Some(peer) = self.connected.take() {
+            *self = Self::new(now);
+            return Some(format!(
+                "lost the grape {} at {address}; trying to reach it again",
+                short(&peer)
+            ));
+        }
+        let trouble = Trouble::from(entry);
+        let is_known = self.told == Some(trouble);
+        let is_early = now < self.since + PATIENCE && trouble != Trouble::Refused;
+        if is_known || is_early {
+            return None;
+        }
+        self.told = Some(trouble);
+        let line = match &entry.last_failure {
+            None => format!("waiting for the grape at {address}: no answer yet"),
+            Some(failure) if trouble == Trouble::Refused => {
+                format!("cannot join by {address}: {failure}")
+            }
+            Some(failure) => format!("waiting for the grape at {address}: {failure}"),
+        };
+        Some(line)
+    }
+}
+
+impl From<&BootstrapStatus> for Trouble {
+    fn from(entry: &BootstrapStatus) -> Self {
+        match entry.last_failure {
+            None => Self::Waiting,
+            Some(DialFailure::WrongPeer { .. } | DialFailure::OwnAddress) => Self::Refused,
+            Some(_) => Self::Unreachable,
+        }
+    }
+}

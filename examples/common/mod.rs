@@ -1,0 +1,126 @@
+//! What the programs share: flags, output, the wish to stop, news of the grapes.
+//!
+//! Invariants: stdout carries data and nothing else; what goes wrong is one line on stderr that says
+//! what to do; a signal at any moment lets the program withdraw its names and end.
+
+pub(crate) mod flags;
+pub(crate) mod grapes;
+pub(crate) mod output;
+pub(crate) mod stop;
+
+use std::fmt::Display;
+use std::io::{self, IsTerminal, Write};
+use std::process::ExitCode;
+use std::time::Duration;
+
+use grapevine::error::SpawnError;
+use grapevine::identity::IdentityError;
+use grapevine::text::sanitise_line;
+use grapevine::{Node, PeerId};
+use tracing_subscriber::EnvFilter;
+use tracing_subscriber::filter::LevelFilter;
+
+use stop::Stop;
+
+/// Exit code: the command line or a file it names is wrong.
+pub(crate) const USAGE: u8 = 2;
+
+/// Exit code: the system refused something.
+pub(crate) const RUNTIME: u8 = 1;
+
+/// Shutting down takes 2 seconds at most; a program that is asked to end is gone within 3.
+const SHUTDOWN: Duration = Duration::from_millis(2_500);
+
+/// Why a program cannot go on: its exit code, and one line for a person.
+#[derive(Debug)]
+pub(crate) struct Failure {
+    pub(crate) code: u8,
+    pub(crate) message: String,
+}
+
+impl Failure {
+    pub(crate) fn new(code: u8, message: impl Display) -> Self {
+        let message = message.to_string();
+        Self { code, message }
+    }
+}
+
+impl From<IdentityError> for Failure {
+    fn from(error: IdentityError) -> Self {
+        let code = match error {
+            IdentityError::Unwritable { .. } => RUNTIME,
+            _ => USAGE,
+        };
+        Self::new(code, format!("--identity: {error}"))
+    }
+}
+
+impl From<SpawnError> for Failure {
+    fn from(error: SpawnError) -> Self {
+        let code = match error {
+            SpawnError::TooManyBootstrap { .. } => USAGE,
+            _ => RUNTIME,
+        };
+        Self::new(code, error)
+    }
+}
+
+/// Runs a program to its end.
+pub(crate) fn run<F>(program: impl FnOnce(Stop) -> F) -> ExitCode
+where
+    F: Future<Output = Result<u8, Failure>>,
+{
+    log_to_stderr();
+    let outcome = tokio::runtime::Runtime::new().and_then(|runtime| {
+        let outcome = runtime.block_on(async {
+            let stop = Stop::on_signals()?;
+            Ok(program(stop).await)
+        });
+        // Without waiting for a thread that reads the terminal or writes to a full pipe.
+        runtime.shutdown_background();
+        outcome
+    });
+    let outcome = outcome.unwrap_or_else(|error| Err(Failure::new(RUNTIME, error)));
+    let code = outcome.unwrap_or_else(|failure| {
+        complain(&failure.message);
+        failure.code
+    });
+    ExitCode::from(code)
+}
+
+/// One line on stderr: an error.
+pub(crate) fn complain(message: &str) {
+    note(&format!("error: {message}"));
+}
+
+/// One line on stderr. If nobody reads it any more there is nobody to tell.
+pub(crate) fn note(line: &str) {
+    let _ = writeln!(io::stderr(), "{}", sanitise_line(line));
+}
+
+/// Withdraws a node's names and closes it.
+pub(crate) async fn shut_down(node: &Node) {
+    let _ = tokio::time::timeout(SHUTDOWN, node.shutdown()).await;
+}
+
+/// An id as a person tells it from another: its last characters. The first are the same for all.
+pub(crate) fn short(peer: &PeerId) -> String {
+    let id = peer.to_base58();
+    format!("12D3..{}", &id[id.len().saturating_sub(8)..])
+}
+
+/// Whether the terminal's user wants no colours, <https://no-color.org>.
+pub(crate) fn no_color() -> bool {
+    std::env::var_os("NO_COLOR").is_some_and(|value| !value.is_empty())
+}
+
+fn log_to_stderr() {
+    let filter = EnvFilter::builder()
+        .with_default_directive(LevelFilter::OFF.into())
+        .from_env_lossy();
+    tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_ansi(io::stderr().is_terminal() && !no_color())
+        .with_writer(io::stderr)
+        .init();
+}

@@ -1,0 +1,112 @@
+//! The wish to stop: a signal, or nobody reading what the program writes.
+
+use std::io;
+use std::sync::Arc;
+
+use tokio::sync::watch;
+
+use super::RUNTIME;
+
+/// Cheap to clone; all clones are the same wish.
+#[derive(Clone, Debug)]
+pub(crate) struct Stop(Arc<watch::Sender<Option<Cause>>>);
+
+/// Why a program is to stop.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Cause {
+    /// Somebody asked for it.
+    Signal,
+    /// Nobody reads what it writes.
+    Unread,
+    /// What it writes cannot be written.
+    Unwritable,
+}
+
+impl Cause {
+    /// The exit code of a program that runs until it is stopped.
+    pub(crate) fn code(self) -> u8 {
+        match self {
+            Self::Signal | Self::Unread => 0,
+            Self::Unwritable => RUNTIME,
+        }
+    }
+}
+
+impl Stop {
+    /// Listens for the first signal from now on. A second one ends the process at once.
+    pub(crate) fn on_signals() -> io::Result<Self> {
+        let stop = Self(Arc::new(watch::Sender::new(None)));
+        let mut signals = Signals::listen()?;
+        let asked = stop.clone();
+        tokio::spawn(async move {
+            signals.next().await;
+            asked.ask(Cause::Signal);
+            signals.next().await;
+            std::process::exit(130);
+        });
+        Ok(stop)
+    }
+
+    /// Asks the program to stop.
+    pub(crate) fn ask(&self, cause: Cause) {
+        self.0.send_replace(Some(cause));
+    }
+
+    /// Returns when the program is to stop. Cancel-safe.
+    pub(crate) async fn asked(&self) -> Cause {
+        let mut causes = self.0.subscribe();
+        let cause = causes.wait_for(Option::is_some).await;
+        // `self` holds the sender, so the channel cannot close.
+        cause.ok().and_then(|cause| *cause).unwrap_or(Cause::Signal)
+    }
+
+    /// What `work` leads to, unless the program is to stop before.
+    pub(crate) async fn or<T>(&self, work: impl Future<Output = T>) -> Result<T, Cause> {
+        tokio::select! {
+            biased;
+            cause = self.asked() => Err(cause),
+            result = work => Ok(result),
+        }
+    }
+}
+
+#[cfg(unix)]
+struct Signals {
+    interrupt: tokio::signal::unix::Signal,
+    terminate: tokio::signal::unix::Signal,
+}
+
+#[cfg(unix)]
+impl Signals {
+    fn listen() -> io::Result<Self> {
+        use tokio::signal::unix::{SignalKind, signal};
+
+        Ok(Self {
+            interrupt: signal(SignalKind::interrupt())?,
+            terminate: signal(SignalKind::terminate())?,
+        })
+    }
+
+    async fn next(&mut self) {
+        tokio::select! {
+            _ = self.interrupt.recv() => {}
+            _ = self.terminate.recv() => {}
+        }
+    }
+}
+
+#[cfg(not(unix))]
+struct Signals;
+
+#[cfg(not(unix))]
+impl Signals {
+    fn listen() -> io::Result<Self> {
+        Ok(Self)
+    }
+
+    async fn next(&mut self) {
+        if tokio::signal::ctrl_c().await.is_err() {
+            std::future::pending().await
+        }
+    }
+}

@@ -1,0 +1,94 @@
+//! What `peer` and `chat` share: whom they join by, and how they answer.
+
+use std::io::{self, IsTerminal};
+
+use grapevine::chat::{ChatMessage, Incoming, echo_reply, sanitise_line};
+use grapevine::{Multiaddr, PeerId, Request};
+
+use crate::common::flags::{Flags, dial_address};
+use crate::common::output::Output;
+use crate::common::{no_color, short};
+
+/// The grape to join by when no other is given.
+#[derive(Clone, Debug, clap::Args)]
+pub(crate) struct DefaultGrape {
+    /// This machine's, on the default port. Hidden: tests must not meet a grape that runs there.
+    #[arg(
+        long,
+        hide = true,
+        value_name = "MULTIADDR",
+        default_value = "/ip4/127.0.0.1/tcp/20001",
+        value_parser = dial_address
+    )]
+    pub(crate) default_grape: Multiaddr,
+}
+
+impl DefaultGrape {
+    /// Makes it the bootstrap grape if no other is given; returns whether it did.
+    pub(crate) fn fill(&self, flags: &mut Flags) -> bool {
+        let is_needed = flags.bootstrap.is_empty();
+        if is_needed {
+            flags.bootstrap.push(self.default_grape.clone());
+        }
+        is_needed
+    }
+}
+
+/// How chat messages are answered. Plain text always gets its echo, as the protocol says.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Answer {
+    /// With an echo: nobody reads them.
+    Echo,
+    /// With a receipt: somebody reads them and writes back in their own time.
+    #[allow(dead_code, reason = "peer is nobody")]
+    Receipt,
+}
+
+/// Shows what came in, and answers it.
+pub(crate) async fn attend(request: Request, answer: Answer, output: Option<Output>) {
+    let peer = request.from();
+    let incoming = match Incoming::parse(request.payload()) {
+        Ok(Incoming::Echo(text)) => Ok((None, text.to_owned())),
+        Ok(Incoming::Chat(message)) => Ok((Some(message.clone()), message.text)),
+        Err(error) => Err(error.to_string()),
+    };
+    let (message, text) = match incoming {
+        Ok(incoming) => incoming,
+        Err(error) => return request.refuse(error),
+    };
+    if let Some(output) = output {
+        let from = message.as_ref().map_or("", |message| &message.from);
+        output.print(line(from, peer, &text)).await;
+    }
+    match message {
+        None => request.reply(echo_reply(&text)),
+        Some(message) => receipt(request, &message, answer),
+    }
+}
+
+fn receipt(request: Request, message: &ChatMessage, answer: Answer) {
+    let reply = (answer == Answer::Echo).then(|| echo_reply(&message.text));
+    match message.receipt(reply).encode() {
+        Ok(payload) => request.reply(payload),
+        // An echo is longer than its message, which may be as long as a message can be.
+        Err(error) => request.refuse(error.to_string()),
+    }
+}
+
+/// A message on one line, whatever its sender put into it. What it says of its sender is a claim.
+fn line(from: &str, peer: PeerId, text: &str) -> String {
+    let sender = match from.trim() {
+        "" => short(&peer),
+        from => sanitise_line(from).into_owned(),
+    };
+    format!("{}: {}", strong(&sender), sanitise_line(text))
+}
+
+/// Makes a word stand out on a terminal.
+fn strong(word: &str) -> String {
+    if io::stdout().is_terminal() && !no_color() {
+        format!("\x1b[1m{word}\x1b[0m")
+    } else {
+        word.into()
+    }
+}

@@ -1,0 +1,141 @@
+//! A grape: keeps the names that peers announce, and tells who asks where they are.
+//!
+//! Two grapes that know each other, in two terminals, in either order:
+//!
+//! ```text
+//! cargo run --release --example grape -- --listen /ip4/127.0.0.1/tcp/20001 --bootstrap /ip4/127.0.0.1/tcp/20002
+//! cargo run --release --example grape -- --listen /ip4/127.0.0.1/tcp/20002 --bootstrap /ip4/127.0.0.1/tcp/20001
+//! ```
+//!
+//! Each prints its addresses, ready to be another program's `--bootstrap`:
+//!
+//! ```text
+//! Grape 12D3KooWFpvk… listens on:
+//! /ip4/127.0.0.1/tcp/20001/p2p/12D3KooWFpvk…
+//! ```
+//!
+//! and tells on stderr what becomes of the other one:
+//!
+//! ```text
+//! connected to the grape 12D3..hTpEYyh4 at /ip4/127.0.0.1/tcp/20002
+//! ```
+//!
+//! It runs until Ctrl-C. Then try the examples `peer` and `chat`.
+
+#[path = "../common/mod.rs"]
+mod common;
+
+use std::net::Ipv6Addr;
+use std::process::ExitCode;
+use std::time::Duration;
+
+use clap::Parser;
+use grapevine::{Multiaddr, Node, PeerId, Role};
+use libp2p::multiaddr::Protocol;
+
+use common::flags::{self, Flags, quoted};
+use common::output::Output;
+use common::stop::Stop;
+use common::{Failure, grapes, run, shut_down};
+
+/// The port that `peer` and `chat` look for a grape on.
+const PORT: u16 = 20_001;
+
+const AFTER_HELP: &str = "\
+Examples:
+  grape --identity grape.key
+          the first grape of a network, with an id that it keeps
+  grape --identity grape.key --bootstrap /dns/example.org/tcp/20001
+          a further one, which joins by the first
+  grape --listen /ip4/127.0.0.1/tcp/0
+          for a try: on this machine only, on any free port
+
+Its addresses go to standard output, news of other grapes and errors to standard error.
+RUST_LOG=debug logs there too.
+
+Exit codes: 0 stopped by a signal, 1 the system refused something, 2 wrong usage";
+
+/// Keep the names that peers announce, and tell who asks where they are.
+///
+/// Without --listen: TCP and QUIC on port 20001 of every interface.
+#[derive(Debug, Parser)]
+#[command(name = "grape", version, after_help = AFTER_HELP)]
+struct Cli {
+    #[command(flatten)]
+    network: Flags,
+    /// Forget a name after so many seconds unless its peer renews it: 3 to 90
+    #[arg(long, value_name = "SECONDS", default_value = "90", value_parser = lease)]
+    lease: Duration,
+    /// Let only this peer connect (repeatable; list the grapes of --bootstrap too)
+    #[arg(long, value_name = "PEERID", value_parser = peer_id)]
+    allow: Vec<PeerId>,
+    /// Do not let this peer connect (repeatable)
+    #[arg(long, value_name = "PEERID", value_parser = peer_id)]
+    block: Vec<PeerId>,
+}
+
+fn main() -> ExitCode {
+    let cli: Cli = flags::parse();
+    run(|stop| serve(cli, stop))
+}
+
+async fn serve(cli: Cli, stop: Stop) -> Result<u8, Failure> {
+    let node = match stop.or(start(&cli)).await {
+        Ok(node) => node?,
+        Err(cause) => return Ok(cause.code()),
+    };
+    let output = Output::stdout(stop.clone());
+    let cause = stop.or(work(&cli, &node, output)).await;
+    shut_down(&node).await;
+    Ok(cause.map_or_else(|cause| cause.code(), |()| 0))
+}
+
+async fn start(cli: &Cli) -> Result<Node, Failure> {
+    let listen = flags::all_interfaces(PORT);
+    let mut builder = cli.network.builder(Role::Grape, listen)?.lease(cli.lease);
+    if !cli.allow.is_empty() {
+        builder = builder.allow_only(cli.allow.iter().copied());
+    }
+    let node = builder.spawn().await?;
+    for peer in &cli.block {
+        node.block(*peer).await;
+    }
+    Ok(node)
+}
+
+async fn work(cli: &Cli, node: &Node, output: Output) {
+    let heading = format!("Grape {} listens on:", node.peer_id());
+    output.print(heading).await;
+    for address in node.addresses().iter().filter(|a| is_dialable(a)) {
+        output.print(address.to_string()).await;
+    }
+    if cli.network.identity.is_none() {
+        output
+            .note("this id ends with the program; --identity FILE keeps it")
+            .await;
+    }
+    grapes::tell(node.clone(), output).await;
+}
+
+/// A link-local address needs a zone, which differs from machine to machine.
+fn is_dialable(address: &Multiaddr) -> bool {
+    !matches!(address.iter().next(), Some(Protocol::Ip6(ip)) if is_link_local(ip))
+}
+
+fn is_link_local(ip: Ipv6Addr) -> bool {
+    ip.is_unicast_link_local()
+}
+
+fn lease(text: &str) -> Result<Duration, String> {
+    flags::seconds(text, 3, 90)
+}
+
+fn peer_id(text: &str) -> Result<PeerId, String> {
+    text.parse().map_err(|_| {
+        format!(
+            "{} is not an id: it is what follows /p2p/ in an address, such as \
+             12D3KooWDpJ7As7BWAwRMfu1VU2WCqNjvq387JEYKDBj4kx6nXTN",
+            quoted(text)
+        )
+    })
+}

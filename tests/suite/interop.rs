@@ -1,0 +1,614 @@
+//! Other implementations of the public protocols: stock libp2p behaviours, none of our code on their
+//! side, over TCP.
+
+use std::io;
+use std::time::Duration;
+
+use futures::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, StreamExt};
+use grapevine::error::LookupError;
+use grapevine::limits::{LEASE, SERVES_DEADLINE};
+use grapevine::{Multiaddr, Node, PeerId, Role, ServiceName};
+use libp2p::kad::store::MemoryStore;
+use libp2p::multiaddr::Protocol;
+use libp2p::request_response::{self, Message, ProtocolSupport};
+use libp2p::swarm::{NetworkBehaviour, SwarmEvent};
+use libp2p::{
+    StreamProtocol, Swarm, SwarmBuilder, identify, identity, kad, noise, rendezvous, tcp, yamux,
+};
+use tokio::time::timeout;
+
+const DEADLINE: Duration = Duration::from_secs(30);
+
+/// The sha2-256 multihash of `client1`, as another implementation computes it.
+const CLIENT1_KEY: &str = "12201917e33407c28366c8e3b975b17e7374589312676b90229adb4ce6e58552e223";
+
+/// No scenario takes longer than this, however busy the machine.
+async fn in_time<T>(scenario: impl Future<Output = T>) -> T {
+    timeout(Duration::from_secs(60), scenario)
+        .await
+        .expect("the scenario hangs")
+}
+
+fn client1() -> ServiceName {
+    "client1".parse().unwrap()
+}
+
+fn client1_key() -> kad::RecordKey {
+    let byte = |at: usize| u8::from_str_radix(&CLIENT1_KEY[at..at + 2], 16).unwrap();
+    let bytes: Vec<u8> = (0..CLIENT1_KEY.len()).step_by(2).map(byte).collect();
+    kad::RecordKey::new(&bytes)
+}
+
+fn any_port() -> Multiaddr {
+    "/ip4/127.0.0.1/tcp/0".parse().unwrap()
+}
+
+async fn grape() -> Node {
+    let grape = Node::builder(Role::Grape).listen([any_port()]);
+    grape.spawn().await.unwrap()
+}
+
+/// A node of ours that joins by the grape.
+async fn peer(grape: &Node) -> Node {
+    let peer = Node::builder(Role::Peer)
+        .listen([any_port()])
+        .bootstrap(grape.addresses());
+    peer.spawn().await.unwrap()
+}
+
+/// A node of ours that announces `client1` and echoes.
+async fn echo(grape: &Node) -> Node {
+    let node = peer(grape).await;
+    let service = node.announce(&client1()).await.unwrap();
+    tokio::spawn(service.serve(|request| async move {
+        let answer = format!("Echo: {}", request.text().unwrap());
+        request.reply(answer);
+    }));
+    node
+}
+
+/// A swarm of libp2p's own behaviours over TCP, Noise and Yamux.
+fn stock<B: NetworkBehaviour>(behaviour: impl FnOnce(&identity::Keypair) -> B) -> Swarm<B> {
+    SwarmBuilder::with_new_identity()
+        .with_tokio()
+        .with_tcp(
+            tcp::Config::default(),
+            noise::Config::new,
+            yamux::Config::default,
+        )
+        .unwrap()
+        .with_behaviour(|keypair| behaviour(keypair))
+        .unwrap()
+        .with_swarm_config(|config| config.with_idle_connection_timeout(DEADLINE))
+        .build()
+}
+
+/// Drives the swarm until `pick` takes an event.
+async fn until<B: NetworkBehaviour, T>(
+    swarm: &mut Swarm<B>,
+    mut pick: impl FnMut(SwarmEvent<B::ToSwarm>) -> Option<T>,
+) -> T {
+    let picked = async {
+        loop {
+            if let Some(picked) = pick(swarm.select_next_some().await) {
+                return picked;
+            }
+        }
+    };
+    timeout(DEADLINE, picked)
+        .await
+        .expect("the event comes in time")
+}
+
+/// Drives a swarm in the background.
+fn run<B>(mut swarm: Swarm<B>)
+where
+    B: NetworkBehaviour<ToSwarm: Send> + Send,
+{
+    tokio::spawn(async move {
+        loop {
+            swarm.select_next_some().await;
+        }
+    });
+}
+
+async fn connect<B: NetworkBehaviour>(swarm: &mut Swarm<B>, node: &Node) {
+    swarm.dial(node.addresses()[0].clone()).unwrap();
+    until(swarm, |event| match event {
+        SwarmEvent::ConnectionEstablished { peer_id, .. } => Some(peer_id),
+        _ => None,
+    })
+    .await;
+}
+
+/// Listens, and tells the address to others.
+async fn listen<B: NetworkBehaviour>(swarm: &mut Swarm<B>) -> Multiaddr {
+    swarm.listen_on(any_port()).unwrap();
+    let address = until(swarm, |event| match event {
+        SwarmEvent::NewListenAddr { address, .. } => Some(address),
+        _ => None,
+    })
+    .await;
+    swarm.add_external_address(address.clone());
+    address
+}
+
+fn identify(keypair: &identity::Keypair) -> identify::Behaviour {
+    let config = identify::Config::new("/another/1.0.0".into(), keypair.public());
+    identify::Behaviour::new(config)
+}
+
+mod stock_rendezvous {
+    use super::*;
+    use rendezvous::client;
+    use rendezvous::{Cookie, Namespace, Registration};
+
+    #[derive(NetworkBehaviour)]
+    struct Client {
+        rendezvous: client::Behaviour,
+        identify: identify::Behaviour,
+    }
+
+    /// A stock client that is connected to the grape and has an address to register.
+    async fn client(grape: &Node) -> (Swarm<Client>, Multiaddr) {
+        let mut client = stock(|keypair| Client {
+            rendezvous: client::Behaviour::new(keypair.clone()),
+            identify: identify(keypair),
+        });
+        let address = listen(&mut client).await;
+        connect(&mut client, grape).await;
+        (client, address)
+    }
+
+    fn namespace(text: &str) -> Namespace {
+        Namespace::new(text.into()).unwrap()
+    }
+
+    async fn register(client: &mut Swarm<Client>, grape: &Node, text: &str) -> u64 {
+        let behaviour = &mut client.behaviour_mut().rendezvous;
+        let two_hours = Some(7_200);
+        behaviour
+            .register(namespace(text), grape.peer_id(), two_hours)
+            .unwrap();
+        until(client, |event| match event {
+            SwarmEvent::Behaviour(ClientEvent::Rendezvous(client::Event::Registered {
+                ttl,
+                ..
+            })) => Some(ttl),
+            SwarmEvent::Behaviour(ClientEvent::Rendezvous(event)) => panic!("{event:?}"),
+            _ => None,
+        })
+        .await
+    }
+
+    async fn discover(
+        client: &mut Swarm<Client>,
+        grape: &Node,
+        text: &str,
+        cookie: Option<Cookie>,
+    ) -> (Vec<Registration>, Cookie) {
+        let behaviour = &mut client.behaviour_mut().rendezvous;
+        behaviour.discover(Some(namespace(text)), cookie, Some(10), grape.peer_id());
+        until(client, |event| match event {
+            SwarmEvent::Behaviour(ClientEvent::Rendezvous(client::Event::Discovered {
+                registrations,
+                cookie,
+                ..
+            })) => Some((registrations, cookie)),
+            SwarmEvent::Behaviour(ClientEvent::Rendezvous(event)) => panic!("{event:?}"),
+            _ => None,
+        })
+        .await
+    }
+
+    fn peers(registrations: &[Registration]) -> Vec<PeerId> {
+        let peer = |found: &Registration| found.record.peer_id();
+        registrations.iter().map(peer).collect()
+    }
+
+    #[tokio::test]
+    async fn a_stock_client_registers_for_the_grapes_lease_and_is_discovered() {
+        in_time(async {
+            let grape = grape().await;
+            let (mut one, address) = client(&grape).await;
+            let (mut two, _) = client(&grape).await;
+            assert_eq!(register(&mut one, &grape, "room").await, LEASE.as_secs());
+
+            let (found, cookie) = discover(&mut two, &grape, "room", None).await;
+            assert_eq!(peers(&found), [*one.local_peer_id()]);
+            assert_eq!(found[0].record.addresses(), [address]);
+            assert_eq!(found[0].namespace, namespace("room"));
+            assert!(found[0].ttl <= LEASE.as_secs());
+
+            let (none, cookie) = discover(&mut two, &grape, "room", Some(cookie)).await;
+            assert_eq!(peers(&none), [], "a cookie leaves out what was seen");
+            register(&mut two, &grape, "room").await;
+            let (new, _) = discover(&mut two, &grape, "room", Some(cookie)).await;
+            assert_eq!(peers(&new), [*two.local_peer_id()]);
+        })
+        .await;
+    }
+
+    #[tokio::test]
+    async fn a_stock_client_that_unregisters_is_not_discovered() {
+        in_time(async {
+            let grape = grape().await;
+            let (mut client, _) = client(&grape).await;
+            register(&mut client, &grape, "room").await;
+            register(&mut client, &grape, "other").await;
+            let behaviour = &mut client.behaviour_mut().rendezvous;
+            behaviour.unregister(namespace("room"), grape.peer_id());
+            // Nothing confirms it; discoveries show it once it has arrived.
+            loop {
+                let (found, _) = discover(&mut client, &grape, "room", None).await;
+                if found.is_empty() {
+                    break;
+                }
+            }
+            let (other, _) = discover(&mut client, &grape, "other", None).await;
+            assert_eq!(peers(&other), [*client.local_peer_id()]);
+        })
+        .await;
+    }
+
+    #[tokio::test]
+    async fn a_stock_client_stays_connected_without_speaking_anything_else() {
+        in_time(async {
+            let grape = grape().await;
+            let (mut client, _) = client(&grape).await;
+            // Identify comes last of what a node opens to a new peer and asks of it.
+            until(&mut client, |event| match event {
+                SwarmEvent::Behaviour(ClientEvent::Identify(identify::Event::Received {
+                    ..
+                })) => Some(()),
+                _ => None,
+            })
+            .await;
+            let closed = async {
+                until(&mut client, |event| match event {
+                    SwarmEvent::ConnectionClosed { cause, .. } => Some(cause),
+                    _ => None,
+                })
+                .await
+            };
+            let cause = timeout(Duration::from_secs(1), closed).await;
+            assert!(cause.is_err(), "the grape hung up: {cause:?}");
+        })
+        .await;
+    }
+
+    #[tokio::test]
+    async fn a_name_that_a_node_announces_is_discovered_by_a_stock_client() {
+        in_time(async {
+            let grape = grape().await;
+            let node = echo(&grape).await;
+            let (mut client, _) = client(&grape).await;
+            let (found, _) = discover(&mut client, &grape, "client1", None).await;
+            assert_eq!(peers(&found), [node.peer_id()]);
+            let with_id = |address: &Multiaddr| address.clone().with_p2p(node.peer_id()).unwrap();
+            let addresses: Vec<_> = found[0].record.addresses().iter().map(with_id).collect();
+            assert_eq!(addresses, node.addresses());
+        })
+        .await;
+    }
+}
+
+mod stock_kademlia {
+    use super::*;
+
+    type Kademlia = kad::Behaviour<MemoryStore>;
+
+    fn kademlia(keypair: &identity::Keypair) -> Kademlia {
+        let peer = keypair.public().to_peer_id();
+        let protocol = StreamProtocol::new("/grapevine/kad/1.0.0");
+        let config = kad::Config::new(protocol);
+        let mut kad = kad::Behaviour::with_config(peer, MemoryStore::new(peer), config);
+        kad.set_mode(Some(kad::Mode::Client));
+        kad
+    }
+
+    fn know(kad: &mut Kademlia, grape: &Node) {
+        let mut address = grape.addresses()[0].clone();
+        assert!(matches!(address.pop(), Some(Protocol::P2p(_))));
+        kad.add_address(&grape.peer_id(), address);
+    }
+
+    /// Announces `client1`, and returns when that has been sent.
+    fn is_provided(event: &kad::Event) -> bool {
+        let kad::Event::OutboundQueryProgressed { result, .. } = event else {
+            return false;
+        };
+        match result {
+            kad::QueryResult::StartProviding(result) => {
+                assert!(result.is_ok(), "{result:?}");
+                true
+            }
+            _ => false,
+        }
+    }
+
+    /// Looks `client1` up until the grape has the record: Kademlia does not confirm one.
+    async fn lookup(node: &Node) -> Result<Vec<PeerId>, LookupError> {
+        loop {
+            match node.lookup(&client1()).await {
+                Err(LookupError::NotFound(_)) => tokio::task::yield_now().await,
+                Ok(live) => return Ok(live.iter().map(|provider| provider.peer).collect()),
+                Err(error) => return Err(error),
+            }
+        }
+    }
+
+    #[tokio::test]
+    async fn a_name_that_a_node_announces_is_found_by_a_stock_client() {
+        in_time(async {
+            let grape = grape().await;
+            let node = echo(&grape).await;
+            let mut client = stock(kademlia);
+            know(client.behaviour_mut(), &grape);
+            client.behaviour_mut().get_providers(client1_key());
+            let found = until(&mut client, |event| match event {
+                SwarmEvent::Behaviour(kad::Event::OutboundQueryProgressed {
+                    result: kad::QueryResult::GetProviders(result),
+                    ..
+                }) => match result.unwrap() {
+                    kad::GetProvidersOk::FoundProviders { providers, .. } => Some(providers),
+                    other => panic!("{other:?}"),
+                },
+                _ => None,
+            })
+            .await;
+            assert_eq!(found.into_iter().collect::<Vec<_>>(), [node.peer_id()]);
+        })
+        .await;
+    }
+
+    #[derive(NetworkBehaviour)]
+    struct Provider {
+        kad: Kademlia,
+        rpc: request_response::Behaviour<by_hand::Codec>,
+    }
+
+    #[tokio::test]
+    async fn a_stock_provider_that_knows_no_reserved_service_is_live_and_can_be_called() {
+        in_time(async {
+            let grape = grape().await;
+            let mut provider = stock(|keypair| Provider {
+                kad: kademlia(keypair),
+                rpc: by_hand::behaviour(),
+            });
+            listen(&mut provider).await;
+            know(&mut provider.behaviour_mut().kad, &grape);
+            let kad = &mut provider.behaviour_mut().kad;
+            kad.start_providing(client1_key()).unwrap();
+            let id = *provider.local_peer_id();
+            tokio::spawn(async move {
+                loop {
+                    let event = provider.select_next_some().await;
+                    let SwarmEvent::Behaviour(ProviderEvent::Rpc(
+                        request_response::Event::Message {
+                            message:
+                                Message::Request {
+                                    request, channel, ..
+                                },
+                            ..
+                        },
+                    )) = event
+                    else {
+                        continue;
+                    };
+                    let reply = by_hand::serve("client1", &request);
+                    let _ = provider.behaviour_mut().rpc.send_response(channel, reply);
+                }
+            });
+            let client = peer(&grape).await;
+            assert_eq!(lookup(&client).await, Ok(vec![id]));
+            let reply = client.request(&client1(), "hello").await.unwrap();
+            assert_eq!(reply.text().unwrap(), "Echo: hello");
+            assert_eq!(reply.provider, id);
+        })
+        .await;
+    }
+
+    #[tokio::test]
+    async fn a_stock_provider_that_speaks_no_rpc_is_not_live() {
+        in_time(async {
+            let grape = grape().await;
+            let mut provider = stock(kademlia);
+            listen(&mut provider).await;
+            know(provider.behaviour_mut(), &grape);
+            let kad = provider.behaviour_mut();
+            kad.start_providing(client1_key()).unwrap();
+            until(&mut provider, |event| match event {
+                SwarmEvent::Behaviour(event) => is_provided(&event).then_some(()),
+                _ => None,
+            })
+            .await;
+            run(provider);
+            let client = peer(&grape).await;
+            let started = std::time::Instant::now();
+            let unreachable = LookupError::Unreachable {
+                name: client1(),
+                providers: 1,
+            };
+            assert_eq!(lookup(&client).await, Err(unreachable));
+            assert!(started.elapsed() < SERVES_DEADLINE, "it waited for nobody");
+        })
+        .await;
+    }
+}
+
+#[tokio::test]
+async fn a_stock_request_response_client_gets_an_echo() {
+    in_time(async {
+        let grape = grape().await;
+        let node = echo(&grape).await;
+        let mut client = stock(|_| by_hand::behaviour());
+        connect(&mut client, &node).await;
+        for (service, payload, expected) in [
+            ("client1", "hello", by_hand::ok(7, b"Echo: hello")),
+            ("client1", "", by_hand::ok(7, b"Echo: ")),
+            ("grapevine/serves", "client1", by_hand::ok(7, &[1])),
+            ("grapevine/serves", "client2", by_hand::ok(7, &[0])),
+            (
+                "client2",
+                "hello",
+                by_hand::error(7, "unknown-service", "not served here"),
+            ),
+        ] {
+            let request = by_hand::request(7, service, payload.as_bytes());
+            client
+                .behaviour_mut()
+                .send_request(&node.peer_id(), request);
+            let reply = until(&mut client, |event| match event {
+                SwarmEvent::Behaviour(request_response::Event::Message {
+                    message: Message::Response { response, .. },
+                    ..
+                }) => Some(response),
+                SwarmEvent::Behaviour(request_response::Event::OutboundFailure {
+                    error, ..
+                }) => panic!("{error}"),
+                _ => None,
+            })
+            .await;
+            assert_eq!(reply, expected, "{service} {payload}");
+        }
+    })
+    .await;
+}
+
+/// The RPC as a stranger writes it after reading the protocol's page: frames of a varint and CBOR,
+/// whole messages as bytes.
+mod by_hand {
+    use super::*;
+
+    const PROTOCOL: StreamProtocol = StreamProtocol::new("/grapevine/rpc/1.0.0");
+
+    #[derive(Clone, Default)]
+    pub(super) struct Codec;
+
+    pub(super) fn behaviour() -> request_response::Behaviour<Codec> {
+        let protocols = [(PROTOCOL, ProtocolSupport::Full)];
+        request_response::Behaviour::new(protocols, request_response::Config::default())
+    }
+
+    impl request_response::Codec for Codec {
+        type Protocol = StreamProtocol;
+        type Request = Vec<u8>;
+        type Response = Vec<u8>;
+
+        async fn read_request<T>(&mut self, _: &StreamProtocol, io: &mut T) -> io::Result<Vec<u8>>
+        where
+            T: AsyncRead + Unpin + Send,
+        {
+            read(io).await
+        }
+
+        async fn read_response<T>(&mut self, _: &StreamProtocol, io: &mut T) -> io::Result<Vec<u8>>
+        where
+            T: AsyncRead + Unpin + Send,
+        {
+            read(io).await
+        }
+
+        async fn write_request<T>(
+            &mut self,
+            _: &StreamProtocol,
+            io: &mut T,
+            request: Vec<u8>,
+        ) -> io::Result<()>
+        where
+            T: AsyncWrite + Unpin + Send,
+        {
+            write(io, &request).await
+        }
+
+        async fn write_response<T>(
+            &mut self,
+            _: &StreamProtocol,
+            io: &mut T,
+            response: Vec<u8>,
+        ) -> io::Result<()>
+        where
+            T: AsyncWrite + Unpin + Send,
+        {
+            write(io, &response).await
+        }
+    }
+
+    async fn read(io: &mut (impl AsyncRead + Unpin + Send)) -> io::Result<Vec<u8>> {
+        let (mut len, mut shift) = (0, 0);
+        loop {
+            let mut byte = [0];
+            io.read_exact(&mut byte).await?;
+            len |= usize::from(byte[0] & 0x7f) << shift;
+            shift += 7;
+            if byte[0] < 0x80 {
+                break;
+            }
+        }
+        let mut content = vec![0; len];
+        io.read_exact(&mut content).await?;
+        Ok(content)
+    }
+
+    async fn write(io: &mut (impl AsyncWrite + Unpin + Send), content: &[u8]) -> io::Result<()> {
+        let mut len = content.len();
+        let mut frame = Vec::new();
+        while len >= 0x80 {
+            frame.push(len as u8 | 0x80);
+            len >>= 7;
+        }
+        frame.push(len as u8);
+        frame.extend(content);
+        io.write_all(&frame).await
+    }
+
+    /// A value of fewer than 24 bytes: its kind and length are one byte.
+    fn short(kind: u8, bytes: &[u8]) -> Vec<u8> {
+        assert!(bytes.len() < 24);
+        [&[kind | bytes.len() as u8], bytes].concat()
+    }
+
+    fn text(text: &str) -> Vec<u8> {
+        short(0x60, text.as_bytes())
+    }
+
+    fn bytes(bytes: &[u8]) -> Vec<u8> {
+        short(0x40, bytes)
+    }
+
+    pub(super) fn request(id: u8, service: &str, payload: &[u8]) -> Vec<u8> {
+        let entries = [
+            text("id"),
+            vec![id],
+            text("service"),
+            text(service),
+            text("payload"),
+            bytes(payload),
+        ];
+        [vec![0xa3], entries.concat()].concat()
+    }
+
+    pub(super) fn ok(id: u8, payload: &[u8]) -> Vec<u8> {
+        let entries = [text("id"), vec![id], text("ok"), bytes(payload)];
+        [vec![0xa2], entries.concat()].concat()
+    }
+
+    pub(super) fn error(id: u8, code: &str, message: &str) -> Vec<u8> {
+        let error = [text("code"), text(code), text("message"), text(message)].concat();
+        let entries = [text("id"), vec![id], text("error"), vec![0xa2], error];
+        [vec![0xa2], entries.concat()].concat()
+    }
+
+    /// A server of one echo, which knows no reserved service. It finds what it needs in a request at
+    /// the places where the one writer it is tested with puts them: id, service, payload.
+    pub(super) fn serve(name: &str, request: &[u8]) -> Vec<u8> {
+        let id = request[4];
+        let service = &request[5 + text("service").len()..];
+        let Some(payload) = service.strip_prefix(text(name).as_slice()) else {
+            return error(id, "unknown-service", "");
+        };
+        let payload = &payload[text("payload").len() + 1..];
+        ok(id, &[b"Echo: ", payload].concat())
+    }
+}
