@@ -21,6 +21,7 @@ use hdrhistogram::Histogram;
 use rand::RngExt;
 use rand::seq::IndexedRandom;
 use tokio::task::JoinSet;
+use tokio::time::sleep;
 
 const RUNS: usize = 5;
 /// Operations of a run with one in flight.
@@ -37,7 +38,7 @@ const PROVIDERS: usize = 16;
 const NAMES_EACH: usize = 8;
 /// Nodes that look up in a network, and lookups of each of them in a run.
 const LOOKERS: usize = 8;
-const LOOKUPS_EACH: usize = 50;
+const LOOKUPS_EACH: usize = 20;
 /// Grapes by which each of those nodes has joined, drawn at random.
 const BOOTSTRAP: usize = 2;
 
@@ -296,7 +297,8 @@ async fn networks(sizes: &[usize], arguments: &[String]) {
     );
     let table = Table::new(&[
         "grapes",
-        "built in s",
+        "online after s",
+        "settled after s",
         "GiB in use",
         "p50 ms",
         "p99 ms",
@@ -307,6 +309,8 @@ async fn networks(sizes: &[usize], arguments: &[String]) {
         let start = Instant::now();
         let testnet = Testnet::new(size).await.expect("memory can be listened on");
         let built = start.elapsed().as_secs_f64();
+        settle(testnet.grapes()).await;
+        let settled = start.elapsed().as_secs_f64();
         let (providers, names) = announce_in(&testnet).await;
         let lookers = join_all((0..LOOKERS).map(|_| joined(&testnet))).await;
         let mut runs = Vec::new();
@@ -317,6 +321,7 @@ async fn networks(sizes: &[usize], arguments: &[String]) {
         table.row(&[
             size.to_string(),
             format!("{built:.1}"),
+            format!("{settled:.1}"),
             format!("{:.1}", common::resident(id()) as f64 / f64::from(1 << 30)),
             format!("{:.1}", over(|run| millis_at(&run.run.latencies, 0.5))),
             format!("{:.1}", over(|run| millis_at(&run.run.latencies, 0.99))),
@@ -332,6 +337,23 @@ async fn networks(sizes: &[usize], arguments: &[String]) {
         stream::iter(testnet.grapes())
             .for_each_concurrent(None, Node::shutdown)
             .await;
+    }
+}
+
+/// Waits until the grapes have stopped connecting to each other.
+async fn settle(grapes: &[Node]) {
+    let connected = || {
+        grapes
+            .iter()
+            .map(|grape| grape.metrics().peers)
+            .sum::<u64>()
+    };
+    let (mut before, mut quiet) = (connected(), 0);
+    while quiet < 3 {
+        sleep(Duration::from_secs(1)).await;
+        let now = connected();
+        quiet = if now == before { quiet + 1 } else { 0 };
+        before = now;
     }
 }
 
