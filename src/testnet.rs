@@ -2,11 +2,19 @@
 
 use std::sync::atomic::{AtomicU64, Ordering};
 
+use futures::future::try_join_all;
 use libp2p::Multiaddr;
 use libp2p::multiaddr::Protocol;
 
 use crate::error::SpawnError;
 use crate::node::{Builder, Node, Role};
+
+/// The grapes that a further node joins by.
+const BOOTSTRAP: usize = 8;
+
+/// The grapes that start at once. Kademlia explores a small routing table again whenever a grape
+/// comes half a second after the last one, so that one by one is the slowest way to start many.
+const BATCH: usize = 16;
 
 /// Grapes that know each other, over channels instead of sockets.
 ///
@@ -24,14 +32,20 @@ impl Testnet {
     /// As [`Builder::spawn`].
     pub async fn new(grapes: usize) -> Result<Self, SpawnError> {
         let mut testnet = Self { grapes: Vec::new() };
-        for _ in 0..grapes {
-            let grape = testnet.builder(Role::Grape).spawn().await?;
-            let mut status = grape.status();
-            if !testnet.grapes.is_empty() {
-                // Fails only if the grape has stopped, which its user then sees.
-                let _ = status.wait_for(crate::Status::is_online).await;
+        while testnet.grapes.len() < grapes {
+            let started = testnet.grapes.len();
+            let batch = match started < BOOTSTRAP {
+                true => 1,
+                false => BATCH.min(grapes - started),
+            };
+            let spawned = (0..batch).map(|_| testnet.builder(Role::Grape).spawn());
+            for grape in try_join_all(spawned).await? {
+                if started > 0 {
+                    // Fails only if the grape has stopped, which its user then sees.
+                    let _ = grape.status().wait_for(crate::Status::is_online).await;
+                }
+                testnet.grapes.push(grape);
             }
-            testnet.grapes.push(grape);
         }
         Ok(testnet)
     }
@@ -41,9 +55,15 @@ impl Testnet {
         &self.grapes
     }
 
-    /// Describes a further node that joins by the grapes and listens in this process.
+    /// Describes a further node that joins by the grapes (the first 8) and listens in this
+    /// process.
     pub fn builder(&self, role: Role) -> Builder {
-        let bootstrap = self.grapes.iter().take(8).flat_map(Node::addresses);
+        self.joining(role, self.grapes.iter().take(BOOTSTRAP))
+    }
+
+    /// Describes a further node that joins by these grapes only, and listens in this process.
+    pub fn joining<'a>(&self, role: Role, grapes: impl IntoIterator<Item = &'a Node>) -> Builder {
+        let bootstrap = grapes.into_iter().flat_map(Node::addresses);
         Node::builder(role)
             .in_memory()
             .limits(crate::limits::Limits {

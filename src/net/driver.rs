@@ -658,9 +658,12 @@ impl Driver {
             self.swarm.behaviour_mut().kad.add_address(&grape, address);
         }
         self.discovery.announcements.on_grape(grape);
-        if self.registrar {
-            // Fills the routing table; without a grape in it there is nothing to do.
-            let _ = self.swarm.behaviour_mut().kad.bootstrap();
+        if self.registrar && self.connectivity.bootstraps.connected().len() == 1 {
+            // Finds the neighbours, at once and once. The rest of the table Kademlia fills by
+            // itself half a second later; to walk all of it for each bootstrap grape would only
+            // multiply the connections.
+            let local = *self.swarm.local_peer_id();
+            self.swarm.behaviour_mut().kad.get_closest_peers(local);
         }
         self.connectivity.publish();
     }
@@ -923,7 +926,8 @@ impl Driver {
 
     fn on_identified(&mut self, peer: PeerId, info: &identify::Info) {
         let back = self.connectivity.on_identified(peer, info, self.registrar);
-        if back.is_empty() {
+        // A grape is dialled back for its place in the routing table.
+        if back.is_empty() || !self.has_room_for(&peer) {
             return;
         }
         let opts = DialOpts::peer_id(peer)
@@ -933,6 +937,12 @@ impl Driver {
         if let Err(error) = self.swarm.dial(opts) {
             tracing::debug!(%peer, %error, "cannot dial a grape back");
         }
+    }
+
+    /// Whether Kademlia's routing table would take a peer that it does not hold yet.
+    fn has_room_for(&mut self, peer: &PeerId) -> bool {
+        let bucket = self.swarm.behaviour_mut().kad.kbucket(*peer);
+        bucket.is_some_and(|bucket| bucket.num_entries() < kad::K_VALUE.get())
     }
 }
 

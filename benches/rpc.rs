@@ -1,0 +1,162 @@
+//! Requests and replies through the public API, between two processes, over TCP and QUIC.
+//!
+//! The server is a grape that announces `echo` and answers with what it gets; it runs in a process
+//! of its own, which this program starts from itself. `cargo bench --bench rpc`.
+
+#![allow(clippy::print_stdout, reason = "a benchmark prints its figures")]
+
+mod common;
+
+use std::process::id;
+use std::time::{Duration, Instant};
+
+use common::{Process, Spread, Table, cpu_seconds, latencies, micros};
+use grapevine::{Multiaddr, Node, Role, ServiceName};
+use hdrhistogram::Histogram;
+use tokio::task::JoinSet;
+
+const RUNS: usize = 5;
+const RUN: Duration = Duration::from_secs(1);
+const WARM_UP: Duration = Duration::from_millis(500);
+const PAYLOADS: [(&str, usize); 2] = [("64 B", 64), ("16 KiB", 16 << 10)];
+const IN_FLIGHT: [usize; 3] = [1, 64, 256];
+
+#[tokio::main]
+async fn main() {
+    let arguments = common::arguments();
+    match common::part(&arguments) {
+        Some(_) => serve().await,
+        None => measure(&arguments).await,
+    }
+}
+
+async fn serve() {
+    let node = Node::builder(Role::Grape)
+        .listen(["/ip4/127.0.0.1/tcp/0", "/ip4/127.0.0.1/udp/0/quic-v1"].map(address))
+        .spawn()
+        .await
+        .expect("loopback can be listened on");
+    let mut service = node.announce(&echo()).await.expect("the name is free");
+    common::tell(&node.addresses());
+    tokio::spawn(async move {
+        while let Some(request) = service.next().await {
+            let payload = request.payload().to_vec();
+            request.reply(payload);
+        }
+    });
+    let released = tokio::task::spawn_blocking(common::until_released);
+    released.await.expect("waiting does not fail");
+}
+
+async fn measure(arguments: &[String]) {
+    let mut server = Process::part("server", &[]);
+    let addresses = server.addresses();
+    common::print_heading("RPC echo between two processes", "rpc", arguments);
+    println!(
+        "* {RUNS} runs of {RUN:?} each after a warm-up of {WARM_UP:?}: median (min..max); \
+         CPU is user and system time of all threads"
+    );
+    let table = Table::new(&[
+        "transport",
+        "payload",
+        "in flight",
+        "requests/s",
+        "p50 µs",
+        "p99 µs",
+        "client CPU s / 100k",
+        "server CPU s / 100k",
+    ]);
+    for (transport, part) in [("TCP", "/tcp/"), ("QUIC", "/quic-v1")] {
+        let matching = addresses.iter().filter(|a| a.to_string().contains(part));
+        let client = Node::builder(Role::Peer)
+            .bootstrap(matching.cloned())
+            .spawn()
+            .await
+            .expect("a client needs no address");
+        for (size, bytes) in PAYLOADS {
+            for in_flight in IN_FLIGHT {
+                run(&client, bytes, in_flight, WARM_UP).await;
+                let mut runs = Vec::new();
+                for _ in 0..RUNS {
+                    runs.push(Run::measure(&client, server.id(), bytes, in_flight).await);
+                }
+                let over = |figure: fn(&Run) -> f64| Spread::of(runs.iter().map(figure));
+                table.row(&[
+                    transport.into(),
+                    size.into(),
+                    in_flight.to_string(),
+                    format!("{:.0}", over(Run::per_second)),
+                    format!("{:.0}", over(|run| run.quantile(0.5))),
+                    format!("{:.0}", over(|run| run.quantile(0.99))),
+                    format!("{:.1}", over(|run| run.per_100k(run.client_cpu))),
+                    format!("{:.1}", over(|run| run.per_100k(run.server_cpu))),
+                ]);
+            }
+        }
+        client.shutdown().await;
+    }
+}
+
+struct Run {
+    latencies: Histogram<u64>,
+    took: Duration,
+    client_cpu: f64,
+    server_cpu: f64,
+}
+
+impl Run {
+    async fn measure(client: &Node, server: u32, bytes: usize, in_flight: usize) -> Self {
+        let (start, mine, its) = (Instant::now(), cpu_seconds(id()), cpu_seconds(server));
+        let latencies = run(client, bytes, in_flight, RUN).await;
+        Self {
+            latencies,
+            took: start.elapsed(),
+            client_cpu: cpu_seconds(id()) - mine,
+            server_cpu: cpu_seconds(server) - its,
+        }
+    }
+
+    fn per_second(&self) -> f64 {
+        self.latencies.len() as f64 / self.took.as_secs_f64()
+    }
+
+    fn quantile(&self, quantile: f64) -> f64 {
+        self.latencies.value_at_quantile(quantile) as f64
+    }
+
+    fn per_100k(&self, seconds: f64) -> f64 {
+        seconds * 100_000.0 / self.latencies.len() as f64
+    }
+}
+
+/// Sends requests for so long, so many at once, and returns how long each took.
+async fn run(client: &Node, bytes: usize, in_flight: usize, time: Duration) -> Histogram<u64> {
+    let end = Instant::now() + time;
+    let mut callers = JoinSet::new();
+    for _ in 0..in_flight {
+        let client = client.clone();
+        callers.spawn(async move {
+            let (name, payload, mut latencies) = (echo(), vec![b'x'; bytes], latencies());
+            while Instant::now() < end {
+                let start = Instant::now();
+                let reply = client.request(&name, payload.clone()).await;
+                assert_eq!(reply.expect("the server answers").payload.len(), bytes);
+                latencies.saturating_record(micros(start.elapsed()));
+            }
+            latencies
+        });
+    }
+    let mut all = latencies();
+    while let Some(latencies) = callers.join_next().await {
+        all += latencies.expect("a caller does not panic");
+    }
+    all
+}
+
+fn echo() -> ServiceName {
+    "echo".parse().expect("a name")
+}
+
+fn address(text: &str) -> Multiaddr {
+    text.parse().expect("an address")
+}
