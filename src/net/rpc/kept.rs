@@ -119,7 +119,7 @@ struct Open {
     callers: HashMap<u64, oneshot::Sender<Outcome>>,
 }
 
-async fn run(stream: Stream, mut requests: mpsc::Receiver<Outgoing>) {
+async fn run(stream: impl AsyncRead + AsyncWrite + Unpin, mut requests: mpsc::Receiver<Outgoing>) {
     let (reader, writer) = stream.split();
     let open = Mutex::default();
     let ended = {
@@ -235,5 +235,146 @@ impl Open {
     fn is_resting(&mut self) -> bool {
         self.callers.retain(|_, caller| !caller.is_closed());
         self.callers.is_empty()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _, DuplexStream, duplex};
+    use tokio_util::compat::TokioAsyncReadCompatExt;
+
+    use super::*;
+    use crate::proto::wire::{ReplyRef, Request};
+
+    /// The far end of a kept stream, and the queue of its near end.
+    struct Scene {
+        far: DuplexStream,
+        queue: mpsc::Sender<Outgoing>,
+    }
+
+    impl Scene {
+        fn new() -> Self {
+            let (near, far) = duplex(1 << 20);
+            let (queue, requests) = mpsc::channel(MAX_PIPELINED);
+            tokio::spawn(run(near.compat(), requests));
+            Self { far, queue }
+        }
+
+        async fn ask(&self, payload: &str) -> oneshot::Receiver<Outcome> {
+            let (outcome, receiver) = oneshot::channel();
+            let request = Outgoing {
+                service: "client1".into(),
+                payload: payload.as_bytes().into(),
+                outcome,
+            };
+            self.queue.send(request).await.unwrap();
+            receiver
+        }
+
+        /// The next request; all of these tests have short ones.
+        async fn asked(&mut self) -> Request {
+            let len = self.far.read_u8().await.unwrap();
+            let mut frame = vec![0; len.into()];
+            self.far.read_exact(&mut frame).await.unwrap();
+            Request::decode(&frame).unwrap()
+        }
+
+        async fn reply(&mut self, id: u64, payload: &[u8]) {
+            let mut frame = Vec::new();
+            let outcome = Ok(payload);
+            ReplyRef { id, outcome }.append_to(&mut frame).unwrap();
+            let mut framed = Vec::new();
+            append_frame(&mut framed, &frame);
+            self.far.write_all(&framed).await.unwrap();
+        }
+    }
+
+    fn answer(outcome: Outcome) -> Vec<u8> {
+        match outcome {
+            Outcome::Answered(Ok(payload)) => payload,
+            other => panic!("{other:?}"),
+        }
+    }
+
+    #[tokio::test]
+    async fn replies_in_any_order_find_their_callers() {
+        let mut scene = Scene::new();
+        let mut callers = Vec::new();
+        let mut asked = Vec::new();
+        for number in 0..10 {
+            callers.push(scene.ask(&number.to_string()).await);
+            asked.push(scene.asked().await);
+        }
+        for request in asked.iter().rev() {
+            scene.reply(request.id, &request.payload).await;
+        }
+        for (number, caller) in callers.into_iter().enumerate() {
+            assert_eq!(answer(caller.await.unwrap()), number.to_string().as_bytes());
+        }
+    }
+
+    #[tokio::test]
+    async fn a_reply_to_a_request_that_was_never_made_ends_the_stream() {
+        for id in [0, 2, u64::MAX] {
+            let mut scene = Scene::new();
+            let caller = scene.ask("hello").await;
+            assert_eq!(scene.asked().await.id, 1);
+            scene.reply(id, b"made up").await;
+            assert!(matches!(caller.await, Ok(Outcome::Broken(_))), "id {id}");
+        }
+    }
+
+    #[tokio::test]
+    async fn a_reply_that_comes_twice_or_after_its_caller_left_changes_nothing() {
+        let mut scene = Scene::new();
+        drop(scene.ask("who leaves").await);
+        let stays = scene.ask("who stays").await;
+        // The first may have been written before its caller left.
+        let mut request = scene.asked().await;
+        if request.payload == b"who leaves" {
+            scene.reply(request.id, b"too late").await;
+            request = scene.asked().await;
+        }
+        scene.reply(request.id, b"first").await;
+        assert_eq!(answer(stays.await.unwrap()), b"first");
+        scene.reply(request.id, b"again").await;
+        let next = scene.ask("next").await;
+        let id = scene.asked().await.id;
+        scene.reply(id, b"fine").await;
+        assert_eq!(answer(next.await.unwrap()), b"fine");
+    }
+
+    #[tokio::test]
+    async fn a_stream_that_ends_inside_a_frame_breaks_what_was_written_and_nothing_else() {
+        let mut scene = Scene::new();
+        let written = scene.ask("written").await;
+        scene.asked().await;
+        scene.far.write_all(&[100, 0xa2]).await.unwrap();
+        drop(scene.far);
+        assert!(matches!(written.await, Ok(Outcome::Broken(_))));
+        // What comes later is refused, or told that it was not sent.
+        let (outcome, receiver) = oneshot::channel();
+        let late = Outgoing {
+            service: "client1".into(),
+            payload: b"late".as_slice().into(),
+            outcome,
+        };
+        let told = match scene.queue.send(late).await {
+            Ok(()) => matches!(receiver.await, Ok(Outcome::NotSent(_)) | Err(_)),
+            Err(_) => true,
+        };
+        assert!(told);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_stream_that_rests_is_closed_and_one_that_waits_is_not() {
+        let mut scene = Scene::new();
+        let caller = scene.ask("slow").await;
+        let id = scene.asked().await.id;
+        tokio::time::advance(2 * KEPT_IDLE).await;
+        scene.reply(id, b"at last").await;
+        assert_eq!(answer(caller.await.unwrap()), b"at last");
+        let mut end = [0];
+        assert_eq!(scene.far.read(&mut end).await.unwrap(), 0, "closed at rest");
     }
 }

@@ -16,9 +16,8 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError, RwLock, Weak};
 
 use futures::future::{Either, select};
-use futures::io::{AsyncReadExt, AsyncWrite, AsyncWriteExt};
+use futures::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 use libp2p::PeerId;
-use libp2p::swarm::Stream;
 use tokio::sync::mpsc::{self, OwnedPermit};
 use tokio::sync::{Notify, Semaphore};
 use tokio::time::timeout;
@@ -267,7 +266,11 @@ impl Drop for Responder {
 }
 
 /// Serves one stream until the remote has closed its side and every reply has left, or it fails.
-pub(crate) async fn serve(server: Arc<Server>, peer: PeerId, stream: Stream) {
+pub(crate) async fn serve(
+    server: Arc<Server>,
+    peer: PeerId,
+    stream: impl AsyncRead + AsyncWrite + Unpin,
+) {
     let (reader, writer) = stream.split();
     let (replies, queue) = mpsc::channel(MAX_PIPELINED);
     let frames = FrameReader::new(reader, Arc::clone(&server.arriving));
@@ -287,7 +290,7 @@ pub(crate) async fn serve(server: Arc<Server>, peer: PeerId, stream: Stream) {
     }
 }
 
-async fn read<R: futures::io::AsyncRead + Unpin>(
+async fn read<R: AsyncRead + Unpin>(
     server: &Arc<Server>,
     peer: PeerId,
     mut frames: FrameReader<R>,
@@ -435,4 +438,170 @@ async fn write<W: AsyncWrite + Unpin>(
         }
     }
     timeout(FRAME_DEADLINE, writer.close()).await?
+}
+
+#[cfg(test)]
+mod tests {
+    use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _, DuplexStream, duplex};
+    use tokio_util::compat::TokioAsyncReadCompatExt;
+
+    use super::*;
+    use crate::proto::wire::{Reply, RequestRef};
+
+    /// A client's end of a stream that is served.
+    struct Client {
+        stream: DuplexStream,
+        server: Arc<Server>,
+    }
+
+    impl Client {
+        fn new(limits: &Limits, name: &str) -> (Self, mpsc::Receiver<Inbound>) {
+            let (near, far) = duplex(1 << 20);
+            let server = Server::new(limits, Arc::default());
+            let (handler, requests) = mpsc::channel(100);
+            server.serve(name.parse().unwrap(), handler);
+            tokio::spawn(serve(Arc::clone(&server), PeerId::random(), far.compat()));
+            let stream = near;
+            (Self { stream, server }, requests)
+        }
+
+        async fn ask(&mut self, id: u64, service: &str, payload: &[u8]) {
+            let (mut frame, mut framed) = (Vec::new(), Vec::new());
+            let request = RequestRef {
+                id,
+                service,
+                payload,
+            };
+            request.append_to(&mut frame).unwrap();
+            append_frame(&mut framed, &frame);
+            self.stream.write_all(&framed).await.unwrap();
+        }
+
+        /// The next reply; all of these tests have short ones.
+        async fn reply(&mut self) -> Reply {
+            let len = self.stream.read_u8().await.unwrap();
+            let mut frame = vec![0; len.into()];
+            self.stream.read_exact(&mut frame).await.unwrap();
+            Reply::decode(&frame).unwrap()
+        }
+
+        async fn is_closed(&mut self) -> bool {
+            self.stream.read(&mut [0]).await.unwrap() == 0
+        }
+    }
+
+    fn code(reply: &Reply) -> &ErrorCode {
+        &reply.outcome.as_ref().unwrap_err().code
+    }
+
+    #[tokio::test]
+    async fn one_stream_carries_many_requests_and_replies_in_any_order() {
+        let (mut client, mut requests) = Client::new(&Limits::default(), "client1");
+        for id in 1..=20 {
+            client.ask(id, "client1", &[id as u8]).await;
+        }
+        let mut held = Vec::new();
+        for _ in 0..20 {
+            held.push(requests.recv().await.unwrap());
+        }
+        for inbound in held.into_iter().rev() {
+            inbound.responder.answer(Ok(inbound.payload));
+        }
+        for id in (1..=20).rev() {
+            let outcome = Ok(vec![id as u8]);
+            assert_eq!(client.reply().await, Reply { id, outcome });
+        }
+        client.server.idle().await;
+    }
+
+    #[tokio::test]
+    async fn each_refusal_has_its_code_and_the_id_it_is_for() {
+        let limits = Limits {
+            inbound_requests: 1,
+            ..Limits::default()
+        };
+        let (mut client, mut requests) = Client::new(&limits, "client1");
+        client.ask(1, "unknown", b"").await;
+        assert_eq!(code(&client.reply().await), &ErrorCode::UnknownService);
+        client.ask(2, "client1", b"holds the only place").await;
+        let held = requests.recv().await.unwrap();
+        client.ask(3, "client1", b"").await;
+        let busy = client.reply().await;
+        assert_eq!((busy.id, code(&busy)), (3, &ErrorCode::Busy));
+        client.ask(4, wire::SERVES, b"client1").await;
+        let outcome = Ok(vec![1]);
+        assert_eq!(client.reply().await, Reply { id: 4, outcome });
+        drop(held);
+        let failed = client.reply().await;
+        assert_eq!((failed.id, code(&failed)), (2, &ErrorCode::HandlerFailed));
+        client.server.stop();
+        client.ask(5, "client1", b"").await;
+        assert_eq!(code(&client.reply().await), &ErrorCode::ShuttingDown);
+        client.ask(6, wire::SERVES, b"client1").await;
+        let outcome = Ok(vec![0]);
+        assert_eq!(client.reply().await, Reply { id: 6, outcome });
+    }
+
+    #[tokio::test]
+    async fn what_was_asked_before_a_fault_is_answered_and_then_the_stream_ends() {
+        let (mut client, mut requests) = Client::new(&Limits::default(), "client1");
+        client.ask(1, "client1", b"good").await;
+        let held = requests.recv().await.unwrap();
+        client.stream.write_all(&[1, 0xff]).await.unwrap();
+        let refused = client.reply().await;
+        assert_eq!((refused.id, code(&refused)), (0, &ErrorCode::BadRequest));
+        held.responder.answer(Ok(b"still".to_vec()));
+        assert_eq!(client.reply().await.outcome, Ok(b"still".to_vec()));
+        assert!(client.is_closed().await);
+    }
+
+    #[tokio::test]
+    async fn a_client_that_is_gone_gives_its_places_back() {
+        let (mut client, mut requests) = Client::new(&Limits::default(), "client1");
+        client.ask(1, "client1", &[0; 10_000]).await;
+        let held = requests.recv().await.unwrap();
+        let server = Arc::clone(&client.server);
+        assert_eq!(server.open_requests(), 1);
+        drop(client);
+        held.responder.answer(Ok(vec![0; 10_000]));
+        server.idle().await;
+        assert_eq!(server.total.bytes.load(Ordering::Acquire), 0);
+    }
+
+    #[tokio::test]
+    async fn one_peer_does_not_get_every_place() {
+        let limits = Limits {
+            inbound_requests: 8,
+            ..Limits::default()
+        };
+        let (mut client, mut requests) = Client::new(&limits, "client1");
+        for id in 1..=7 {
+            client.ask(id, "client1", b"").await;
+        }
+        let mut held = Vec::new();
+        for _ in 0..6 {
+            held.push(requests.recv().await.unwrap());
+        }
+        let refused = client.reply().await;
+        assert_eq!((refused.id, code(&refused)), (7, &ErrorCode::Busy));
+    }
+
+    #[tokio::test]
+    async fn large_replies_beyond_the_budget_are_refused_and_small_ones_go_on() {
+        let limits = Limits {
+            inbound_bytes: 100_000,
+            ..Limits::default()
+        };
+        let (mut client, mut requests) = Client::new(&limits, "client1");
+        for id in [1, 2] {
+            client.ask(id, "client1", b"").await;
+        }
+        let large = requests.recv().await.unwrap();
+        let small = requests.recv().await.unwrap();
+        large.responder.answer(Ok(vec![0; 100_001]));
+        let refused = client.reply().await;
+        assert_eq!((refused.id, code(&refused)), (1, &ErrorCode::TooLarge));
+        small.responder.answer(Ok(b"small".to_vec()));
+        assert_eq!(client.reply().await.outcome, Ok(b"small".to_vec()));
+    }
 }
