@@ -47,10 +47,10 @@ pub const SERVES_DEADLINE: Duration = Duration::from_secs(3);
 /// The lookups that run at once; further ones wait. Kademlia walks all its queries at each step,
 /// so that more of them at once would be slower than one after another. The questions whether a
 /// provider serves its names fit into [`MAX_RPC_STREAMS`] beside the requests to it.
-pub const MAX_LOOKUPS: usize = 128;
+pub const MAX_LOOKUPS: usize = 64;
 
 /// The rendezvous streams of one connection: a discovery for each lookup, and registrations.
-pub const MAX_RENDEZVOUS_STREAMS: usize = 192;
+pub const MAX_RENDEZVOUS_STREAMS: usize = 112;
 
 /// The providers that one lookup dials. A name with more of them is found by some of them.
 pub const MAX_CANDIDATES: usize = 64;
@@ -75,10 +75,11 @@ pub const MAX_SINGLE_REQUESTS: usize = 64;
 pub const MAX_PIPELINED: usize = 1_024;
 
 /// The RPC streams of one connection, both directions together.
-pub const MAX_RPC_STREAMS: usize = 256;
+pub const MAX_RPC_STREAMS: usize = 160;
 
-/// The streams of one connection that yamux accepts: all protocols together.
-pub const MAX_STREAMS: usize = 512;
+/// The streams of one connection that yamux accepts: all protocols together. As few as their limits
+/// add up to, because each may hold 256 KiB that nobody reads.
+pub const MAX_STREAMS: usize = 320;
 
 /// How long a dial and the handshake after it may take.
 pub const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);

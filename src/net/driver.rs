@@ -568,10 +568,13 @@ impl Driver {
             return;
         }
         // Kademlia may be dialling it with fewer addresses; the connection limits bear a second.
+        // A port of its own, as for every dial here: one that is dialled from again and again is
+        // refused by the system while an earlier connection to the same address winds down.
         let opts = DialOpts::peer_id(peer)
             .addresses(addresses)
             .extend_addresses_through_behaviour()
             .condition(PeerCondition::Disconnected)
+            .allocate_new_port()
             .build();
         let connection = opts.connection_id();
         match self.swarm.dial(opts) {
@@ -623,8 +626,12 @@ impl Driver {
                 Some(peer) => DialOpts::peer_id(peer)
                     .addresses(vec![address.clone()])
                     .condition(PeerCondition::Always)
+                    .allocate_new_port()
                     .build(),
-                None => DialOpts::unknown_peer_id().address(address.clone()).build(),
+                None => DialOpts::unknown_peer_id()
+                    .address(address.clone())
+                    .allocate_new_port()
+                    .build(),
             };
             let connection = opts.connection_id();
             match self.swarm.dial(opts) {
@@ -933,6 +940,7 @@ impl Driver {
         let opts = DialOpts::peer_id(peer)
             .addresses(back)
             .condition(PeerCondition::Always)
+            .allocate_new_port()
             .build();
         if let Err(error) = self.swarm.dial(opts) {
             tracing::debug!(%peer, %error, "cannot dial a grape back");

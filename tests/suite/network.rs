@@ -763,3 +763,46 @@ async fn one_port_serves_both_families() {
     })
     .await;
 }
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn requests_under_random_cancellation_get_their_own_reply_and_no_other() {
+    in_time(async {
+        let grape = on(Role::Grape, TCP, &[]).spawn().await.unwrap();
+        let server = on(Role::Peer, TCP, &[&grape]).spawn().await.unwrap();
+        let client = on(Role::Peer, TCP, &[&grape]).spawn().await.unwrap();
+        let service = server.announce(&name("client1")).await.unwrap();
+        tokio::spawn(service.serve(|request| async move {
+            let payload = request.payload().to_vec();
+            // Replies overtake each other.
+            if payload[0] % 3 == 0 {
+                tokio::task::yield_now().await;
+            }
+            request.reply(payload);
+        }));
+        let requests = (0..20_000_u32).map(|number| {
+            let client = client.clone();
+            async move {
+                let payload = number.to_le_bytes();
+                let name = name("client1");
+                let request = client.request(&name, payload);
+                if number % 4 == 0 {
+                    // Dropped at some point of its way.
+                    let _ = timeout(Duration::from_micros(number.into()), request).await;
+                    return 0;
+                }
+                assert_eq!(request.await.unwrap().payload, payload);
+                1
+            }
+        });
+        let answered: u32 = futures::stream::iter(requests)
+            .buffer_unordered(200)
+            .fold(0, |sum, answered| async move { sum + answered })
+            .await;
+        assert_eq!(answered, 15_000);
+        // What was cancelled gives its place back as well.
+        while server.metrics().open_requests > 0 {
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+    })
+    .await;
+}
