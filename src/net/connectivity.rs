@@ -56,6 +56,8 @@ struct Peer {
     is_ours: bool,
     /// This node has dialled it, or tried to.
     dialled: bool,
+    /// The connection by which a grape is dialled back.
+    dialled_back: Option<ConnectionId>,
 }
 
 /// What has become of a connection.
@@ -228,6 +230,22 @@ impl Connectivity {
             .take(MAX_ADDRESSES)
             .cloned()
             .collect()
+    }
+
+    /// A grape is being dialled back.
+    pub(crate) fn on_dialling_back(&mut self, peer: &PeerId, connection: ConnectionId) {
+        if let Some(known) = self.peers.get_mut(peer) {
+            known.dialled_back = Some(connection);
+        }
+    }
+
+    /// The routing table has a peer. Returns the connection that was only to prove its address, now
+    /// that it has: the other one serves both sides.
+    pub(crate) fn on_routed(&mut self, peer: &PeerId) -> Option<ConnectionId> {
+        let known = self.peers.get_mut(peer)?;
+        let proved = known.dialled_back.take()?;
+        let spare = known.connections.len() > 1 && known.connections.contains_key(&proved);
+        spare.then_some(proved)
     }
 
     /// Tells who watches, if anything has changed.

@@ -794,6 +794,11 @@ impl Driver {
                         .kademlia_requests
                         .add(stats.num_requests().into());
                 }
+                if let kad::Event::RoutingUpdated { peer, .. } = &event
+                    && let Some(connection) = self.connectivity.on_routed(peer)
+                {
+                    self.swarm.close_connection(connection);
+                }
                 let kad = &mut self.swarm.behaviour_mut().kad;
                 let learned = self.discovery.on_event(kad, event, now);
                 self.on_kademlia(learned, now);
@@ -942,8 +947,10 @@ impl Driver {
             .condition(PeerCondition::Always)
             .allocate_new_port()
             .build();
-        if let Err(error) = self.swarm.dial(opts) {
-            tracing::debug!(%peer, %error, "cannot dial a grape back");
+        let connection = opts.connection_id();
+        match self.swarm.dial(opts) {
+            Ok(()) => self.connectivity.on_dialling_back(&peer, connection),
+            Err(error) => tracing::debug!(%peer, %error, "cannot dial a grape back"),
         }
     }
 

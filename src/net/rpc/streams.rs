@@ -46,8 +46,9 @@ impl Behaviour {
     /// Opens a stream to a connected peer. The receiver fails if there is none to be had.
     pub(crate) fn open(&mut self, peer: PeerId) -> oneshot::Receiver<Stream> {
         let (asker, stream) = oneshot::channel();
-        let newest = self.connections.get(&peer).and_then(|open| open.last());
-        if let Some(connection) = newest {
+        // The oldest: a later one may only be to prove an address.
+        let oldest = self.connections.get(&peer).and_then(|open| open.first());
+        if let Some(connection) = oldest {
             self.asked.push_back((peer, *connection, asker));
         }
         stream
