@@ -35,6 +35,10 @@ pub const RENEWALS_PER_LEASE: u32 = 3;
 /// The shortest lease a grape grants. Below it renewals would be the main load.
 pub const MIN_LEASE: Duration = Duration::from_secs(3);
 
+/// How long a name that was taken back stays so for Kademlia. Its announcements come on streams of
+/// their own, and one that was under way may arrive after the withdrawal.
+pub const WITHDRAWN: Duration = Duration::from_secs(5);
+
 /// How long a whole lookup may take. Two rounds of dialling (a grape, then the provider) fit in.
 pub const LOOKUP_DEADLINE: Duration = Duration::from_secs(10);
 
@@ -58,7 +62,7 @@ pub const MAX_CANDIDATES: usize = 64;
 /// How long a request may take when its caller does not say, as in Grenache.
 pub const REQUEST_DEADLINE: Duration = Duration::from_secs(10);
 
-/// The longest a request may stay open at either end, whatever the caller's deadline.
+/// The longest that a caller waits for a reply, whatever its deadline.
 pub const MAX_REQUEST_TIME: Duration = Duration::from_secs(60);
 
 /// How long a peer may take to send one frame it has begun, or to take one.
@@ -74,8 +78,11 @@ pub const MAX_SINGLE_REQUESTS: usize = 64;
 /// The requests open on one stream; it is not read further until one of them is answered.
 pub const MAX_PIPELINED: usize = 1_024;
 
-/// The RPC streams of one connection, both directions together.
+/// The RPC streams that a connection accepts, and as many that it opens.
 pub const MAX_RPC_STREAMS: usize = 160;
+
+/// The RPC streams that a node serves at once, all connections together: a resting one holds 22 KiB.
+pub const MAX_SERVED_STREAMS: usize = 8_192;
 
 /// The streams of one connection that yamux accepts: all protocols together. As few as their limits
 /// add up to, because each may hold 256 KiB that nobody reads.

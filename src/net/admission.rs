@@ -91,11 +91,13 @@ impl NetworkBehaviour for Behaviour {
         remote: &Multiaddr,
     ) -> Result<(), ConnectionDenied> {
         let prefix = Prefix::from(remote);
-        let count = self.prefixes.entry(prefix).or_default();
-        if count.open >= self.max || count.pending >= self.max_pending {
+        if let Some(count) = self.prefixes.get(&prefix)
+            && (count.open >= self.max || count.pending >= self.max_pending)
+        {
             let open = count.open;
             return Err(ConnectionDenied::new(PrefixFull { open }));
         }
+        let count = self.prefixes.entry(prefix).or_default();
         count.open += 1;
         count.pending += 1;
         let pending = true;

@@ -92,6 +92,10 @@ impl Discovery {
         for waiter in firsts {
             waiter.answer(Ok(vec![provider]));
         }
+        if waiters.is_empty() {
+            // The lookup goes on for the routes, though nobody waits for it.
+            self.waiters.remove(name);
+        }
     }
 
     /// A lookup is over: everybody who waits is answered.

@@ -242,6 +242,8 @@ impl Driver {
             Err(stop) => stop,
         };
         self.shut_down().await;
+        // Frees the ports.
+        drop(self);
         if let Stop::Asked(done) = stop {
             // Who asked may be gone.
             let _ = done.send(());
@@ -409,8 +411,10 @@ impl Driver {
 
     fn on_lookup(&mut self, name: ServiceName, waiter: Waiter) {
         self.discovery.wait(name.clone(), waiter);
-        self.held.insert(name);
-        self.release_held();
+        if !self.discovery.lookups.is_running(&name) {
+            self.held.insert(name);
+            self.release_held();
+        }
     }
 
     /// Starts the lookups that waited for a grape, or tells why there is none.
@@ -422,7 +426,7 @@ impl Driver {
         if points.is_empty() && self.connectivity.bootstraps.is_starting() {
             return;
         }
-        if points.is_empty() && !self.registrar {
+        if self.connectivity.grapes().is_empty() && !self.registrar {
             let failures = self.connectivity.bootstraps.failures();
             for name in self.held.drain() {
                 let failures = failures.clone();
@@ -488,6 +492,7 @@ impl Driver {
                 self.discovery.lookups.cancel(&name);
             }
         }
+        self.release_held();
         self.housekeeping = now + HOUSEKEEPING;
     }
 }
@@ -565,6 +570,7 @@ impl Driver {
 
     fn dial_candidate(&mut self, peer: PeerId, addresses: Vec<Multiaddr>, now: Instant) {
         if self.connectivity.is_dialling(&peer) {
+            self.discovery.lookups.put_back(&peer, &addresses);
             return;
         }
         // Kademlia may be dialling it with fewer addresses; the connection limits bear a second.
@@ -915,7 +921,10 @@ impl Driver {
                     .lookups
                     .on_discovered(&grape, &name, answered, now);
             }
-            Some(rendezvous::Learned::Unregistered) | None => {}
+            Some(rendezvous::Learned::Resume(grape, name)) => {
+                self.publish(name, Place::Rendezvous(grape), now);
+            }
+            None => {}
         }
     }
 

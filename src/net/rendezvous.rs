@@ -5,7 +5,7 @@
 //! registrations in the store that Kademlia's records are in, so that one set of bounds holds and a
 //! name taken back is gone on both roads.
 
-use std::collections::{HashMap, VecDeque};
+use std::collections::{HashMap, HashSet, VecDeque};
 use std::num::NonZeroUsize;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -15,7 +15,7 @@ use libp2p::request_response::{self, Message, OutboundRequestId};
 use libp2p::{Multiaddr, PeerId};
 use lru::LruCache;
 
-use crate::limits::{LEASE, MAX_CANDIDATES, MIN_LEASE};
+use crate::limits::{LEASE, MAX_CANDIDATES, MIN_LEASE, WITHDRAWN};
 use crate::name::ServiceName;
 use crate::proto::rate::RateLimit;
 use crate::proto::rendezvous::{
@@ -38,8 +38,8 @@ pub(crate) enum Learned {
     Refused(PeerId, ServiceName),
     /// A grape named providers; `None`: it did not answer.
     Discovered(PeerId, ServiceName, Option<Vec<(PeerId, Vec<Multiaddr>)>>),
-    /// A grape has taken a withdrawal, or will not any more.
-    Unregistered,
+    /// A registration that waited for a withdrawal is to be made now.
+    Resume(PeerId, ServiceName),
 }
 
 /// The registrations and discoveries of a node, and those of others that it serves.
@@ -49,9 +49,12 @@ pub(crate) struct Rendezvous {
     /// This node's addresses, signed; made anew when they change.
     record: Option<SignedPeer>,
     asked: HashMap<OutboundRequestId, (PeerId, Asked)>,
-    unregistering: usize,
+    /// Withdrawals under way.
+    unregistering: HashSet<(PeerId, ServiceName)>,
     /// Withdrawals that wait for a stream.
-    waiting: VecDeque<(PeerId, Namespace)>,
+    waiting: VecDeque<(PeerId, ServiceName)>,
+    /// Registrations that wait for a withdrawal of the same name, which could overtake them.
+    held: HashSet<(PeerId, ServiceName)>,
     rate: RateLimit,
     /// What others have taken back here, and when.
     withdrawn: LruCache<([u8; 34], PeerId), Instant>,
@@ -61,7 +64,7 @@ pub(crate) struct Rendezvous {
 enum Asked {
     Register(ServiceName),
     Discover(ServiceName),
-    Unregister,
+    Unregister(ServiceName),
 }
 
 /// The requests that a registrar takes from one peer each second: one that announces 20,000 names
@@ -70,10 +73,6 @@ const REQUESTS_PER_SECOND: u32 = 2_000;
 
 /// The withdrawals under way at once, to stay within a connection's streams.
 const MAX_UNREGISTERING: usize = 32;
-
-/// How long a name that was taken back stays so for Kademlia. Its announcements come on streams of
-/// their own, and one that was under way may arrive after the withdrawal.
-const WITHDRAWN: Duration = Duration::from_secs(5);
 
 /// The withdrawals that are remembered: about 100 KB.
 const MAX_WITHDRAWN: NonZeroUsize = NonZeroUsize::new(1_024).expect("not zero");
@@ -84,8 +83,9 @@ impl Rendezvous {
             keypair,
             record: None,
             asked: HashMap::new(),
-            unregistering: 0,
+            unregistering: HashSet::new(),
             waiting: VecDeque::new(),
+            held: HashSet::new(),
             rate: RateLimit::new(REQUESTS_PER_SECOND),
             withdrawn: LruCache::new(MAX_WITHDRAWN),
         }
@@ -113,7 +113,7 @@ impl Rendezvous {
 
     /// How many withdrawals no grape has confirmed yet.
     pub(crate) fn unregistering(&self) -> usize {
-        self.unregistering + self.waiting.len()
+        self.unregistering.len() + self.waiting.len()
     }
 
     /// Registers a name at a grape; `false` when this node has no address to tell.
@@ -124,6 +124,13 @@ impl Rendezvous {
         name: ServiceName,
         addresses: impl Iterator<Item = &'a Multiaddr>,
     ) -> bool {
+        let entry = (grape, name.clone());
+        // What was announced again need not be withdrawn.
+        self.waiting.retain(|waiting| *waiting != entry);
+        if self.unregistering.contains(&entry) {
+            self.held.insert(entry);
+            return true;
+        }
         let Some(record) = self.signed(addresses) else {
             return false;
         };
@@ -146,20 +153,22 @@ impl Rendezvous {
         grape: PeerId,
         name: &ServiceName,
     ) {
-        let Ok(namespace) = Namespace::new(name.as_ref()) else {
-            return;
-        };
-        self.waiting.push_back((grape, namespace));
+        let entry = (grape, name.clone());
+        self.held.remove(&entry);
+        self.waiting.push_back(entry);
         self.unregister_next(behaviour);
     }
 
     fn unregister_next(&mut self, behaviour: &mut Behaviour) {
-        while self.unregistering < MAX_UNREGISTERING
-            && let Some((grape, namespace)) = self.waiting.pop_front()
+        while self.unregistering.len() < MAX_UNREGISTERING
+            && let Some((grape, name)) = self.waiting.pop_front()
         {
-            self.unregistering += 1;
+            let Ok(namespace) = Namespace::new(name.as_ref()) else {
+                continue;
+            };
+            self.unregistering.insert((grape, name.clone()));
             let request = Request::Unregister { namespace };
-            self.ask(behaviour, grape, request, Asked::Unregister);
+            self.ask(behaviour, grape, request, Asked::Unregister(name));
         }
     }
 
@@ -264,10 +273,15 @@ impl Rendezvous {
                 });
                 Learned::Discovered(grape, name, providers)
             }
-            Asked::Unregister => {
-                self.unregistering -= 1;
+            Asked::Unregister(name) => {
+                let entry = (grape, name);
+                self.unregistering.remove(&entry);
                 self.unregister_next(behaviour);
-                Learned::Unregistered
+                if !self.held.remove(&entry) {
+                    return None;
+                }
+                let (grape, name) = entry;
+                Learned::Resume(grape, name)
             }
         })
     }

@@ -78,7 +78,7 @@ fn behaviour(settings: &Settings, keypair: &identity::Keypair, server: Arc<Serve
         prefixes: admission::Behaviour::new(
             limits.connections_per_prefix,
             // The other half stays free for all other prefixes.
-            limits.pending_connections / 2,
+            (limits.pending_connections / 2).max(1),
         ),
         connections: connection_limits::Behaviour::new(connection_limits(limits)),
         memory: limits

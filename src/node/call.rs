@@ -102,6 +102,10 @@ pub(super) async fn request_to(
 ) -> Result<Reply, RequestError> {
     let mut call = Call::new(node, name, payload, options.delivery)?;
     let attempt = async {
+        if !node.routes().is_connected(&provider) {
+            // Dials it, if it still announces the name.
+            node.wait_for(name, Waiter::All).await?;
+        }
         let slots = node.routes().slots(provider);
         let pick = Pick {
             provider,
@@ -157,7 +161,9 @@ impl<'a> Call<'a> {
         } else {
             // Those known have failed: all others count, not just the first to answer.
             match self.node.wait_for(self.name, Waiter::All).await {
-                Ok(_) => {}
+                // Those that are live now may be tried again: what failed has not run, or may run
+                // twice.
+                Ok(_) => self.tried.clear(),
                 Err(error) => return Err(self.failure.take().unwrap_or(error.into())),
             }
         }

@@ -100,10 +100,12 @@ impl Service {
 
 impl Drop for Service {
     fn drop(&mut self) {
-        // Requests in the queue are answered, as every request that is dropped.
+        // Requests in the queue have not run: their callers may go on to the next provider.
         self.requests.close();
         while let Some(Some(inbound)) = self.requests.recv().now_or_never() {
-            drop(inbound);
+            let message = "not served any more";
+            let error = RemoteError::new(ErrorCode::UnknownService, message);
+            inbound.responder.answer(Err(error));
         }
     }
 }

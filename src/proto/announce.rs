@@ -14,7 +14,7 @@ use std::time::{Duration, Instant};
 use libp2p::PeerId;
 use rand::RngExt;
 
-use crate::limits::{LEASE, MIN_LEASE, RENEWALS_PER_LEASE};
+use crate::limits::{LEASE, MIN_LEASE, RENEWALS_PER_LEASE, WITHDRAWN};
 use crate::name::ServiceName;
 
 /// The publications under way at once: a few round trips' worth, far below a grape's stream limits.
@@ -41,6 +41,8 @@ pub(crate) struct Announcements {
     ready: VecDeque<(ServiceName, Place)>,
     queued: HashSet<(ServiceName, Place)>,
     in_flight: HashSet<(ServiceName, Place)>,
+    /// Those in flight whose name has been withdrawn since: what they lead to is undone.
+    stale: HashSet<(ServiceName, Place)>,
     due: BTreeSet<(Instant, ServiceName, Place)>,
     /// The shortest lease that a grape has granted. Kademlia grants without saying how long.
     granted: Duration,
@@ -63,6 +65,7 @@ impl Announcements {
             ready: VecDeque::new(),
             queued: HashSet::new(),
             in_flight: HashSet::new(),
+            stale: HashSet::new(),
             due: BTreeSet::new(),
             granted: LEASE,
         }
@@ -90,6 +93,8 @@ impl Announcements {
         for (place, at) in announcement.due {
             self.due.remove(&(at, name.clone(), place));
         }
+        let in_flight = self.in_flight.iter().filter(|(busy, _)| busy == name);
+        self.stale.extend(in_flight.cloned());
         true
     }
 
@@ -120,6 +125,7 @@ impl Announcements {
         let place = Place::Rendezvous(*grape);
         self.queued.retain(|(_, queued)| *queued != place);
         self.in_flight.retain(|(_, busy)| *busy != place);
+        self.stale.retain(|(_, stale)| *stale != place);
         for (name, announcement) in &mut self.names {
             // What Kademlia sent last may not have arrived.
             announcement.in_kademlia &= !alone;
@@ -162,7 +168,7 @@ impl Announcements {
         now: Instant,
     ) -> bool {
         let place = Place::Rendezvous(grape);
-        if !self.in_flight.remove(&(name.clone(), place)) {
+        if !self.has_ended(name, place) {
             return false;
         }
         self.granted = self.granted.min(lease).max(MIN_LEASE);
@@ -184,23 +190,48 @@ impl Announcements {
     /// Kademlia has sent the name to the closest grapes. Returns as
     /// [`on_registered`](Self::on_registered) does.
     pub(crate) fn on_provided(&mut self, name: &ServiceName, now: Instant) -> bool {
-        if !self.in_flight.remove(&(name.clone(), Place::Kademlia)) {
+        if !self.has_ended(name, Place::Kademlia) {
             return false;
         }
-        self.schedule(name, Place::Kademlia, now + renewal(self.granted));
-        if let Some(announcement) = self.names.get_mut(name) {
-            announcement.in_kademlia = true;
-        }
+        let Some(announcement) = self.names.get_mut(name) else {
+            return false;
+        };
+        let first = !std::mem::replace(&mut announcement.in_kademlia, true);
+        let renew = if first {
+            // A grape that remembers an earlier withdrawal has refused it.
+            WITHDRAWN + Duration::from_secs(1)
+        } else {
+            renewal(self.granted)
+        };
+        self.schedule(
+            name,
+            Place::Kademlia,
+            now + renew.min(renewal(self.granted)),
+        );
         self.newly_published(name)
     }
 
     /// A place did not take the name. Returns as [`on_registered`](Self::on_registered) does.
     pub(crate) fn on_refused(&mut self, name: &ServiceName, place: Place, now: Instant) -> bool {
-        if !self.in_flight.remove(&(name.clone(), place)) {
+        if !self.has_ended(name, place) {
             return false;
         }
         self.schedule(name, place, now + RETRY);
         self.newly_published(name)
+    }
+
+    /// A publication is over; `false` if it counts for nothing. One that was begun for an earlier
+    /// announcement of the name is begun again, because its withdrawal follows it.
+    fn has_ended(&mut self, name: &ServiceName, place: Place) -> bool {
+        let entry = (name.clone(), place);
+        if !self.in_flight.remove(&entry) {
+            return false;
+        }
+        let stale = self.stale.remove(&entry);
+        if stale && self.names.contains_key(name) {
+            self.publish(name, place);
+        }
+        !stale
     }
 
     /// Kademlia does not confirm: it counts only where no rendezvous point is about to.
@@ -369,6 +400,24 @@ mod tests {
         let published = publish_all(&mut announcements, now + 2 * LEASE);
         assert!(published.iter().all(|(published, _)| *published == name(2)));
         assert!(!announcements.withdraw(&name(1)));
+    }
+
+    #[test]
+    fn a_name_announced_again_is_published_again_whatever_was_in_flight() {
+        let (grape, now) = (PeerId::random(), Instant::now());
+        let mut announcements = Announcements::new();
+        announcements.on_grape(grape);
+        announcements.announce(&name(1));
+        publish_all(&mut announcements, now);
+        announcements.withdraw(&name(1));
+        announcements.announce(&name(1));
+        assert!(
+            !announcements.on_registered(&name(1), grape, LEASE, now),
+            "this was the withdrawn one"
+        );
+        announcements.on_provided(&name(1), now);
+        assert_eq!(publish_all(&mut announcements, now).len(), 2);
+        assert!(announcements.on_registered(&name(1), grape, LEASE, now));
     }
 
     #[test]

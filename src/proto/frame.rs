@@ -4,9 +4,8 @@
 //! * A length beyond the caller's limit is refused before anything is allocated for it.
 //! * The buffer grows as bytes arrive, to at most twice what has arrived: a claimed length costs the sender
 //!   as much as it costs us.
-//! * Nothing beyond the frame is read, so frames can follow each other on one stream.
-//!
-//! There is no time-out here: who reads from a stranger sets one.
+//! * [`read_frame`] reads nothing beyond the frame and has no time-out: who reads from a stranger
+//!   sets one. [`FrameReader`] reads ahead, and has both.
 
 use std::io;
 use std::ops::Range;
@@ -140,8 +139,8 @@ pub struct FrameReader<R> {
     /// Where in `buffer` the next frame begins, and where what has arrived ends.
     begin: usize,
     end: usize,
-    budget: Arc<Semaphore>,
-    held: Option<OwnedSemaphorePermit>,
+    budgets: Vec<Arc<Semaphore>>,
+    held: Vec<OwnedSemaphorePermit>,
 }
 
 /// The smallest read: most messages fit, and a stream that is silent holds no more.
@@ -154,15 +153,15 @@ const FREE_LEN: usize = 16 * 1024;
 const HEAD_LEN: usize = 512;
 
 impl<R: AsyncRead + Unpin> FrameReader<R> {
-    /// Begins to read, within a budget of so many bytes.
-    pub fn new(io: R, budget: Arc<Semaphore>) -> Self {
+    /// Begins to read, within each of these budgets of bytes.
+    pub fn new(io: R, budgets: Vec<Arc<Semaphore>>) -> Self {
         Self {
             io,
             buffer: Vec::new(),
             begin: 0,
             end: 0,
-            budget,
-            held: None,
+            budgets,
+            held: Vec::new(),
         }
     }
 
@@ -194,7 +193,7 @@ impl<R: AsyncRead + Unpin> FrameReader<R> {
     /// Reads on until the frame is whole.
     async fn complete(&mut self, max: usize) -> Result<Range<usize>, FrameError> {
         loop {
-            if !self.make_room() {
+            if !self.make_room(max)? {
                 return Err(self.skip(max).await?);
             }
             if !self.fill().await? {
@@ -237,39 +236,46 @@ impl<R: AsyncRead + Unpin> FrameReader<R> {
     /// Forgets what has been read; a buffer that has grown far is given back.
     fn empty(&mut self) {
         (self.begin, self.end) = (0, 0);
-        if self.held.take().is_some() {
+        if !self.held.is_empty() {
+            self.held.clear();
             self.buffer.truncate(FREE_LEN);
             self.buffer.shrink_to_fit();
         }
     }
 
-    /// Makes room behind what has arrived; `false` if the budget has none.
-    fn make_room(&mut self) -> bool {
+    /// Makes room behind what has arrived, for the frame that is being read and not beyond it;
+    /// `false` if a budget has none.
+    fn make_room(&mut self, max: usize) -> Result<bool, FrameError> {
         if self.begin > 0 {
             self.buffer.copy_within(self.begin..self.end, 0);
             (self.begin, self.end) = (0, self.end - self.begin);
         }
         if self.end < self.buffer.len() {
-            return true;
+            return Ok(true);
         }
-        let grown = 2 * self.buffer.len();
-        let more = grown.saturating_sub(self.buffer.len().max(FREE_LEN));
+        let (body, _) = self.body(max)?;
+        let len = self.buffer.len();
+        let grown = (2 * len).min(body.end.max(FREE_LEN)).max(len + 1);
+        let more = grown.saturating_sub(len.max(FREE_LEN));
         if more > 0 && !self.take(more) {
-            return false;
+            return Ok(false);
         }
         self.buffer.resize(grown, 0);
-        true
+        Ok(true)
     }
 
+    /// Takes bytes of every budget, or of none.
     fn take(&mut self, bytes: usize) -> bool {
         let bytes = u32::try_from(bytes).unwrap_or(u32::MAX);
-        let Ok(more) = Arc::clone(&self.budget).try_acquire_many_owned(bytes) else {
+        let taken: Result<Vec<_>, _> = self
+            .budgets
+            .iter()
+            .map(|budget| Arc::clone(budget).try_acquire_many_owned(bytes))
+            .collect();
+        let Ok(taken) = taken else {
             return false;
         };
-        match &mut self.held {
-            Some(held) => held.merge(more),
-            None => self.held = Some(more),
-        }
+        self.held.extend(taken);
         true
     }
 
@@ -540,7 +546,7 @@ mod tests {
         budget: Arc<Semaphore>,
     ) -> (Vec<Vec<u8>>, Option<FrameError>) {
         let io = futures::stream::iter(stream.chunks(at_once).map(Ok)).into_async_read();
-        let mut reader = FrameReader::new(io, budget);
+        let mut reader = FrameReader::new(io, vec![budget]);
         let mut frames = Vec::new();
         loop {
             match reader.next(MAX, PATIENCE, PATIENCE).await {
@@ -593,7 +599,7 @@ mod tests {
         for (room, fits) in [(4 * FREE_LEN, true), (FREE_LEN, false)] {
             let shared = budget(room);
             let io = Cursor::new(stream.as_slice());
-            let mut reader = FrameReader::new(io, Arc::clone(&shared));
+            let mut reader = FrameReader::new(io, vec![Arc::clone(&shared)]);
             for expected in [large.as_slice(), b"next", &large] {
                 let read = reader.next(4 * FREE_LEN, PATIENCE, PATIENCE).await;
                 match read {

@@ -179,6 +179,25 @@ impl<Q: Copy + Eq + Hash> Lookups<Q> {
         self.wake(name, now + LOOKUP_DEADLINE);
     }
 
+    /// Whether a lookup of the name runs.
+    pub(crate) fn is_running(&self, name: &ServiceName) -> bool {
+        self.running.contains_key(name)
+    }
+
+    /// The addresses of a [`Step::Dial`] were not used, because a dial to the peer was under way
+    /// already: they are tried if that one fails.
+    pub(crate) fn put_back(&mut self, peer: &PeerId, addresses: &[Multiaddr]) {
+        for lookup in self.running.values_mut() {
+            if let Some(candidate) = lookup.candidates.get_mut(peer) {
+                let (put_back, tried) = std::mem::take(&mut candidate.tried)
+                    .into_iter()
+                    .partition(|address| addresses.contains(address));
+                candidate.tried = tried;
+                candidate.untried = put_back;
+            }
+        }
+    }
+
     /// How many lookups run.
     pub(crate) fn len(&self) -> usize {
         self.running.len()

@@ -1,7 +1,7 @@
 //! Whom a request goes to: the live providers known for each name, and how busy each one is.
 //!
-//! Of the providers not tried yet, connected ones come first; of two of those drawn at random the
-//! one with fewer requests under way is taken (power of two choices), which spreads well without
+//! Of the connected providers not tried yet, two are drawn at random and the one with fewer requests
+//! under way is taken (power of two choices), which spreads well without
 //! any node knowing the load of all. What is known of a name is used for [`FRESH`] without asking,
 //! and for as long as one provider stays connected while it is being asked for again.
 //!
@@ -81,18 +81,13 @@ impl Routes {
     ) -> Option<Pick> {
         let route = self.names.get_mut(name)?;
         let stale = now >= route.looked_up + FRESH;
-        let untried = || route.providers.iter().filter(|peer| !tried.contains(peer));
-        let connected = untried().filter(|peer| self.connected.contains(peer));
-        let mut drawn = connected.copied().sample(&mut rand::rng(), 2);
-        if stale {
-            if drawn.is_empty() {
-                return None;
-            }
+        // One that is not connected has to be looked up: only that knows where to dial it.
+        let untried = route.providers.iter().filter(|peer| !tried.contains(peer));
+        let connected = untried.filter(|peer| self.connected.contains(peer));
+        let drawn = connected.copied().sample(&mut rand::rng(), 2);
+        if stale && !drawn.is_empty() {
             // The caller looks it up again; the next one need not.
             route.looked_up = now;
-        }
-        if drawn.is_empty() {
-            drawn = untried().copied().sample(&mut rand::rng(), 2);
         }
         let provider = drawn
             .into_iter()
@@ -147,6 +142,10 @@ impl Routes {
                 self.names.pop(name);
             }
         }
+    }
+
+    pub(crate) fn is_connected(&self, peer: &PeerId) -> bool {
+        self.connected.contains(peer)
     }
 
     pub(crate) fn on_connected(&mut self, peer: PeerId) {
@@ -230,14 +229,14 @@ mod tests {
     }
 
     #[test]
-    fn a_connected_provider_comes_before_one_that_is_not() {
+    fn a_provider_that_is_not_connected_is_not_taken() {
         let (far, near, now) = (PeerId::random(), PeerId::random(), Instant::now());
         let mut routes = routes(&[far, near], now);
         routes.on_disconnected(&far);
         for _ in 0..20 {
             assert_eq!(routes.pick(&name(), &[], now).unwrap().provider, near);
         }
-        assert_eq!(routes.pick(&name(), &[near], now).unwrap().provider, far);
+        assert!(routes.pick(&name(), &[near], now).is_none());
     }
 
     #[test]

@@ -17,7 +17,7 @@ use futures::future::{Either, select};
 use futures::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 use libp2p::PeerId;
 use libp2p::swarm::Stream;
-use tokio::sync::{Semaphore, mpsc, oneshot};
+use tokio::sync::{mpsc, oneshot};
 use tokio::time::timeout;
 
 use super::Outcome;
@@ -123,9 +123,9 @@ async fn run(stream: impl AsyncRead + AsyncWrite + Unpin, mut requests: mpsc::Re
     let (reader, writer) = stream.split();
     let open = Mutex::default();
     let ended = {
-        // What arrives was asked for: replies to at most so many requests of this node's own.
-        let budget = Arc::new(Semaphore::new(Semaphore::MAX_PERMITS));
-        let reading = std::pin::pin!(read(FrameReader::new(reader, budget), &open));
+        // What arrives was asked for: one frame at a time, and decoded for a caller that waits.
+        let frames = FrameReader::new(reader, Vec::new());
+        let reading = std::pin::pin!(read(frames, &open));
         let writing = std::pin::pin!(write(writer, &mut requests, &open));
         match select(reading, writing).await {
             Either::Left((result, _)) | Either::Right((result, _)) => result,
@@ -184,10 +184,13 @@ async fn write<W: AsyncWrite + Unpin>(
     open: &Mutex<Open>,
 ) -> io::Result<()> {
     let (mut batch, mut buffer, mut frame) = (Vec::new(), Vec::new(), Vec::new());
+    // The remote waits only so long for the first request. Of the two this side closes first: it
+    // knows that nothing is on its way.
+    let mut rest = FRAME_DEADLINE / 2;
     loop {
-        match timeout(KEPT_IDLE, requests.recv_many(&mut batch, MAX_PIPELINED)).await {
+        match timeout(rest, requests.recv_many(&mut batch, MAX_PIPELINED)).await {
             Ok(0) => return Ok(()),
-            Ok(_) => {}
+            Ok(_) => rest = KEPT_IDLE,
             Err(_) if lock(open).is_resting() => return Ok(()),
             Err(_) => continue,
         }

@@ -19,10 +19,10 @@ use futures::future::{Either, select};
 use futures::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 use libp2p::PeerId;
 use tokio::sync::mpsc::{self, OwnedPermit};
-use tokio::sync::{Notify, Semaphore};
+use tokio::sync::{Notify, OwnedSemaphorePermit, Semaphore};
 use tokio::time::timeout;
 
-use crate::limits::{FRAME_DEADLINE, IDLE_TIMEOUT, Limits, MAX_PIPELINED};
+use crate::limits::{FRAME_DEADLINE, IDLE_TIMEOUT, Limits, MAX_PIPELINED, MAX_SERVED_STREAMS};
 use crate::metrics::Metrics;
 use crate::name::ServiceName;
 use crate::proto::frame::{FrameError, FrameReader, append_frame};
@@ -42,18 +42,20 @@ pub(crate) struct Server {
     total: Usage,
     max_requests: usize,
     max_bytes: usize,
-    /// The bytes that frames still arriving may take.
-    arriving: Arc<Semaphore>,
+    /// One permit for each stream that is served.
+    streams: Arc<Semaphore>,
     stopping: AtomicBool,
     idle: Notify,
     metrics: Arc<Metrics>,
 }
 
-/// What is used of the budget.
-#[derive(Debug, Default)]
+/// What is used of the budget, by all or by one peer.
+#[derive(Debug)]
 struct Usage {
     requests: AtomicUsize,
     bytes: AtomicUsize,
+    /// The bytes that frames still arriving may take.
+    arriving: Arc<Semaphore>,
 }
 
 /// A request on its way to a handler.
@@ -94,12 +96,10 @@ impl Server {
         Arc::new(Self {
             services: RwLock::default(),
             peers: Mutex::default(),
-            total: Usage::default(),
+            total: Usage::new(limits.inbound_bytes),
             max_requests: limits.inbound_requests,
             max_bytes: limits.inbound_bytes,
-            arriving: Arc::new(Semaphore::new(
-                limits.inbound_bytes.min(Semaphore::MAX_PERMITS),
-            )),
+            streams: Arc::new(Semaphore::new(MAX_SERVED_STREAMS)),
             stopping: AtomicBool::new(false),
             idle: Notify::new(),
             metrics,
@@ -145,6 +145,11 @@ impl Server {
         }
     }
 
+    /// A place for one more stream, if there is one.
+    pub(crate) fn stream_place(&self) -> Option<OwnedSemaphorePermit> {
+        Arc::clone(&self.streams).try_acquire_owned().ok()
+    }
+
     fn handler(&self, service: &str) -> Option<mpsc::Sender<Inbound>> {
         let services = self.services.read().unwrap_or_else(PoisonError::into_inner);
         services.get(service).cloned()
@@ -157,7 +162,7 @@ impl Server {
             return usage;
         }
         peers.retain(|_, usage| usage.strong_count() > 0);
-        let usage = Arc::default();
+        let usage = Arc::new(Usage::new(share(self.max_bytes)));
         peers.insert(peer, Arc::downgrade(&usage));
         usage
     }
@@ -186,6 +191,17 @@ impl Server {
         };
         let serves = !self.stopping.load(Ordering::Relaxed) && self.handler(name).is_some();
         Ok(vec![u8::from(serves)])
+    }
+}
+
+impl Usage {
+    fn new(max_bytes: usize) -> Self {
+        let arriving = Semaphore::new(max_bytes.min(Semaphore::MAX_PERMITS));
+        Self {
+            requests: AtomicUsize::new(0),
+            bytes: AtomicUsize::new(0),
+            arriving: Arc::new(arriving),
+        }
     }
 }
 
@@ -228,7 +244,7 @@ fn weight(payload: usize) -> usize {
 
 /// What one peer may use of a budget.
 fn share(budget: usize) -> usize {
-    (budget * 3 / 4).max(1)
+    (budget - budget / 4).max(1)
 }
 
 impl Responder {
@@ -272,31 +288,38 @@ pub(crate) async fn serve(
     stream: impl AsyncRead + AsyncWrite + Unpin,
 ) {
     let (reader, writer) = stream.split();
-    let (replies, queue) = mpsc::channel(MAX_PIPELINED);
-    let frames = FrameReader::new(reader, Arc::clone(&server.arriving));
-    let reading = std::pin::pin!(read(&server, peer, frames, replies));
-    let writing = std::pin::pin!(write(writer, queue));
-    let ended = match select(reading, writing).await {
-        Either::Left((Ok(()), writing)) => writing.await,
-        Either::Left((Err(error), writing)) => {
-            // What was asked before the fault is still answered.
-            let _ = writing.await;
-            Err(error)
+    let (replies, mut queue) = mpsc::channel(MAX_PIPELINED);
+    let usage = server.usage_of(peer);
+    let budgets = [&server.total, &*usage].map(|usage| Arc::clone(&usage.arriving));
+    let frames = FrameReader::new(reader, budgets.into());
+    let ended = {
+        let reading = std::pin::pin!(read(&server, peer, &usage, frames, replies));
+        let writing = std::pin::pin!(write(writer, &mut queue));
+        match select(reading, writing).await {
+            Either::Left((Ok(()), writing)) => writing.await,
+            Either::Left((Err(error), writing)) => {
+                // What was asked before the fault is still answered.
+                let _ = writing.await;
+                Err(error)
+            }
+            Either::Right((result, _)) => result,
         }
-        Either::Right((result, _)) => result,
     };
+    // What handlers still answer gives its places back at once: nobody will read it.
+    queue.close();
     if let Err(error) = ended {
         tracing::debug!(%peer, %error, "an RPC stream has failed");
     }
+    while queue.recv().await.is_some() {}
 }
 
 async fn read<R: AsyncRead + Unpin>(
     server: &Arc<Server>,
     peer: PeerId,
+    usage: &Arc<Usage>,
     mut frames: FrameReader<R>,
     replies: mpsc::Sender<Answer>,
 ) -> io::Result<()> {
-    let usage = server.usage_of(peer);
     let mut patience = FRAME_DEADLINE;
     loop {
         let Ok(permit) = replies.clone().reserve_owned().await else {
@@ -330,7 +353,7 @@ async fn read<R: AsyncRead + Unpin>(
             Err(error) => return Err(error.into()),
         };
         match Request::decode(frame) {
-            Ok(request) => dispatch(server, peer, &usage, request, permit),
+            Ok(request) => dispatch(server, peer, usage, request, permit),
             Err(error) => {
                 let code = match error {
                     DecodeError::TooLarge { .. } => ErrorCode::TooLarge,
@@ -408,7 +431,7 @@ fn dispatch(
 /// Writes replies as they come, those that wait together in one go.
 async fn write<W: AsyncWrite + Unpin>(
     mut writer: W,
-    mut queue: mpsc::Receiver<Answer>,
+    queue: &mut mpsc::Receiver<Answer>,
 ) -> io::Result<()> {
     let (mut batch, mut buffer, mut frame) = (Vec::new(), Vec::new(), Vec::new());
     while queue.recv_many(&mut batch, WRITE_BATCH).await > 0 {

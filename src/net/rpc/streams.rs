@@ -177,15 +177,17 @@ impl ConnectionHandler for Handler {
                 ..
             }) => {
                 // The handler itself holds one of the references.
-                if Arc::strong_count(&self.accepted) > MAX_RPC_STREAMS {
+                let full = Arc::strong_count(&self.accepted) > MAX_RPC_STREAMS;
+                let place = self.server.stream_place().filter(|_| !full);
+                let Some(place) = place else {
                     tracing::debug!(peer = %self.peer, "too many streams: one is closed");
                     return;
-                }
+                };
                 let (server, peer) = (Arc::clone(&self.server), self.peer);
                 let accepted = Arc::clone(&self.accepted);
                 tokio::spawn(async move {
                     serve(server, peer, stream).await;
-                    drop(accepted);
+                    drop((accepted, place));
                 });
             }
             ConnectionEvent::FullyNegotiatedOutbound(FullyNegotiatedOutbound {
