@@ -806,3 +806,56 @@ async fn requests_under_random_cancellation_get_their_own_reply_and_no_other() {
     })
     .await;
 }
+
+#[tokio::test]
+async fn a_name_announced_again_at_once_is_found() {
+    in_time(async {
+        let testnet = Testnet::new(2).await.unwrap();
+        let (server, client) = (testnet.peer().await.unwrap(), testnet.peer().await.unwrap());
+        let names: Vec<_> = (0..100)
+            .map(|number| name(&format!("name{number}")))
+            .collect();
+        let announce_all =
+            || futures::future::try_join_all(names.iter().map(|name| server.announce(name)));
+        drop(announce_all().await.unwrap());
+        let _services = announce_all().await.unwrap();
+        for name in &names {
+            client.lookup(name).await.unwrap();
+        }
+        // Given up while its registration is under way, and announced again.
+        for number in 0..30 {
+            let name = name(&format!("hasty{number}"));
+            let _ = timeout(Duration::from_micros(number * 50), server.announce(&name)).await;
+            let _service = server.announce(&name).await.unwrap();
+            client.lookup(&name).await.unwrap();
+        }
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn a_provider_whose_connection_broke_is_called_again() {
+    in_time(async {
+        let testnet = Testnet::new(1).await.unwrap();
+        let (server, client) = (testnet.peer().await.unwrap(), testnet.peer().await.unwrap());
+        echo(&server, "client1").await;
+        let provider = client.lookup(&name("client1")).await.unwrap().remove(0);
+        let mut status = client.status();
+        for direct in [false, true] {
+            client.request(&name("client1"), "before").await.unwrap();
+            client.block(server.peer_id()).await;
+            status.wait_for(|status| status.peers == 1).await.unwrap();
+            client.unblock(server.peer_id()).await;
+            let options = RequestOptions::default();
+            if direct {
+                client
+                    .request_to(&provider, &name("client1"), "after", options)
+                    .await
+                    .unwrap();
+            } else {
+                client.request(&name("client1"), "after").await.unwrap();
+            }
+        }
+    })
+    .await;
+}
