@@ -7,7 +7,7 @@ use std::net::TcpListener;
 use std::time::{Duration, Instant};
 
 use grapevine::{Identity, Multiaddr, Node, Role, Service};
-use process::{Program, Run, in_time, key_file, run};
+use process::{Program, Run, in_time, key_file, run, run_into};
 use rustix::process::Signal;
 
 /// Nobody listens there: the port takes privileges.
@@ -473,6 +473,20 @@ async fn a_peer_whose_messages_nobody_reads_ends_in_peace() {
         peer.closes_output();
         send(&grape, "client1", "hello").await;
         assert_eq!(peer.end().await.code(), Some(0));
+    })
+    .await;
+}
+
+#[cfg(target_os = "linux")]
+#[tokio::test]
+async fn a_reply_that_cannot_be_written_is_a_failure() {
+    in_time(async {
+        let full = std::fs::File::options().write(true).open("/dev/full");
+        let given = ["--default-grape", NOBODY, "--to", "echo", "hello"];
+        let chat = run_into(full.unwrap(), "chat", &given).await;
+        assert_eq!(chat.code, Some(1), "{chat:?}");
+        let reason = "error: cannot write to standard output: No space left on device";
+        assert!(chat.stderr.contains(reason), "{chat:?}");
     })
     .await;
 }
