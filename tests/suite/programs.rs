@@ -444,6 +444,23 @@ async fn a_signal_while_an_answer_is_awaited_ends_chat() {
 }
 
 #[tokio::test]
+async fn a_person_is_told_that_an_answer_is_late() {
+    in_time(async {
+        let grape = grape(&[]).await;
+        let slow = node(&grape).await;
+        let mut service = service(&slow, "slow").await;
+        let mut chat = conversation(&grape.address);
+        chat.types("slow").await;
+        chat.types("hello").await;
+        let request = service.next().await.unwrap();
+        chat.says("no answer from slow yet; Ctrl-C: leave").await;
+        request.reply("at last");
+        assert_eq!(chat.line().await, "at last");
+    })
+    .await;
+}
+
+#[tokio::test]
 async fn a_signal_while_a_message_is_being_printed_ends_peer() {
     in_time(async {
         let grape = grape(&[]).await;
