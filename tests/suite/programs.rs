@@ -107,6 +107,19 @@ async fn one_message_works_with_nothing_else_running() {
 }
 
 #[tokio::test]
+async fn a_person_whom_nobody_can_find_is_told_so() {
+    in_time(async {
+        let mut chat = Program::start("chat", &["--default-grape", NOBODY, "--name", "ann"]);
+        chat.says(
+            "no grape at /ip4/127.0.0.1/tcp/1: started one inside this program, with a peer named \
+             \"echo\"; others cannot find ann in it: start a grape first, or use --bootstrap",
+        )
+        .await;
+    })
+    .await;
+}
+
+#[tokio::test]
 async fn a_grape_that_is_found_is_used_as_it_is() {
     in_time(async {
         let grape = grape(&[]).await;
