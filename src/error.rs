@@ -1,6 +1,6 @@
-//! One error enum for each verb. All are `Clone + PartialEq`, name no libp2p type but addresses and
-//! ids, and say in [`is_retryable`](RequestError::is_retryable) whether the same call may succeed
-//! later without a change.
+//! One error enum for each verb. All are `Clone + PartialEq` and name no libp2p type but addresses and
+//! ids. Those of a running node say in [`is_retryable`](RequestError::is_retryable) whether the same
+//! call may succeed later without a change.
 
 use std::fmt;
 

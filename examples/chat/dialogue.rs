@@ -1,6 +1,10 @@
 //! A conversation: a name, its providers, messages and replies, until `exit` or the end of input.
 
+use std::pin::pin;
+use std::time::Duration;
+
 use grapevine::{Node, Provider, ServiceName};
+use tokio::time::timeout;
 
 use crate::Cli;
 use crate::common::output::Output;
@@ -13,6 +17,10 @@ const RULES: &str = "empty line: another name; exit: leave";
 
 /// How many providers are shown by their ids.
 const SHOWN: usize = 5;
+
+/// How long nothing happens before a person is told what they wait for. A peer that was killed can
+/// take a whole time-out to be found dead.
+const PATIENCE: Duration = Duration::from_secs(2);
 
 pub(crate) struct Dialogue {
     prompt: Prompt,
@@ -82,7 +90,8 @@ impl Dialogue {
                 Line::Text(text) => text,
                 end => return end,
             };
-            if let Err(failure) = self.mail.send(name, &text).await {
+            let sent = self.patiently(name, self.mail.send(name, &text)).await;
+            if let Err(failure) = sent {
                 self.complain(&failure.message).await;
             }
         }
@@ -101,7 +110,7 @@ impl Dialogue {
 
     /// Whether somebody answers to the name.
     async fn show_providers(&self, name: &ServiceName) -> bool {
-        match self.mail.node.lookup(name).await {
+        match self.patiently(name, self.mail.node.lookup(name)).await {
             Ok(providers) => {
                 self.output.note(&describe(name, &providers)).await;
                 true
@@ -111,6 +120,17 @@ impl Dialogue {
                 false
             }
         }
+    }
+
+    /// What `work` leads to. Tells the person if that takes long: there is no prompt meanwhile.
+    async fn patiently<T>(&self, name: &ServiceName, work: impl Future<Output = T>) -> T {
+        let mut work = pin!(work);
+        if let Ok(done) = timeout(PATIENCE, &mut work).await {
+            return done;
+        }
+        let line = format!("no answer from {name} yet; Ctrl-C: leave");
+        self.output.note(&line).await;
+        work.await
     }
 
     async fn complain(&self, message: &str) {

@@ -135,7 +135,11 @@ async fn one_message(cli: &Cli, text: &str, stop: &Stop) -> Result<Result<u8, Fa
         None => Ok(Ok(())),
     };
     network.leave().await;
-    Ok(sent?.map(|()| 0))
+    match sent? {
+        // The reply is lost, although it came.
+        Ok(()) if stop.cause() == Some(Cause::Unwritable) => Err(Cause::Unwritable),
+        sent => Ok(sent.map(|()| 0)),
+    }
 }
 
 async fn conversation(cli: &Cli, stop: &Stop) -> Result<Result<(), Failure>, Cause> {

@@ -34,10 +34,16 @@ impl Network {
         }
         shut_down(&node).await;
         let (grape, echo) = start_inside().await?;
+        let address = &cli.default.default_grape;
+        let others = match (&cli.name, &cli.text) {
+            (Some(name), None) => {
+                format!("others cannot find {name} in it: start a grape first, or use --bootstrap")
+            }
+            _ => "--bootstrap joins others".into(),
+        };
         note(&format!(
-            "no grape at {}: started one inside this program, with a peer named \"{ECHO}\"; \
-             --bootstrap joins others",
-            cli.default.default_grape
+            "no grape at {address}: started one inside this program, with a peer named \"{ECHO}\"; \
+             {others}"
         ));
         flags.bootstrap = grape.addresses();
         let node = flags.builder(Role::Peer, listen)?.spawn().await?;

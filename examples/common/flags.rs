@@ -19,12 +19,13 @@ const SHOWN: usize = 60;
 #[command(next_help_heading = "Network")]
 pub(crate) struct Flags {
     /// Listen on this address, e.g. /ip4/0.0.0.0/tcp/20001 or /ip4/0.0.0.0/udp/20001/quic-v1; port 0 is any
+    /// (repeatable)
     #[arg(long, value_name = "MULTIADDR", value_parser = listen_address)]
     listen: Vec<Multiaddr>,
-    /// Join by the grape at this address; a /p2p/<ID> at its end is checked
+    /// Join by the grape at this address; a /p2p/<ID> at its end is checked (repeatable)
     #[arg(long, value_name = "MULTIADDR", value_parser = dial_address)]
     pub(crate) bootstrap: Vec<Multiaddr>,
-    /// Tell others this address too, e.g. that of a forwarded port
+    /// Tell others this address too, e.g. that of a forwarded port (repeatable)
     #[arg(long, value_name = "MULTIADDR", value_parser = external_address)]
     external: Vec<Multiaddr>,
     /// Keep the node's key in this file; made when missing

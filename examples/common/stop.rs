@@ -52,6 +52,12 @@ impl Stop {
         self.0.send_replace(Some(cause));
     }
 
+    /// Why the program is to stop, if it is.
+    #[allow(dead_code, reason = "only chat ends by itself")]
+    pub(crate) fn cause(&self) -> Option<Cause> {
+        *self.0.borrow()
+    }
+
     /// Returns when the program is to stop. Cancel-safe.
     pub(crate) async fn asked(&self) -> Cause {
         let mut causes = self.0.subscribe();

@@ -130,8 +130,8 @@ pub fn append_frame(out: &mut Vec<u8>, body: &[u8]) {
 /// Reads frames that follow each other on a stream, many of them with one read.
 ///
 /// Holds what has arrived and not been asked for, in a buffer that grows with what has arrived, not
-/// with what is claimed. Beyond its first [`FREE_LEN`] bytes it takes from a budget that readers
-/// share, until it is empty again.
+/// with what is claimed. Beyond its first 16 KiB it takes from a budget that readers share,
+/// until it is empty again.
 #[derive(Debug)]
 pub struct FrameReader<R> {
     io: R,

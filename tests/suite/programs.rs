@@ -7,7 +7,7 @@ use std::net::TcpListener;
 use std::time::{Duration, Instant};
 
 use grapevine::{Identity, Multiaddr, Node, Role, Service};
-use process::{Program, Run, in_time, key_file, run};
+use process::{Program, Run, in_time, key_file, run, run_into};
 use rustix::process::Signal;
 
 /// Nobody listens there: the port takes privileges.
@@ -102,6 +102,19 @@ async fn one_message_works_with_nothing_else_running() {
                     .starts_with("no grape at /ip4/127.0.0.1/tcp/1: started one inside")
             );
         }
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn a_person_whom_nobody_can_find_is_told_so() {
+    in_time(async {
+        let mut chat = Program::start("chat", &["--default-grape", NOBODY, "--name", "ann"]);
+        chat.says(
+            "no grape at /ip4/127.0.0.1/tcp/1: started one inside this program, with a peer named \
+             \"echo\"; others cannot find ann in it: start a grape first, or use --bootstrap",
+        )
+        .await;
     })
     .await;
 }
@@ -444,6 +457,23 @@ async fn a_signal_while_an_answer_is_awaited_ends_chat() {
 }
 
 #[tokio::test]
+async fn a_person_is_told_that_an_answer_is_late() {
+    in_time(async {
+        let grape = grape(&[]).await;
+        let slow = node(&grape).await;
+        let mut service = service(&slow, "slow").await;
+        let mut chat = conversation(&grape.address);
+        chat.types("slow").await;
+        chat.types("hello").await;
+        let request = service.next().await.unwrap();
+        chat.says("no answer from slow yet; Ctrl-C: leave").await;
+        request.reply("at last");
+        assert_eq!(chat.line().await, "at last");
+    })
+    .await;
+}
+
+#[tokio::test]
 async fn a_signal_while_a_message_is_being_printed_ends_peer() {
     in_time(async {
         let grape = grape(&[]).await;
@@ -473,6 +503,20 @@ async fn a_peer_whose_messages_nobody_reads_ends_in_peace() {
         peer.closes_output();
         send(&grape, "client1", "hello").await;
         assert_eq!(peer.end().await.code(), Some(0));
+    })
+    .await;
+}
+
+#[cfg(target_os = "linux")]
+#[tokio::test]
+async fn a_reply_that_cannot_be_written_is_a_failure() {
+    in_time(async {
+        let full = std::fs::File::options().write(true).open("/dev/full");
+        let given = ["--default-grape", NOBODY, "--to", "echo", "hello"];
+        let chat = run_into(full.unwrap(), "chat", &given).await;
+        assert_eq!(chat.code, Some(1), "{chat:?}");
+        let reason = "error: cannot write to standard output: No space left on device";
+        assert!(chat.stderr.contains(reason), "{chat:?}");
     })
     .await;
 }

@@ -1,6 +1,7 @@
 //! Runs a program as a process. It is killed, by its id, when the test is over.
 
 use std::fmt::Write;
+use std::fs::File;
 use std::path::PathBuf;
 use std::process::{ExitStatus, Stdio};
 use std::time::Instant;
@@ -76,11 +77,19 @@ fn command(name: &str, arguments: &[&str]) -> Command {
 
 /// Runs a program to its end, without input.
 pub(super) async fn run(name: &str, arguments: &[&str]) -> Run {
-    let output = command(name, arguments)
-        .stdin(Stdio::null())
-        .output()
-        .await
-        .unwrap();
+    finish(command(name, arguments)).await
+}
+
+/// As [`run`], with its standard output into a file.
+pub(super) async fn run_into(file: File, name: &str, arguments: &[&str]) -> Run {
+    let mut command = command(name, arguments);
+    command.stdout(file);
+    finish(command).await
+}
+
+async fn finish(mut command: Command) -> Run {
+    let child = command.stdin(Stdio::null()).spawn().unwrap();
+    let output = child.wait_with_output().await.unwrap();
     Run {
         code: output.status.code(),
         stdout: String::from_utf8(output.stdout).unwrap(),
