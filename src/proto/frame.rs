@@ -295,6 +295,71 @@ impl<R: AsyncRead + Unpin> FrameReader<R> {
     }
 }
 
+/// Writes frames that follow each other on a stream, many of them with one write.
+#[derive(Debug)]
+pub struct FrameWriter<W> {
+    io: W,
+    /// How long the remote may take to take what is written at once.
+    deadline: Duration,
+    /// Frames to be written.
+    buffer: Vec<u8>,
+    /// The content of the frame that is being added.
+    content: Vec<u8>,
+}
+
+/// What is written at once, so that a large frame is not copied into a larger buffer.
+const WRITE_LEN: usize = 64 * 1024;
+
+impl<W: AsyncWrite + Unpin> FrameWriter<W> {
+    /// Begins to write.
+    pub fn new(io: W, deadline: Duration) -> Self {
+        Self {
+            io,
+            deadline,
+            buffer: Vec::new(),
+            content: Vec::new(),
+        }
+    }
+
+    /// Adds the frame whose content `append` writes. It is sent with [`flush`](Self::flush), or
+    /// before, when enough is together.
+    pub async fn add<E>(
+        &mut self,
+        append: impl FnOnce(&mut Vec<u8>) -> Result<(), E>,
+    ) -> io::Result<()>
+    where
+        E: std::error::Error + Send + Sync + 'static,
+    {
+        self.content.clear();
+        append(&mut self.content).map_err(io::Error::other)?;
+        append_frame(&mut self.buffer, &self.content);
+        if self.buffer.len() >= WRITE_LEN {
+            timeout(self.deadline, self.io.write_all(&self.buffer)).await??;
+            self.buffer.clear();
+        }
+        Ok(())
+    }
+
+    /// Sends every frame that was added.
+    pub async fn flush(&mut self) -> io::Result<()> {
+        let rest = async {
+            self.io.write_all(&self.buffer).await?;
+            self.io.flush().await
+        };
+        timeout(self.deadline, rest).await??;
+        self.buffer.clear();
+        if self.content.capacity() > WRITE_LEN {
+            (self.buffer, self.content) = (Vec::new(), Vec::new());
+        }
+        Ok(())
+    }
+
+    /// Ends the stream.
+    pub async fn close(&mut self) -> io::Result<()> {
+        timeout(self.deadline, self.io.close()).await?
+    }
+}
+
 /// Byte by byte, because a byte read too many would be the next frame's.
 async fn read_len<R>(io: &mut R) -> Result<Option<u64>, FrameError>
 where

@@ -14,7 +14,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use futures::future::{Either, select};
-use futures::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
+use futures::io::{AsyncRead, AsyncReadExt, AsyncWrite};
 use libp2p::PeerId;
 use libp2p::swarm::Stream;
 use tokio::sync::{mpsc, oneshot};
@@ -22,14 +22,11 @@ use tokio::time::timeout;
 
 use super::Outcome;
 use crate::limits::{CONNECT_TIMEOUT, FRAME_DEADLINE, MAX_PIPELINED, MAX_REQUEST_TIME};
-use crate::proto::frame::{FrameReader, append_frame};
+use crate::proto::frame::{FrameReader, FrameWriter};
 use crate::proto::wire::{self, Reply, RequestRef};
 
 /// How long a stream rests before it is closed: less than an idle connection.
 const KEPT_IDLE: Duration = Duration::from_secs(60);
-
-/// See [`super::serve`].
-const WRITE_CHUNK: usize = 64 * 1024;
 
 /// Payloads from this size on go over a stream of their own, so that small ones need not wait for
 /// them: about what a millisecond of encryption is worth.
@@ -126,7 +123,11 @@ async fn run(stream: impl AsyncRead + AsyncWrite + Unpin, mut requests: mpsc::Re
         // What arrives was asked for: one frame at a time, and decoded for a caller that waits.
         let frames = FrameReader::new(reader, Vec::new());
         let reading = std::pin::pin!(read(frames, &open));
-        let writing = std::pin::pin!(write(writer, &mut requests, &open));
+        let writing = std::pin::pin!(write(
+            FrameWriter::new(writer, FRAME_DEADLINE),
+            &mut requests,
+            &open
+        ));
         match select(reading, writing).await {
             Either::Left((result, _)) | Either::Right((result, _)) => result,
         }
@@ -179,11 +180,11 @@ async fn read<R: AsyncRead + Unpin>(
 }
 
 async fn write<W: AsyncWrite + Unpin>(
-    mut writer: W,
+    mut frames: FrameWriter<W>,
     requests: &mut mpsc::Receiver<Outgoing>,
     open: &Mutex<Open>,
 ) -> io::Result<()> {
-    let (mut batch, mut buffer, mut frame) = (Vec::new(), Vec::new(), Vec::new());
+    let mut batch = Vec::new();
     // The remote waits only so long for the first request. Of the two this side closes first: it
     // knows that nothing is on its way.
     let mut rest = FRAME_DEADLINE / 2;
@@ -198,29 +199,14 @@ async fn write<W: AsyncWrite + Unpin>(
             if request.outcome.is_closed() {
                 continue;
             }
-            frame.clear();
-            let id = lock(open).enter(request.outcome);
             let reference = RequestRef {
-                id,
+                id: lock(open).enter(request.outcome),
                 service: &request.service,
                 payload: &request.payload,
             };
-            reference.append_to(&mut frame).map_err(io::Error::other)?;
-            append_frame(&mut buffer, &frame);
-            if buffer.len() >= WRITE_CHUNK {
-                timeout(FRAME_DEADLINE, writer.write_all(&buffer)).await??;
-                buffer.clear();
-            }
+            frames.add(|content| reference.append_to(content)).await?;
         }
-        let rest = async {
-            writer.write_all(&buffer).await?;
-            writer.flush().await
-        };
-        timeout(FRAME_DEADLINE, rest).await??;
-        buffer.clear();
-        if frame.capacity() > WRITE_CHUNK {
-            (buffer, frame) = (Vec::new(), Vec::new());
-        }
+        frames.flush().await?;
     }
 }
 
@@ -247,6 +233,7 @@ mod tests {
     use tokio_util::compat::TokioAsyncReadCompatExt;
 
     use super::*;
+    use crate::proto::frame::append_frame;
     use crate::proto::wire::{ReplyRef, Request};
 
     /// The far end of a kept stream, and the queue of its near end.

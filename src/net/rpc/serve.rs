@@ -16,20 +16,16 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError, RwLock, Weak};
 
 use futures::future::{Either, select};
-use futures::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
+use futures::io::{AsyncRead, AsyncReadExt, AsyncWrite};
 use libp2p::PeerId;
 use tokio::sync::mpsc::{self, OwnedPermit};
 use tokio::sync::{Notify, OwnedSemaphorePermit, Semaphore};
-use tokio::time::timeout;
 
 use crate::limits::{FRAME_DEADLINE, IDLE_TIMEOUT, Limits, MAX_PIPELINED, MAX_SERVED_STREAMS};
 use crate::metrics::Metrics;
 use crate::name::ServiceName;
-use crate::proto::frame::{FrameError, FrameReader, append_frame};
+use crate::proto::frame::{FrameError, FrameReader, FrameWriter};
 use crate::proto::wire::{self, DecodeError, ErrorCode, RemoteError, ReplyRef, Request};
-
-/// Written at once at most, so that one large reply is not copied into a larger buffer.
-const WRITE_CHUNK: usize = 64 * 1024;
 
 /// The replies that are taken from the queue for one write.
 const WRITE_BATCH: usize = 256;
@@ -294,7 +290,7 @@ pub(crate) async fn serve(
     let frames = FrameReader::new(reader, budgets.into());
     let ended = {
         let reading = std::pin::pin!(read(&server, peer, &usage, frames, replies));
-        let writing = std::pin::pin!(write(writer, &mut queue));
+        let writing = std::pin::pin!(write(FrameWriter::new(writer, FRAME_DEADLINE), &mut queue));
         match select(reading, writing).await {
             Either::Left((Ok(()), writing)) => writing.await,
             Either::Left((Err(error), writing)) => {
@@ -430,37 +426,23 @@ fn dispatch(
 
 /// Writes replies as they come, those that wait together in one go.
 async fn write<W: AsyncWrite + Unpin>(
-    mut writer: W,
+    mut frames: FrameWriter<W>,
     queue: &mut mpsc::Receiver<Answer>,
 ) -> io::Result<()> {
-    let (mut batch, mut buffer, mut frame) = (Vec::new(), Vec::new(), Vec::new());
+    let mut batch = Vec::new();
     while queue.recv_many(&mut batch, WRITE_BATCH).await > 0 {
         for answer in &batch {
-            frame.clear();
             let reply = ReplyRef {
                 id: answer.id,
                 outcome: answer.outcome.as_deref(),
             };
-            reply.append_to(&mut frame).map_err(io::Error::other)?;
-            append_frame(&mut buffer, &frame);
-            if buffer.len() >= WRITE_CHUNK {
-                timeout(FRAME_DEADLINE, writer.write_all(&buffer)).await??;
-                buffer.clear();
-            }
+            frames.add(|content| reply.append_to(content)).await?;
         }
-        let rest = async {
-            writer.write_all(&buffer).await?;
-            writer.flush().await
-        };
-        timeout(FRAME_DEADLINE, rest).await??;
-        buffer.clear();
+        frames.flush().await?;
         // Gives the places back.
         batch.clear();
-        if frame.capacity() > WRITE_CHUNK {
-            (buffer, frame) = (Vec::new(), Vec::new());
-        }
     }
-    timeout(FRAME_DEADLINE, writer.close()).await?
+    frames.close().await
 }
 
 #[cfg(test)]
@@ -469,6 +451,7 @@ mod tests {
     use tokio_util::compat::TokioAsyncReadCompatExt;
 
     use super::*;
+    use crate::proto::frame::append_frame;
     use crate::proto::wire::{Reply, RequestRef};
 
     /// A client's end of a stream that is served.
