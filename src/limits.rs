@@ -104,6 +104,10 @@ pub const PING_INTERVAL: Duration = Duration::from_secs(15);
 /// See [`PING_INTERVAL`].
 pub const PING_TIMEOUT: Duration = Duration::from_secs(10);
 
+/// How often QUIC tells that a connection lives; after three times that without a word it is dead.
+/// TCP's end is told by the system.
+pub const QUIC_KEEP_ALIVE: Duration = Duration::from_secs(2);
+
 /// The first and the longest pause before a bootstrap address is dialled again.
 pub const REDIAL_MIN: Duration = Duration::from_millis(250);
 /// See [`REDIAL_MIN`]. Short, because a grape that is restarted should be found within seconds.

@@ -184,10 +184,16 @@ impl Discovery {
             }
             QueryResult::StartProviding(result) => {
                 let name = self.providing.remove(&id)?;
-                Some(Learned::Provided(name, result.is_ok() && knows_grapes(kad)))
+                let provided = result.is_ok() && Self::knows_grapes(kad);
+                Some(Learned::Provided(name, provided))
             }
             _ => None,
         }
+    }
+
+    /// Whether the routing table holds a grape.
+    pub(crate) fn knows_grapes(kad: &mut Kademlia) -> bool {
+        kad.kbuckets().next().is_some()
     }
 
     /// The addresses at which this node's own store has a provider.
@@ -196,10 +202,6 @@ impl Discovery {
         addresses.truncate(MAX_ADDRESSES);
         addresses
     }
-}
-
-fn knows_grapes(kad: &mut Kademlia) -> bool {
-    kad.kbuckets().next().is_some()
 }
 
 impl Waiter {

@@ -426,7 +426,10 @@ impl Driver {
         if points.is_empty() && self.connectivity.bootstraps.is_starting() {
             return;
         }
-        if self.connectivity.grapes().is_empty() && !self.registrar {
+        // A grape that is not connected any more can be dialled, if Kademlia knows it.
+        let kad = &mut self.swarm.behaviour_mut().kad;
+        let cut_off = self.connectivity.grapes().is_empty() && !Discovery::knows_grapes(kad);
+        if cut_off && !self.registrar {
             let failures = self.connectivity.bootstraps.failures();
             for name in self.held.drain() {
                 let failures = failures.clone();

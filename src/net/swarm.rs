@@ -26,7 +26,7 @@ use super::{Carrier, Settings};
 use crate::limits::{
     AGENT_VERSION, CONNECT_TIMEOUT, FRAME_DEADLINE, IDENTIFY_VERSION, IDLE_TIMEOUT, KAD_PROTOCOL,
     LOOKUP_DEADLINE, Limits, MAX_RENDEZVOUS_STREAMS, MAX_REQUEST_TIME, MAX_RPC_STREAMS,
-    MAX_STREAMS, PING_INTERVAL, PING_TIMEOUT, RENDEZVOUS_PROTOCOL, RPC_PROTOCOL,
+    MAX_STREAMS, PING_INTERVAL, PING_TIMEOUT, QUIC_KEEP_ALIVE, RENDEZVOUS_PROTOCOL, RPC_PROTOCOL,
 };
 use crate::proto::rendezvous;
 use crate::store::Store;
@@ -189,6 +189,9 @@ fn tcp_and_quic(keypair: &identity::Keypair) -> io::Result<Boxed<(PeerId, Stream
         .map(|(peer, muxer), _| (peer, StreamMuxerBox::new(muxer)));
     let mut quic = quic::Config::new(keypair);
     quic.handshake_timeout = CONNECT_TIMEOUT;
+    // A peer that is gone without a word is noticed well before a request's deadline.
+    quic.keep_alive_interval = QUIC_KEEP_ALIVE;
+    quic.max_idle_timeout = 3 * QUIC_KEEP_ALIVE.as_millis() as u32;
     quic.max_concurrent_stream_limit = MAX_STREAMS as u32;
     let quic = quic::tokio::Transport::new(quic)
         .map(|(peer, muxer), _| (peer, StreamMuxerBox::new(muxer)));

@@ -90,7 +90,12 @@ pub(super) async fn request(
     options: RequestOptions,
 ) -> Result<Reply, RequestError> {
     let mut call = Call::new(node, name, payload, options.delivery)?;
-    within(name, options.deadline, call.run()).await
+    let result = within(name, options.deadline, call.run()).await;
+    if let (Err(RequestError::TimedOut(_)), Some(silent)) = (&result, call.tried.last()) {
+        // It may be gone without a word: the next request looks first.
+        node.routes().forget(name, silent);
+    }
+    result
 }
 
 pub(super) async fn request_to(

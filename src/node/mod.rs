@@ -169,7 +169,8 @@ impl Node {
     /// Sends a request to one provider of the name.
     ///
     /// # Errors
-    /// As [`request_with`](Self::request_with), without a lookup.
+    /// As [`request_with`](Self::request_with). The name is looked up only if the provider is not
+    /// connected.
     pub async fn request_to(
         &self,
         provider: &Provider,
