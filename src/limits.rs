@@ -82,7 +82,7 @@ pub const MAX_PIPELINED: usize = 1_024;
 pub const MAX_RPC_STREAMS: usize = 160;
 
 /// The RPC streams that a node serves at once, all connections together: a resting one holds 22 KiB.
-pub const MAX_SERVED_STREAMS: usize = 8_192;
+pub const MAX_SERVED_STREAMS: usize = 16_384;
 
 /// The streams of one connection that yamux accepts: all protocols together. As few as their limits
 /// add up to, because each may hold 256 KiB that nobody reads.
