@@ -156,6 +156,22 @@ struct Run {
 }
 
 impl Run {
+    /// What callers that were started then have measured, once the last is done.
+    async fn of(mut callers: JoinSet<(Histogram<u64>, usize)>, start: Instant) -> Self {
+        let mut run = Run {
+            latencies: latencies(),
+            took: Duration::ZERO,
+            failed: 0,
+        };
+        while let Some(done) = callers.join_next().await {
+            let (latencies, failed) = done.expect("a caller does not panic");
+            run.latencies += latencies;
+            run.failed += failed;
+        }
+        run.took = start.elapsed();
+        run
+    }
+
     fn per_second(&self) -> f64 {
         self.latencies.len() as f64 / self.took.as_secs_f64()
     }
@@ -221,18 +237,7 @@ async fn look_up(
             (latencies, failed)
         });
     }
-    let mut run = Run {
-        latencies: latencies(),
-        took: Duration::ZERO,
-        failed: 0,
-    };
-    while let Some(done) = callers.join_next().await {
-        let (latencies, failed) = done.expect("a caller does not panic");
-        run.latencies += latencies;
-        run.failed += failed;
-    }
-    run.took = start.elapsed();
-    run
+    Run::of(callers, start).await
 }
 
 /// Looks names up by nodes that know their grape and nobody else.
@@ -382,17 +387,7 @@ impl NetworkRun {
                 (latencies, failed)
             });
         }
-        let mut run = Run {
-            latencies: latencies(),
-            took: Duration::ZERO,
-            failed: 0,
-        };
-        while let Some(done) = callers.join_next().await {
-            let (latencies, failed) = done.expect("a caller does not panic");
-            run.latencies += latencies;
-            run.failed += failed;
-        }
-        run.took = start.elapsed();
+        let run = Run::of(callers, start).await;
         let sent = kademlia_requests(lookers) - before;
         Self {
             kademlia_requests: sent as f64 / run.latencies.len() as f64,

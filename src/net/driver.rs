@@ -552,12 +552,12 @@ impl Driver {
                 self.discovery.on_found(&name, provider);
             }
             Step::Done(name, outcome) => {
-                if let Outcome::Live(providers) = &outcome {
-                    self.metrics.lookups_found.add(1);
-                    self.routes().looked_up(&name, providers, now);
-                } else {
-                    self.routes().looked_up(&name, &[], now);
-                }
+                let live: &[PeerId] = match &outcome {
+                    Outcome::Live(providers) => providers,
+                    _ => &[],
+                };
+                self.metrics.lookups_found.add(u64::from(!live.is_empty()));
+                self.routes().looked_up(&name, live, now);
                 match outcome {
                     // A grape alone knows all there is to know.
                     Outcome::Unanswered if !self.registrar => {
@@ -596,17 +596,12 @@ impl Driver {
     }
 
     fn publish(&mut self, name: ServiceName, place: Place, now: Instant) {
-        let addresses: Vec<_> = self.swarm.external_addresses().cloned().collect();
         let behaviour = self.swarm.behaviour_mut();
         match place {
             Place::Kademlia => self.discovery.provide(&mut behaviour.kad, name, now),
             Place::Rendezvous(grape) => {
-                let sent = self.rendezvous.register(
-                    &mut behaviour.rendezvous,
-                    grape,
-                    name.clone(),
-                    addresses.iter(),
-                );
+                let behaviour = &mut behaviour.rendezvous;
+                let sent = self.rendezvous.register(behaviour, grape, name.clone());
                 if !sent {
                     let published = self.discovery.announcements.on_refused(&name, place, now);
                     self.on_published(published, &name);
@@ -687,8 +682,13 @@ impl Driver {
     fn on_address(&mut self, address: Multiaddr) {
         // Kademlia and rendezvous tell others of external addresses only.
         self.swarm.add_external_address(address.clone());
-        self.rendezvous.on_addresses();
+        self.on_addresses();
         self.connectivity.on_listening(address);
+    }
+
+    fn on_addresses(&mut self) {
+        let addresses = self.swarm.external_addresses().cloned().collect();
+        self.rendezvous.on_addresses(addresses);
     }
 
     fn routes(&self) -> MutexGuard<'_, Routes> {
@@ -736,7 +736,7 @@ impl Driver {
             SwarmEvent::NewListenAddr { address, .. } => self.on_address(address),
             SwarmEvent::ExpiredListenAddr { address, .. } => {
                 self.swarm.remove_external_address(&address);
-                self.rendezvous.on_addresses();
+                self.on_addresses();
                 self.connectivity.on_unlistened(address);
             }
             SwarmEvent::ListenerError { error, .. } => {

@@ -46,6 +46,7 @@ pub(crate) enum Learned {
 #[derive(Debug)]
 pub(crate) struct Rendezvous {
     keypair: Keypair,
+    addresses: Vec<Multiaddr>,
     /// This node's addresses, signed; made anew when they change.
     record: Option<SignedPeer>,
     asked: HashMap<OutboundRequestId, (PeerId, Asked)>,
@@ -81,6 +82,7 @@ impl Rendezvous {
     pub(crate) fn new(keypair: Keypair) -> Self {
         Self {
             keypair,
+            addresses: Vec::new(),
             record: None,
             asked: HashMap::new(),
             unregistering: HashSet::new(),
@@ -92,7 +94,8 @@ impl Rendezvous {
     }
 
     /// This node's addresses have changed.
-    pub(crate) fn on_addresses(&mut self) {
+    pub(crate) fn on_addresses(&mut self, addresses: Vec<Multiaddr>) {
+        self.addresses = addresses;
         self.record = None;
     }
 
@@ -117,12 +120,11 @@ impl Rendezvous {
     }
 
     /// Registers a name at a grape; `false` when this node has no address to tell.
-    pub(crate) fn register<'a>(
+    pub(crate) fn register(
         &mut self,
         behaviour: &mut Behaviour,
         grape: PeerId,
         name: ServiceName,
-        addresses: impl Iterator<Item = &'a Multiaddr>,
     ) -> bool {
         let entry = (grape, name.clone());
         // What was announced again need not be withdrawn.
@@ -131,7 +133,7 @@ impl Rendezvous {
             self.held.insert(entry);
             return true;
         }
-        let Some(record) = self.signed(addresses) else {
+        let Some(record) = self.signed() else {
             return false;
         };
         let Ok(namespace) = Namespace::new(name.as_ref()) else {
@@ -230,13 +232,9 @@ impl Rendezvous {
         self.asked.insert(id, (grape, asked));
     }
 
-    fn signed<'a>(&mut self, addresses: impl Iterator<Item = &'a Multiaddr>) -> Option<SignedPeer> {
-        if self.record.is_none() {
-            let addresses: Vec<_> = addresses.cloned().collect();
-            if addresses.is_empty() {
-                return None;
-            }
-            match SignedPeer::sign(&self.keypair, addresses) {
+    fn signed(&mut self) -> Option<SignedPeer> {
+        if self.record.is_none() && !self.addresses.is_empty() {
+            match SignedPeer::sign(&self.keypair, self.addresses.iter().cloned()) {
                 Ok(record) => self.record = Some(record),
                 Err(error) => tracing::warn!(%error, "cannot sign this node's addresses"),
             }
