@@ -91,12 +91,8 @@ pub const MAX_STREAMS: usize = 320;
 /// How long a dial and the handshake after it may take.
 pub const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
 
-/// A connection on which nothing happens is closed after this. Longer than a renewal interval, so
-/// that announcing peers stay connected to their grapes.
-pub const IDLE_TIMEOUT: Duration = Duration::from_secs(120);
-
-/// How often a bootstrap grape is asked something when nothing else is: well within
-/// [`IDLE_TIMEOUT`], at which either side would close the connection.
+/// How often a bootstrap grape is asked something when nothing else is: well within the default
+/// [`Limits::idle`], at which either side would close the connection.
 pub const KEEP_ALIVE_INTERVAL: Duration = Duration::from_secs(45);
 
 /// How often a connection is checked to be alive, and how long the answer may take.
@@ -146,6 +142,10 @@ pub struct Limits {
     /// No new connection is accepted while the process uses more bytes of memory than this.
     /// 1 GiB by default; `None` switches the check off.
     pub memory: Option<usize>,
+    /// A connection on which nothing happens is closed after this. 120 s by default: longer than a
+    /// renewal interval, so that announcing peers stay connected to their grapes. A grape of a network
+    /// of many hundred saves memory by less: it meets most of the others, and dials who is needed.
+    pub idle: Duration,
     /// The provider records that a grape keeps.
     pub store: Bounds,
 }
@@ -160,6 +160,7 @@ impl Default for Limits {
             connections_per_prefix: 2_048,
             connections_per_peer: 8,
             memory: Some(1 << 30),
+            idle: Duration::from_secs(120),
             store: Bounds::default(),
         }
     }

@@ -19,7 +19,7 @@ const MAX_LEN: usize = 255;
 const RESERVED: &str = "grapevine/";
 
 /// The multihash prefix: function sha2-256 (0x12), 32 bytes of digest (0x20).
-const SHA2_256: [u8; 2] = [0x12, 0x20];
+pub(crate) const SHA2_256: [u8; 2] = [0x12, 0x20];
 
 /// A valid name. Cheap to clone.
 ///
@@ -58,9 +58,19 @@ impl ServiceName {
         let mut key = [0; 34];
         let (prefix, digest) = key.split_at_mut(SHA2_256.len());
         prefix.copy_from_slice(&SHA2_256);
-        digest.copy_from_slice(&Sha256::digest(self.0.as_bytes()));
+        digest.copy_from_slice(&self.digest());
         key
     }
+
+    /// The key without its prefix.
+    pub(crate) fn digest(&self) -> [u8; 32] {
+        digest(&self.0)
+    }
+}
+
+/// The sha2-256 digest of a name, which need not be one that this network accepts.
+pub(crate) fn digest(name: &str) -> [u8; 32] {
+    Sha256::digest(name.as_bytes()).into()
 }
 
 impl FromStr for ServiceName {

@@ -1,9 +1,7 @@
 //! The provider records that a grape keeps for others, within fixed bounds.
 //!
-//! One store serves Kademlia (it is a [`RecordStore`]) and the rendezvous server, so that a name
-//! announced both ways is held once. It does no I/O, and time comes in as `now`; only the functions
-//! that [`RecordStore`] forces on it read the clock, because Kademlia compares what they return with
-//! `Instant::now()` on its next line and any other clock could only disagree.
+//! One store serves Kademlia (see [`Records`]) and the rendezvous server, so that a name
+//! announced both ways is held once. It does no I/O, and time comes in as `now`.
 //!
 //! Invariants, whatever strangers send:
 //! * No bound in [`Bounds`] is ever exceeded, and no function walks all the records.
@@ -16,9 +14,8 @@
 //! What it leaves to others: whether a record is true, who may announce it, and how often.
 
 use std::{
-    borrow::Cow,
-    collections::{BTreeMap, BTreeSet, HashMap, hash_map},
-    iter, mem,
+    collections::{BTreeMap, BTreeSet, HashMap},
+    mem,
     net::IpAddr,
     num::NonZeroU64,
     ops::Bound,
@@ -31,14 +28,17 @@ use std::{
 
 use libp2p::{
     Multiaddr, PeerId,
-    kad::{
-        ProviderRecord, Record, RecordKey,
-        store::{self, RecordStore},
-    },
+    kad::{ProviderRecord, RecordKey, store},
     multiaddr::Protocol,
 };
 
 use crate::limits::Bounds;
+
+mod registry;
+pub(crate) mod values;
+pub(crate) mod workers;
+
+pub(crate) use registry::{Records, Registry};
 
 /// Providers in one answer of Kademlia, which cuts its answers at the replication factor of 20.
 const KADEMLIA_ANSWER: usize = 20;
@@ -753,36 +753,15 @@ impl Store {
     }
 }
 
-impl RecordStore for Store {
-    type RecordsIter<'a> = iter::Empty<Cow<'a, Record>>;
-    type ProvidedIter<'a> = iter::Map<
-        hash_map::Values<'a, RecordKey, ProviderRecord>,
-        fn(&'a ProviderRecord) -> Cow<'a, ProviderRecord>,
-    >;
-
-    fn get(&self, _: &RecordKey) -> Option<Cow<'_, Record>> {
-        None
-    }
-
-    /// Refuses: a grape keeps no value records.
-    fn put(&mut self, _: Record) -> store::Result<()> {
-        Err(store::Error::MaxRecords)
-    }
-
-    fn remove(&mut self, _: &RecordKey) {}
-
-    fn records(&self) -> Self::RecordsIter<'_> {
-        iter::empty()
-    }
-
+/// What Kademlia asks, see [`registry::Records`].
+impl Store {
     /// Stores an announcement of this node. Anybody else's is inserted under the prefix of its
     /// first address, which is only claimed: the driver has Kademlia hand those out and inserts
     /// them with the prefix of the connection.
-    fn add_provider(&mut self, record: ProviderRecord) -> store::Result<()> {
+    fn add_provider(&mut self, record: ProviderRecord, now: Instant) -> store::Result<()> {
         if record.provider == self.local {
             return self.provide(record);
         }
-        let now = Instant::now();
         let ttl = match record.expires {
             Some(expires) => expires.saturating_duration_since(now),
             None => self.bounds.lease,
@@ -800,9 +779,9 @@ impl RecordStore for Store {
     }
 
     /// This node's own announcement, first so that no cut loses it, and a sample of the others.
-    fn providers(&self, key: &RecordKey) -> Vec<ProviderRecord> {
+    fn providers(&self, key: &RecordKey, now: Instant) -> Vec<ProviderRecord> {
         let own = self.own.get(key);
-        let sample = self.sample(key.as_ref(), KADEMLIA_ANSWER, Instant::now());
+        let sample = self.sample(key.as_ref(), KADEMLIA_ANSWER, now);
         let others = sample
             .into_iter()
             .filter(|provider| own.is_none_or(|own| own.provider != provider.peer))
@@ -815,8 +794,18 @@ impl RecordStore for Store {
         own.cloned().into_iter().chain(others).collect()
     }
 
-    fn provided(&self) -> Self::ProvidedIter<'_> {
-        self.own.values().map(Cow::Borrowed)
+    /// Whether anybody else has announced a key.
+    pub(crate) fn has_providers(&self, key: &[u8], now: Instant) -> bool {
+        let now = self.nanos(now);
+        self.key(key).is_some_and(|(slot, _)| {
+            let (first, last) = RecordId::all_of(slot);
+            let mut leases = self.records.range(first..=last);
+            leases.any(|(_, lease)| lease.expires > now)
+        })
+    }
+
+    fn provided(&self) -> impl Iterator<Item = ProviderRecord> {
+        self.own.values().cloned()
     }
 
     fn remove_provider(&mut self, key: &RecordKey, provider: &PeerId) {
@@ -825,9 +814,7 @@ impl RecordStore for Store {
         }
         self.withdraw(key.as_ref(), provider);
     }
-}
 
-impl Store {
     fn provide(&mut self, record: ProviderRecord) -> store::Result<()> {
         if self.own.len() >= self.bounds.own && !self.own.contains_key(&record.key) {
             return Err(store::Error::MaxProvidedKeys);
@@ -1593,40 +1580,35 @@ mod tests {
         let mut scene = Scene::new(tight());
         let local = peer(u32::MAX);
         let own = |n| ProviderRecord::new(key(n), local, vec![]);
-        scene.store.add_provider(own(1)).unwrap();
-        scene.store.add_provider(own(2)).unwrap();
-        scene.store.add_provider(own(2)).unwrap();
-        assert!(scene.store.add_provider(own(3)).is_err());
+        scene.store.add_provider(own(1), scene.now).unwrap();
+        scene.store.add_provider(own(2), scene.now).unwrap();
+        scene.store.add_provider(own(2), scene.now).unwrap();
+        assert!(scene.store.add_provider(own(3), scene.now).is_err());
         for who in 0..500 {
             let _ = scene.announce(network(who), who, 1);
         }
-        let found = scene.store.providers(&key(1).into());
+        let found = scene.store.providers(&key(1).into(), scene.now);
         assert_eq!((found[0].provider, found.len()), (local, 11));
         assert_eq!(scene.store.provided().count(), 2);
         scene.store.remove_provider(&key(1).into(), &local);
-        let found = scene.store.providers(&key(1).into());
+        let found = scene.store.providers(&key(1).into(), scene.now);
         assert!(found.iter().all(|record| record.provider != local));
         assert_eq!(scene.store.stats().own, 1);
     }
 
     #[test]
-    fn kademlia_finds_what_it_stores_for_others_and_no_values() {
+    fn kademlia_finds_what_it_stores_for_others() {
         let mut scene = Scene::new(tight());
         let key = RecordKey::from(key(1));
         let record = ProviderRecord::new(key.clone(), peer(1), vec![address(1)]);
-        scene.store.add_provider(record.clone()).unwrap();
-        let found = scene.store.providers(&key);
+        scene.store.add_provider(record.clone(), scene.now).unwrap();
+        let found = scene.store.providers(&key, scene.now);
         assert_eq!(found, [record]);
         assert_eq!(found[0].addresses, [address(1)]);
         assert!(!found[0].is_expired(Instant::now()));
         assert_eq!(scene.store.provided().count(), 0);
         scene.store.remove_provider(&key, &peer(1));
-        assert_eq!(scene.store.providers(&key), []);
-
-        let value = Record::new(key.clone(), vec![1]);
-        assert!(scene.store.put(value).is_err());
-        assert!(scene.store.get(&key).is_none());
-        assert_eq!(scene.store.records().count(), 0);
+        assert_eq!(scene.store.providers(&key, scene.now), []);
     }
 
     #[test]

@@ -1,10 +1,12 @@
 //! A small network inside one process, for tests and examples.
 
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
 
 use futures::future::try_join_all;
 use libp2p::Multiaddr;
 use libp2p::multiaddr::Protocol;
+use rand::seq::IndexedRandom;
 
 use crate::error::SpawnError;
 use crate::node::{Builder, Node, Role};
@@ -12,9 +14,18 @@ use crate::node::{Builder, Node, Role};
 /// The grapes that a further node joins by.
 const BOOTSTRAP: usize = 8;
 
-/// The grapes that start at once. Kademlia explores a small routing table again whenever a grape
-/// comes half a second after the last one, so that one by one is the slowest way to start many.
-const BATCH: usize = 16;
+/// The earlier grapes that a grape joins by. It stays connected to these for good, so that as many
+/// as in [`BOOTSTRAP`] would keep a large network busy with nothing else.
+const GRAPE_BOOTSTRAP: usize = 3;
+
+/// The grapes that start at once, when there are at least as many. Kademlia explores a small routing
+/// table again whenever a grape comes half a second after the last one, so that one by one is the
+/// slowest way to start many.
+const BATCH: usize = 64;
+
+/// How long a connection rests before it is closed: a network of hundreds would fill the memory of
+/// its one process with the connections of each to most of the others.
+const IDLE: Duration = Duration::from_secs(30);
 
 /// Grapes that know each other, over channels instead of sockets.
 ///
@@ -25,8 +36,8 @@ pub struct Testnet {
 }
 
 impl Testnet {
-    /// Starts `grapes` grapes, each with all earlier ones as bootstrap (of more than 8, with 8 of
-    /// them), and returns when each is connected to one.
+    /// Starts `grapes` grapes, each with earlier ones as bootstrap (of more than 3, with 3 of
+    /// them drawn at random), and returns when each is connected to one.
     ///
     /// # Errors
     /// As [`Builder::spawn`].
@@ -36,9 +47,12 @@ impl Testnet {
             let started = testnet.grapes.len();
             let batch = match started < BOOTSTRAP {
                 true => 1,
-                false => BATCH.min(grapes - started),
+                false => BATCH.min(started).min(grapes - started),
             };
-            let spawned = (0..batch).map(|_| testnet.builder(Role::Grape).spawn());
+            let spawned = (0..batch).map(|_| {
+                let drawn = testnet.grapes.sample(&mut rand::rng(), GRAPE_BOOTSTRAP);
+                testnet.joining(Role::Grape, drawn).spawn()
+            });
             for grape in try_join_all(spawned).await? {
                 if started > 0 {
                     // Fails only if the grape has stopped, which its user then sees.
@@ -69,6 +83,7 @@ impl Testnet {
             .limits(crate::limits::Limits {
                 // The memory of all the other nodes is this process's too.
                 memory: None,
+                idle: IDLE,
                 ..Default::default()
             })
             .listen([free_address()])

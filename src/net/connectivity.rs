@@ -5,15 +5,14 @@
 //! peer can make this node dial a third.
 
 use std::collections::{HashMap, HashSet};
-use std::net::IpAddr;
 use std::time::Instant;
 
 use libp2p::core::ConnectedPoint;
-use libp2p::multiaddr::Protocol;
 use libp2p::swarm::{ConnectionId, DialError};
 use libp2p::{Multiaddr, PeerId, StreamProtocol, identify};
 use tokio::sync::watch;
 
+use super::host;
 use crate::error::DialFailure;
 use crate::limits::{AGENT, KAD_PROTOCOL, MAX_ADDRESSES};
 use crate::proto::bootstrap::{BootstrapStatus, Bootstraps};
@@ -36,12 +35,22 @@ impl Status {
     }
 }
 
+/// Another grape that a grape knows: connected, or in its routing table.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct KnownGrape {
+    pub(crate) peer: PeerId,
+    /// A number that no earlier connection with any peer has had; none if it is not connected.
+    pub(crate) connected: Option<u64>,
+}
+
 /// The connections of a node.
 #[derive(Debug)]
 pub(crate) struct Connectivity {
     local: PeerId,
     pub(crate) bootstraps: Bootstraps<ConnectionId>,
     peers: HashMap<PeerId, Peer>,
+    /// How many peers have connected so far.
+    connected: u64,
     /// Dials to a candidate of a lookup, or back to a grape.
     dials: HashMap<PeerId, ConnectionId>,
     addresses: Vec<Multiaddr>,
@@ -51,6 +60,8 @@ pub(crate) struct Connectivity {
 #[derive(Debug, Default)]
 struct Peer {
     connections: HashMap<ConnectionId, Multiaddr>,
+    /// The number of this connection of all that were made.
+    number: u64,
     is_grape: bool,
     /// Runs this implementation, which serves many requests on one stream.
     is_ours: bool,
@@ -80,6 +91,7 @@ impl Connectivity {
             local,
             bootstraps: Bootstraps::new(bootstrap, now),
             peers: HashMap::new(),
+            connected: 0,
             dials: HashMap::new(),
             addresses: Vec::new(),
             status,
@@ -102,6 +114,19 @@ impl Connectivity {
             }
         }
         grapes
+    }
+
+    /// The grapes that are connected and those of the routing table, each once.
+    pub(crate) fn known_grapes(&self, routed: impl Iterator<Item = PeerId>) -> Vec<KnownGrape> {
+        let mut grapes = self.grapes();
+        grapes.extend(routed);
+        grapes.sort_unstable();
+        grapes.dedup();
+        let known = grapes.into_iter().map(|peer| KnownGrape {
+            connected: self.peers.get(&peer).map(|known| known.number),
+            peer,
+        });
+        known.collect()
     }
 
     /// Whether a peer is known to run this implementation.
@@ -152,6 +177,10 @@ impl Connectivity {
         let known = self.peers.entry(peer).or_default();
         known.dialled |= endpoint.is_dialer();
         let first = known.connections.is_empty();
+        if first {
+            self.connected += 1;
+            known.number = self.connected;
+        }
         let remote = endpoint.get_remote_address().clone();
         known.connections.insert(connection, remote);
         let bootstrap = self.bootstraps.on_connected(connection, peer, now);
@@ -265,15 +294,6 @@ impl Connectivity {
 
 fn is_kademlia(protocol: &StreamProtocol) -> bool {
     *protocol == KAD_PROTOCOL
-}
-
-/// The host part of an address. In-process ones have none, and are all one host.
-fn host(address: &Multiaddr) -> Option<IpAddr> {
-    address.iter().find_map(|part| match part {
-        Protocol::Ip4(ip) => Some(ip.into()),
-        Protocol::Ip6(ip) => Some(IpAddr::from(ip).to_canonical()),
-        _ => None,
-    })
 }
 
 /// A dial error in words for a person.

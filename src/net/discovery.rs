@@ -16,10 +16,10 @@ use crate::limits::MAX_ADDRESSES;
 use crate::name::ServiceName;
 use crate::proto::announce::{Announcements, Place};
 use crate::proto::lookup::{Lookups, Outcome};
-use crate::store::Store;
+use crate::store::Records;
 
 /// The Kademlia behaviour of the Swarm.
-pub(crate) type Kademlia = kad::Behaviour<Store>;
+pub(crate) type Kademlia = kad::Behaviour<Records>;
 
 /// Where a caller waits for a lookup.
 #[derive(Debug)]
@@ -37,6 +37,8 @@ pub(crate) enum Learned {
     Providers(ServiceName, Vec<PeerId>),
     /// A peer asks this node to keep a provider record of its own.
     Record(kad::ProviderRecord),
+    /// A peer asks this node to keep a value.
+    Value(PeerId, kad::Record),
     /// A name was sent to the closest grapes; `false`: there was none.
     Provided(ServiceName, bool),
 }
@@ -156,7 +158,9 @@ impl Discovery {
             kad::Event::InboundRequest {
                 request: InboundRequest::AddProvider { record },
             } => record.map(Learned::Record),
-            // PUT_VALUE comes up here too, and ends here: values are not kept.
+            kad::Event::InboundRequest {
+                request: InboundRequest::PutRecord { source, record, .. },
+            } => record.map(|record| Learned::Value(source, record)),
             _ => None,
         }
     }
@@ -198,7 +202,7 @@ impl Discovery {
 
     /// The addresses at which this node's own store has a provider.
     pub(crate) fn stored_addresses(kad: &mut Kademlia, peer: &PeerId) -> Vec<Multiaddr> {
-        let mut addresses = kad.store_mut().addresses(peer);
+        let mut addresses = kad.store_mut().0.providers().addresses(peer);
         addresses.truncate(MAX_ADDRESSES);
         addresses
     }

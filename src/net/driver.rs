@@ -17,17 +17,18 @@ use libp2p::swarm::dial_opts::{DialOpts, PeerCondition};
 use libp2p::swarm::{ConnectionId, DialError, SwarmEvent};
 use libp2p::{Multiaddr, PeerId, Swarm, identify, kad, ping};
 use socket2::{Domain, Socket, Type};
-use tokio::sync::{mpsc, oneshot};
+use tokio::sync::{mpsc, oneshot, watch};
 use tokio::time::{sleep_until, timeout};
 use void::Void;
 
-use super::connectivity::{Connectivity, describe};
+use super::connectivity::{Connectivity, KnownGrape, describe};
 use super::discovery::{self, Discovery, Waiter};
 use super::rendezvous::{self, Rendezvous};
 use super::rpc::kept::{KeptStreams, Lane};
 use super::rpc::serve::{Inbound, Server};
 use super::rpc::single::{Requests, Serves};
 use super::swarm::{Behaviour, BehaviourEvent, build};
+use super::values::Values;
 use super::{COMMANDS, Command, Handle, Settings};
 use crate::error::{AnnounceError, LookupError, SpawnError};
 use crate::limits::{
@@ -39,7 +40,7 @@ use crate::proto::announce::Place;
 use crate::proto::lookup::{Outcome, Source, Step};
 use crate::proto::rate::RateLimit;
 use crate::proto::routes::Routes;
-use crate::store::{NewRecord, Origin, Prefix};
+use crate::store::{NewRecord, Origin, Prefix, Registry};
 
 /// How often expired records are dropped, and lookups that nobody waits for.
 const HOUSEKEEPING: Duration = Duration::from_secs(1);
@@ -50,6 +51,9 @@ const LISTEN_DEADLINE: Duration = Duration::from_secs(5);
 
 /// The provider records taken from one peer by Kademlia each second: as many as by rendezvous.
 const RECORDS_PER_SECOND: u32 = 2_000;
+
+/// The values taken from one peer each second: to verify a signature takes some 50 us of the loop.
+const VALUES_PER_SECOND: u32 = 200;
 
 /// Why the loop ended. It never does by itself.
 #[derive(Debug)]
@@ -63,15 +67,22 @@ enum Stop {
 /// Binds every address and starts the loop in a task of its own.
 pub(super) async fn start(settings: Settings) -> Result<Handle, SpawnError> {
     let metrics = Arc::new(Metrics::default());
+    let now = Instant::now();
+    let local = settings.identity.peer_id();
+    let registry = Registry::new(local, settings.limits.store.clone(), now);
     let server = Server::new(&settings.limits, Arc::clone(&metrics));
-    let mut swarm = build(&settings, Arc::clone(&server))
+    if settings.registrar {
+        server.keep(Arc::clone(&registry));
+    }
+    let mut swarm = build(&settings, Arc::clone(&server), Arc::clone(&registry))
         .map_err(|error| SpawnError::Transport(error.to_string()))?;
     let listening = listen(&mut swarm, &settings.listen).await?;
-    let now = Instant::now();
-    let local = *swarm.local_peer_id();
     let bootstrap = settings.bootstrap.clone();
     let (connectivity, status) = Connectivity::new(local, bootstrap, now);
+    // As far within the idle time-out as with the default one.
+    let keep_alive_interval = KEEP_ALIVE_INTERVAL.min(settings.limits.idle * 3 / 8);
     let (sender, commands) = mpsc::channel(COMMANDS);
+    let (known_grapes, grapes) = watch::channel(Vec::new());
     let routes = Arc::new(Mutex::new(Routes::new()));
     let kept = Arc::new(KeptStreams::default());
     let mut driver = Driver {
@@ -79,18 +90,24 @@ pub(super) async fn start(settings: Settings) -> Result<Handle, SpawnError> {
         commands,
         dropped: FuturesUnordered::new(),
         housekeeping: now + HOUSEKEEPING,
-        keep_alive: now + KEEP_ALIVE_INTERVAL,
+        keep_alive: now + keep_alive_interval,
+        keep_alive_interval,
         connectivity,
         discovery: Discovery::new(local),
         rendezvous: Rendezvous::new(settings.identity.keypair().clone()),
-        server,
+        values: Values::default(),
+        server: Arc::clone(&server),
+        registry: Arc::clone(&registry),
         requests: Requests::default(),
         kept: Arc::clone(&kept),
         handlers: HashMap::new(),
         publishing: HashMap::new(),
         held: HashSet::new(),
         records: RateLimit::new(RECORDS_PER_SECOND),
+        puts: RateLimit::new(VALUES_PER_SECOND),
         registrar: settings.registrar,
+        grapes: known_grapes,
+        grapes_changed: false,
         routes: Arc::clone(&routes),
         metrics: Arc::clone(&metrics),
     };
@@ -106,6 +123,9 @@ pub(super) async fn start(settings: Settings) -> Result<Handle, SpawnError> {
         status,
         routes,
         kept,
+        server,
+        registry,
+        grapes,
         metrics,
     })
 }
@@ -218,10 +238,13 @@ struct Driver {
     housekeeping: Instant,
     /// When the bootstrap grapes are asked something.
     keep_alive: Instant,
+    keep_alive_interval: Duration,
     connectivity: Connectivity,
     discovery: Discovery,
     rendezvous: Rendezvous,
+    values: Values,
     server: Arc<Server>,
+    registry: Arc<Registry>,
     requests: Requests,
     kept: Arc<KeptStreams>,
     handlers: HashMap<ServiceName, mpsc::Sender<Inbound>>,
@@ -230,7 +253,11 @@ struct Driver {
     /// Names to look up as soon as it is known whether a grape can be reached.
     held: HashSet<ServiceName>,
     records: RateLimit,
+    puts: RateLimit,
     registrar: bool,
+    /// The other grapes that this one knows, and whether they may have changed.
+    grapes: watch::Sender<Vec<KnownGrape>>,
+    grapes_changed: bool,
     routes: Arc<Mutex<Routes>>,
     metrics: Arc<Metrics>,
 }
@@ -324,11 +351,23 @@ impl Driver {
                     self.kept.keep(peer, lane, open);
                 }
             }
+            Command::PutValue {
+                target,
+                value,
+                done,
+            } => {
+                let kad = &mut self.swarm.behaviour_mut().kad;
+                self.values.put(kad, target, value, done);
+            }
+            Command::GetValue { target, done } => {
+                let kad = &mut self.swarm.behaviour_mut().kad;
+                self.values.get(kad, target, done);
+            }
             Command::Block(peer) => {
                 self.swarm.behaviour_mut().blocked.block_peer(peer);
                 let kad = &mut self.swarm.behaviour_mut().kad;
                 kad.remove_peer(&peer);
-                kad.store_mut().withdraw_all(&peer);
+                self.registry.providers().withdraw_all(&peer);
             }
             Command::Unblock(peer) => {
                 self.swarm.behaviour_mut().blocked.unblock_peer(peer);
@@ -484,11 +523,11 @@ impl Driver {
             let behaviour = &mut self.swarm.behaviour_mut().single;
             self.requests.keep_alive(behaviour, grape);
         }
-        self.keep_alive = now + KEEP_ALIVE_INTERVAL;
+        self.keep_alive = now + self.keep_alive_interval;
     }
 
     fn keep_house(&mut self, now: Instant) {
-        self.swarm.behaviour_mut().kad.store_mut().sweep(now);
+        self.registry.sweep(now);
         for name in self.discovery.awaited() {
             if !self.discovery.is_awaited(&name) {
                 self.held.remove(&name);
@@ -508,11 +547,28 @@ impl Driver {
         while let Some((name, place)) = self.discovery.announcements.poll_publish(now) {
             self.publish(name, place, now);
         }
+        if std::mem::take(&mut self.grapes_changed) && self.registrar {
+            self.tell_grapes();
+        }
         self.measure();
     }
 
+    fn tell_grapes(&mut self) {
+        let kad = &mut self.swarm.behaviour_mut().kad;
+        let routed = kad.kbuckets().flat_map(|bucket| {
+            let peers = bucket.iter().map(|entry| *entry.node.key.preimage());
+            peers.collect::<Vec<_>>()
+        });
+        let known = self.connectivity.known_grapes(routed);
+        self.grapes.send_if_modified(|before| {
+            let changed = *before != known;
+            *before = known;
+            changed
+        });
+    }
+
     fn measure(&mut self) {
-        let stored = self.swarm.behaviour_mut().kad.store_mut().stats();
+        let stored = self.registry.providers().stats();
         self.metrics.stored.set(stored.records);
         self.metrics.evicted.set(stored.evicted);
         self.metrics.refused.set(stored.refused);
@@ -724,6 +780,7 @@ impl Driver {
                     // Kademlia keeps a dead grape until its bucket is full, and each query would
                     // wait for it.
                     self.swarm.behaviour_mut().kad.remove_peer(&peer);
+                    self.grapes_changed = true;
                 }
                 let failed = self
                     .connectivity
@@ -761,6 +818,7 @@ impl Driver {
                 .peers
                 .set(self.swarm.network_info().num_peers() as u64);
             self.routes().on_connected(peer);
+            self.grapes_changed = true;
         }
         if change.bootstrap {
             let address = endpoint.get_remote_address().clone();
@@ -780,6 +838,8 @@ impl Driver {
             self.routes().on_disconnected(&peer);
             self.rendezvous.on_disconnected(&peer);
             self.records.forget(&peer);
+            self.puts.forget(&peer);
+            self.grapes_changed = true;
         }
         if change.bootstrap {
             tracing::debug!(%peer, "a bootstrap grape is gone");
@@ -803,11 +863,15 @@ impl Driver {
                         .kademlia_requests
                         .add(stats.num_requests().into());
                 }
-                if let kad::Event::RoutingUpdated { peer, .. } = &event
-                    && let Some(connection) = self.connectivity.on_routed(peer)
-                {
-                    self.swarm.close_connection(connection);
+                if let kad::Event::RoutingUpdated { peer, .. } = &event {
+                    self.grapes_changed = true;
+                    if let Some(connection) = self.connectivity.on_routed(peer) {
+                        self.swarm.close_connection(connection);
+                    }
                 }
+                let Some(event) = self.values.on_event(event) else {
+                    return;
+                };
                 let kad = &mut self.swarm.behaviour_mut().kad;
                 let learned = self.discovery.on_event(kad, event, now);
                 self.on_kademlia(learned, now);
@@ -817,7 +881,7 @@ impl Driver {
                 let connectivity = &self.connectivity;
                 let learned = self.rendezvous.on_event(
                     &mut behaviour.rendezvous,
-                    behaviour.kad.store_mut(),
+                    &mut self.registry.providers(),
                     |peer| prefix(connectivity, peer),
                     event,
                     now,
@@ -859,6 +923,7 @@ impl Driver {
                 }
             }
             Some(discovery::Learned::Record(record)) => self.on_record(&record, now),
+            Some(discovery::Learned::Value(peer, record)) => self.on_value(peer, &record, now),
             // Kademlia reports success before delivery; with no grape connected there was none.
             Some(discovery::Learned::Provided(name, true))
                 if !self.connectivity.grapes().is_empty() =>
@@ -889,7 +954,7 @@ impl Driver {
             return;
         }
         let prefix = prefix(&self.connectivity, &record.provider);
-        let store = self.swarm.behaviour_mut().kad.store_mut();
+        let mut store = self.registry.providers();
         let new = NewRecord {
             key: record.key.as_ref(),
             peer: record.provider,
@@ -900,6 +965,17 @@ impl Driver {
         };
         if let Err(error) = store.insert(new, now) {
             tracing::debug!(peer = %record.provider, %error, "a provider record was refused");
+        }
+    }
+
+    fn on_value(&mut self, peer: PeerId, record: &kad::Record, now: Instant) {
+        if !self.registrar || !self.puts.admit(peer, now) {
+            return;
+        }
+        let prefix = prefix(&self.connectivity, &peer);
+        let key = record.key.as_ref();
+        if let Err(error) = self.registry.put(key, &record.value, prefix, now) {
+            tracing::debug!(%peer, %error, "a value was refused");
         }
     }
 
@@ -950,6 +1026,7 @@ impl Driver {
 
     fn on_identified(&mut self, peer: PeerId, info: &identify::Info) {
         let back = self.connectivity.on_identified(peer, info, self.registrar);
+        self.grapes_changed = true;
         // A grape is dialled back for its place in the routing table.
         if back.is_empty() || !self.has_room_for(&peer) {
             return;

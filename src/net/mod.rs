@@ -1,7 +1,7 @@
 //! Carries what [`proto`](crate::proto) decides: the only place that knows libp2p's Swarm.
 //!
 //! One task owns the Swarm and runs the [driver](driver). Each concern is a struct with private
-//! state: [discovery], [rendezvous], [rpc], [connectivity]. They do not know each other; what one
+//! state: [discovery], [rendezvous], [values], [rpc], [connectivity]. They do not know each other; what one
 //! learns and another needs goes up to the driver and down again. Nothing in the loop waits but its
 //! `select!`, and every channel, table and frame has a bound.
 
@@ -12,17 +12,21 @@ mod driver;
 mod rendezvous;
 pub(crate) mod rpc;
 mod swarm;
+mod values;
 
+use std::net::IpAddr;
 use std::sync::{Arc, Mutex};
 
+use libp2p::multiaddr::Protocol;
 use libp2p::{Multiaddr, PeerId};
 use tokio::sync::{mpsc, oneshot, watch};
 
+pub(crate) use connectivity::KnownGrape;
 pub use connectivity::Status;
 pub(crate) use discovery::Waiter;
 pub(crate) use rpc::Outcome;
 pub(crate) use rpc::kept::{KeptStreams, Lane, Outgoing};
-pub(crate) use rpc::serve::{Inbound, Responder};
+pub(crate) use rpc::serve::{Carried, Inbound, Responder, Server};
 pub(crate) use rpc::single::Outbound;
 
 use crate::error::{AnnounceError, SpawnError};
@@ -30,7 +34,9 @@ use crate::identity::Identity;
 use crate::limits::Limits;
 use crate::metrics::Metrics;
 use crate::name::ServiceName;
+use crate::proto::bep44::Target;
 use crate::proto::routes::Routes;
+use crate::store::Registry;
 
 /// The commands that may wait for the loop; who sends one more waits.
 const COMMANDS: usize = 256;
@@ -76,6 +82,17 @@ pub(crate) enum Command {
     },
     Lookup(ServiceName, Waiter),
     Request(Outbound),
+    /// Keep a verified value and send it to the closest grapes; answers whether it is kept.
+    PutValue {
+        target: Target,
+        value: Vec<u8>,
+        done: oneshot::Sender<bool>,
+    },
+    /// Ask the closest grapes for a value; answers with all different ones, unverified.
+    GetValue {
+        target: Target,
+        done: oneshot::Sender<Vec<Vec<u8>>>,
+    },
     /// Close the connections with a peer and refuse new ones.
     Block(PeerId),
     Unblock(PeerId),
@@ -90,10 +107,23 @@ pub(crate) struct Handle {
     pub(crate) status: watch::Receiver<Status>,
     pub(crate) routes: Arc<Mutex<Routes>>,
     pub(crate) kept: Arc<KeptStreams>,
+    pub(crate) server: Arc<Server>,
+    pub(crate) registry: Arc<Registry>,
+    /// The other grapes that this node knows.
+    pub(crate) grapes: watch::Receiver<Vec<KnownGrape>>,
     pub(crate) metrics: Arc<Metrics>,
 }
 
 /// Starts a node's driver; returns when it listens on every address.
 pub(crate) async fn start(settings: Settings) -> Result<Handle, SpawnError> {
     driver::start(settings).await
+}
+
+/// The host part of an address. In-process ones have none, and are all one host.
+fn host(address: &Multiaddr) -> Option<IpAddr> {
+    address.iter().find_map(|part| match part {
+        Protocol::Ip4(ip) => Some(ip.into()),
+        Protocol::Ip6(ip) => Some(IpAddr::from(ip).to_canonical()),
+        _ => None,
+    })
 }

@@ -3,7 +3,6 @@
 use std::io;
 use std::num::NonZeroU8;
 use std::sync::Arc;
-use std::time::{Instant, SystemTime};
 
 use libp2p::allow_block_list::{self, AllowedPeers, BlockedPeers};
 use libp2p::connection_limits::{self, ConnectionLimits};
@@ -24,12 +23,12 @@ use super::rpc::serve::Server;
 use super::rpc::{single, streams};
 use super::{Carrier, Settings};
 use crate::limits::{
-    AGENT_VERSION, CONNECT_TIMEOUT, FRAME_DEADLINE, IDENTIFY_VERSION, IDLE_TIMEOUT, KAD_PROTOCOL,
+    AGENT_VERSION, CONNECT_TIMEOUT, FRAME_DEADLINE, IDENTIFY_VERSION, KAD_PROTOCOL,
     LOOKUP_DEADLINE, Limits, MAX_RENDEZVOUS_STREAMS, MAX_REQUEST_TIME, MAX_RPC_STREAMS,
     MAX_STREAMS, PING_INTERVAL, PING_TIMEOUT, QUIC_KEEP_ALIVE, RENDEZVOUS_PROTOCOL, RPC_PROTOCOL,
 };
 use crate::proto::rendezvous;
-use crate::store::Store;
+use crate::store::{Records, Registry};
 
 /// Everything that a node's connections speak, and what admits them.
 #[derive(NetworkBehaviour)]
@@ -41,7 +40,7 @@ pub(crate) struct Behaviour {
     memory: Toggle<memory_connection_limits::Behaviour>,
     identify: identify::Behaviour,
     ping: ping::Behaviour,
-    pub(crate) kad: kad::Behaviour<Store>,
+    pub(crate) kad: kad::Behaviour<Records>,
     pub(crate) rendezvous: request_response::Behaviour<rendezvous::Codec>,
     /// Before `single`, which speaks the same protocol and accepts no stream.
     pub(crate) streams: streams::Behaviour,
@@ -49,7 +48,11 @@ pub(crate) struct Behaviour {
 }
 
 /// Builds a node's Swarm. It does not listen or dial yet.
-pub(crate) fn build(settings: &Settings, server: Arc<Server>) -> io::Result<Swarm<Behaviour>> {
+pub(crate) fn build(
+    settings: &Settings,
+    server: Arc<Server>,
+    registry: Arc<Registry>,
+) -> io::Result<Swarm<Behaviour>> {
     let keypair = settings.identity.keypair();
     let peer = settings.identity.peer_id();
     let transport = match settings.carrier {
@@ -57,20 +60,25 @@ pub(crate) fn build(settings: &Settings, server: Arc<Server>) -> io::Result<Swar
         Carrier::Memory => memory(keypair)?,
     };
     let config = swarm::Config::with_tokio_executor()
-        .with_idle_connection_timeout(IDLE_TIMEOUT)
+        .with_idle_connection_timeout(settings.limits.idle)
         // A provider has TCP and QUIC addresses on a few interfaces: try them all at once.
         .with_dial_concurrency_factor(NonZeroU8::new(8).unwrap_or(NonZeroU8::MIN))
         // One stream for each request: a burst must not be cut off while it negotiates.
         .with_max_negotiating_inbound_streams(MAX_RPC_STREAMS);
     Ok(Swarm::new(
         transport,
-        behaviour(settings, keypair, server),
+        behaviour(settings, keypair, server, registry),
         peer,
         config,
     ))
 }
 
-fn behaviour(settings: &Settings, keypair: &identity::Keypair, server: Arc<Server>) -> Behaviour {
+fn behaviour(
+    settings: &Settings,
+    keypair: &identity::Keypair,
+    server: Arc<Server>,
+    registry: Arc<Registry>,
+) -> Behaviour {
     let limits = &settings.limits;
     Behaviour {
         blocked: allow_block_list::Behaviour::default(),
@@ -98,7 +106,7 @@ fn behaviour(settings: &Settings, keypair: &identity::Keypair, server: Arc<Serve
                 .with_interval(PING_INTERVAL)
                 .with_timeout(PING_TIMEOUT),
         ),
-        kad: kademlia(settings),
+        kad: kademlia(settings, registry),
         rendezvous: request_response::Behaviour::with_codec(
             rendezvous::Codec::default(),
             [(
@@ -138,7 +146,7 @@ fn connection_limits(limits: &Limits) -> ConnectionLimits {
         .with_max_established_per_peer(Some(limits.connections_per_peer))
 }
 
-fn kademlia(settings: &Settings) -> kad::Behaviour<Store> {
+fn kademlia(settings: &Settings, registry: Arc<Registry>) -> kad::Behaviour<Records> {
     let mut config = kad::Config::new(KAD_PROTOCOL);
     config
         .set_query_timeout(LOOKUP_DEADLINE)
@@ -151,13 +159,7 @@ fn kademlia(settings: &Settings) -> kad::Behaviour<Store> {
         .set_replication_interval(None)
         .set_caching(kad::Caching::Disabled);
     let peer = settings.identity.peer_id();
-    // A rendezvous cookie from before a restart then still means "what came since".
-    let first_sequence = SystemTime::now()
-        .duration_since(SystemTime::UNIX_EPOCH)
-        .map_or(1, |since| since.as_micros() as u64);
-    let bounds = settings.limits.store.clone();
-    let store = Store::new(peer, bounds, first_sequence, Instant::now());
-    let mut kad = kad::Behaviour::with_config(peer, store, config);
+    let mut kad = kad::Behaviour::with_config(peer, Records(registry), config);
     // Never by libp2p's guess from addresses: a peer that has one is no grape.
     kad.set_mode(Some(if settings.registrar {
         kad::Mode::Server

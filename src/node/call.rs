@@ -13,7 +13,7 @@ use crate::error::RequestError;
 use crate::limits::{MAX_REQUEST_TIME, REQUEST_DEADLINE};
 use crate::name::ServiceName;
 use crate::net::{Command, Lane, Outbound, Outcome, Outgoing, Waiter};
-use crate::proto::routes::Pick;
+use crate::proto::routes::{Pick, Slots};
 use crate::proto::wire::{ErrorCode, MAX_PAYLOAD, RemoteError};
 
 /// How a request is made.
@@ -65,11 +65,18 @@ impl Reply {
     }
 }
 
+/// What is sent to one provider after another.
+struct Message<'a> {
+    node: &'a Node,
+    service: Arc<str>,
+    payload: Arc<[u8]>,
+}
+
 /// A call under way.
 struct Call<'a> {
     node: &'a Node,
     name: &'a ServiceName,
-    payload: Arc<[u8]>,
+    message: Message<'a>,
     delivery: Delivery,
     tried: Vec<PeerId>,
     /// What the last attempt that failed has to say.
@@ -135,6 +142,72 @@ async fn within<T>(
         .unwrap_or_else(|_| Err(RequestError::TimedOut(name.clone())))
 }
 
+/// Calls a service of one peer that is no name: one of the protocol's own.
+pub(super) async fn call_peer(
+    node: &Node,
+    peer: PeerId,
+    service: &str,
+    payload: Vec<u8>,
+    deadline: Duration,
+) -> Outcome {
+    let message = Message {
+        node,
+        service: service.into(),
+        payload: payload.into(),
+    };
+    let slots = node.routes().slots(peer);
+    match timeout(deadline, message.send(peer, &slots)).await {
+        Ok(Ok(outcome)) => outcome,
+        Ok(Err(Closed)) => Outcome::NotSent("this node is shut down".into()),
+        Err(_) => Outcome::Broken("it did not answer in time".into()),
+    }
+}
+
+impl Message<'_> {
+    /// Sends it to a peer when there is a slot for it: over a stream that is kept open if there is
+    /// one, and otherwise over one of its own.
+    async fn send(&self, provider: PeerId, slots: &Slots) -> Result<Outcome, Closed> {
+        let _slot = slots.all.acquire().await.map_err(|_| Closed)?;
+        self.node.count_request();
+        if let Some(outcome) = self.over_kept_stream(provider).await {
+            return Ok(outcome);
+        }
+        let slot = Arc::clone(&slots.single).acquire_owned().await;
+        let slot = slot.map_err(|_| Closed)?;
+        // One may have been opened while this waited.
+        if let Some(outcome) = self.over_kept_stream(provider).await {
+            return Ok(outcome);
+        }
+        let (sender, outcome) = oneshot::channel();
+        let command = Command::Request(Outbound {
+            provider,
+            service: Arc::clone(&self.service),
+            payload: Arc::clone(&self.payload),
+            outcome: sender,
+            slot,
+        });
+        self.node.send(command).await?;
+        outcome.await.map_err(|_| Closed)
+    }
+
+    /// `None` if there is no such stream, or it ended before the request was written to it.
+    async fn over_kept_stream(&self, provider: PeerId) -> Option<Outcome> {
+        let lane = Lane::of(&self.payload);
+        let queue = self.node.kept_stream(provider, lane)?;
+        let (sender, outcome) = oneshot::channel();
+        let request = Outgoing {
+            service: Arc::clone(&self.service),
+            payload: Arc::clone(&self.payload),
+            outcome: sender,
+        };
+        queue.send(request).await.ok()?;
+        match outcome.await {
+            Ok(Outcome::NotSent(_)) | Err(_) => None,
+            Ok(outcome) => Some(outcome),
+        }
+    }
+}
+
 impl<'a> Call<'a> {
     fn new(
         node: &'a Node,
@@ -146,10 +219,15 @@ impl<'a> Call<'a> {
         if len > max {
             return Err(RequestError::TooLarge { len, max });
         }
+        let message = Message {
+            node,
+            service: name.shared(),
+            payload: payload.into(),
+        };
         Ok(Self {
             node,
             name,
-            payload: payload.into(),
+            message,
             delivery,
             tried: Vec::new(),
             failure: None,
@@ -209,51 +287,9 @@ impl<'a> Call<'a> {
     }
 
     async fn attempt(&mut self, pick: Pick) -> Verdict {
-        let Ok(_slot) = pick.slots.all.acquire().await else {
-            return Verdict::Over(Err(RequestError::Closed));
-        };
-        self.node.count_request();
-        if let Some(outcome) = self.over_kept_stream(pick.provider).await {
-            return self.judge(pick.provider, outcome);
-        }
-        let Ok(slot) = Arc::clone(&pick.slots.single).acquire_owned().await else {
-            return Verdict::Over(Err(RequestError::Closed));
-        };
-        // One may have been opened while this waited.
-        if let Some(outcome) = self.over_kept_stream(pick.provider).await {
-            return self.judge(pick.provider, outcome);
-        }
-        let (sender, outcome) = oneshot::channel();
-        let command = Command::Request(Outbound {
-            provider: pick.provider,
-            service: self.name.shared(),
-            payload: Arc::clone(&self.payload),
-            outcome: sender,
-            slot,
-        });
-        if let Err(Closed) = self.node.send(command).await {
-            return Verdict::Over(Err(RequestError::Closed));
-        }
-        match outcome.await {
+        match self.message.send(pick.provider, &pick.slots).await {
             Ok(outcome) => self.judge(pick.provider, outcome),
-            Err(_) => Verdict::Over(Err(RequestError::Closed)),
-        }
-    }
-
-    /// `None` if there is no such stream, or it ended before the request was written to it.
-    async fn over_kept_stream(&self, provider: PeerId) -> Option<Outcome> {
-        let lane = Lane::of(&self.payload);
-        let queue = self.node.kept_stream(provider, lane)?;
-        let (sender, outcome) = oneshot::channel();
-        let request = Outgoing {
-            service: self.name.shared(),
-            payload: Arc::clone(&self.payload),
-            outcome: sender,
-        };
-        queue.send(request).await.ok()?;
-        match outcome.await {
-            Ok(Outcome::NotSent(_)) | Err(_) => None,
-            Ok(outcome) => Some(outcome),
+            Err(Closed) => Verdict::Over(Err(RequestError::Closed)),
         }
     }
 

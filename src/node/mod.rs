@@ -2,9 +2,10 @@
 
 mod builder;
 mod call;
+pub(crate) mod directory;
 mod service;
 
-use std::sync::{Arc, MutexGuard, PoisonError};
+use std::sync::{Arc, MutexGuard, OnceLock, PoisonError};
 
 use futures::stream::{FuturesUnordered, Stream, StreamExt};
 use libp2p::{Multiaddr, PeerId};
@@ -37,6 +38,9 @@ pub(crate) struct Shared {
     peer: PeerId,
     handle: Handle,
     lookups: Semaphore,
+    values: Semaphore,
+    /// Set once the other grapes are told of this one's workers.
+    telling: OnceLock<()>,
 }
 
 /// A live provider of a name: it has just said that it serves it.
@@ -58,6 +62,8 @@ impl Node {
             peer,
             handle,
             lookups: Semaphore::new(MAX_LOOKUPS),
+            values: Semaphore::new(directory::MAX_VALUE_QUERIES),
+            telling: OnceLock::new(),
         };
         Self {
             shared: Arc::new(shared),

@@ -57,12 +57,7 @@ impl Service {
 
     /// The next request; `None` once the node is shut down. Cancel-safe.
     pub async fn next(&mut self) -> Option<Request> {
-        let inbound = self.requests.recv().await?;
-        Some(Request {
-            from: inbound.from,
-            payload: inbound.payload,
-            responder: inbound.responder,
-        })
+        self.requests.recv().await.map(Into::into)
     }
 
     /// Runs a handler for every request, each in a task of its own, so that a slow one delays no
@@ -106,6 +101,16 @@ impl Drop for Service {
             let message = "not served any more";
             let error = RemoteError::new(ErrorCode::UnknownService, message);
             inbound.responder.answer(Err(error));
+        }
+    }
+}
+
+impl From<Inbound> for Request {
+    fn from(inbound: Inbound) -> Self {
+        Self {
+            from: inbound.from,
+            payload: inbound.payload,
+            responder: inbound.responder,
         }
     }
 }

@@ -12,6 +12,7 @@
 
 mod chat;
 mod map;
+mod registry;
 mod rpc;
 
 use serde::{Serialize, de::DeserializeSeed};
@@ -19,6 +20,7 @@ use serde::{Serialize, de::DeserializeSeed};
 use map::{Draft, Fill};
 
 pub use chat::{ChatMessage, ChatReply, MAX_FROM, MAX_TEXT};
+pub use registry::{Batch, BatchReply, Change, Digest, MAX_CHANGES, MAX_FIND, MAX_FOUND, REGISTRY};
 pub use rpc::{
     ErrorCode, MAX_CODE, MAX_MESSAGE, MAX_SERVICE, OtherCode, RemoteError, Reply, ReplyRef,
     Request, RequestRef, SERVES, salvage_id,

@@ -12,23 +12,30 @@
 use std::collections::HashMap;
 use std::error::Error;
 use std::io;
+use std::net::IpAddr;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, PoisonError, RwLock, Weak};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError, RwLock, Weak};
+use std::time::{Duration, Instant};
 
 use futures::future::{Either, select};
 use futures::io::{AsyncRead, AsyncReadExt, AsyncWrite};
 use libp2p::PeerId;
+use tokio::sync::mpsc::error::TrySendError;
 use tokio::sync::mpsc::{self, OwnedPermit};
 use tokio::sync::{Notify, OwnedSemaphorePermit, Semaphore};
 
-use crate::limits::{FRAME_DEADLINE, IDLE_TIMEOUT, Limits, MAX_PIPELINED, MAX_SERVED_STREAMS};
+use crate::limits::{FRAME_DEADLINE, Limits, MAX_PIPELINED, MAX_SERVED_STREAMS};
 use crate::metrics::Metrics;
 use crate::name::ServiceName;
 use crate::proto::frame::{FrameError, FrameReader, FrameWriter};
-use crate::proto::wire::{self, DecodeError, ErrorCode, RemoteError, ReplyRef, Request};
+use crate::proto::wire::{self, Batch, DecodeError, ErrorCode, RemoteError, ReplyRef, Request};
+use crate::store::Registry;
 
 /// The replies that are taken from the queue for one write.
 const WRITE_BATCH: usize = 256;
+
+/// What is said to whoever calls a name that nobody serves here.
+const NOT_SERVED: &str = "not served here";
 
 /// What serves the requests of others, shared by all their streams.
 #[derive(Debug)]
@@ -38,11 +45,66 @@ pub(crate) struct Server {
     total: Usage,
     max_requests: usize,
     max_bytes: usize,
+    /// How long a stream may rest between two requests.
+    rest: Duration,
     /// One permit for each stream that is served.
     streams: Arc<Semaphore>,
     stopping: AtomicBool,
     idle: Notify,
+    /// The tables of a grape.
+    registry: OnceLock<Arc<Registry>>,
+    /// Where requests for this grape's workers go.
+    carrier: OnceLock<mpsc::Sender<Carried>>,
     metrics: Arc<Metrics>,
+}
+
+/// Where a request goes.
+enum Route {
+    Handler(mpsc::Sender<Inbound>),
+    Carrier(ServiceName, mpsc::Sender<Carried>),
+}
+
+impl Route {
+    fn send(self, inbound: Inbound) -> Result<(), TrySendError<Inbound>> {
+        let (name, carrier) = match self {
+            Self::Handler(handler) => return handler.try_send(inbound),
+            Self::Carrier(name, carrier) => (name, carrier),
+        };
+        match carrier.try_reserve() {
+            Ok(place) => {
+                place.send(Carried::Call(name, inbound));
+                Ok(())
+            }
+            Err(TrySendError::Full(())) => Err(TrySendError::Full(inbound)),
+            Err(TrySendError::Closed(())) => Err(TrySendError::Closed(inbound)),
+        }
+    }
+}
+
+/// Another node, and the host its connection comes from.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Remote {
+    pub(crate) peer: PeerId,
+    pub(crate) host: Option<IpAddr>,
+}
+
+/// What another node asks of a worker of this grape's.
+#[derive(Debug)]
+pub(crate) enum Carried {
+    /// Whether a live one serves the name.
+    Asks(ServiceName, Question),
+    /// To serve a request for the name.
+    Call(ServiceName, Inbound),
+}
+
+/// Whether a name is served. Dropping it says that nobody knows.
+#[derive(Debug)]
+pub(crate) struct Question(Responder);
+
+impl Question {
+    pub(crate) fn answer(self, serves: bool) {
+        self.0.answer(Ok(vec![u8::from(serves)]));
+    }
 }
 
 /// What is used of the budget, by all or by one peer.
@@ -95,11 +157,25 @@ impl Server {
             total: Usage::new(limits.inbound_bytes),
             max_requests: limits.inbound_requests,
             max_bytes: limits.inbound_bytes,
+            rest: limits.idle,
             streams: Arc::new(Semaphore::new(MAX_SERVED_STREAMS)),
             stopping: AtomicBool::new(false),
             idle: Notify::new(),
+            registry: OnceLock::new(),
+            carrier: OnceLock::new(),
             metrics,
         })
+    }
+
+    /// This node is a grape, which other grapes tell of their workers.
+    pub(crate) fn keep(&self, registry: Arc<Registry>) {
+        // Once, when the node starts.
+        let _ = self.registry.set(registry);
+    }
+
+    /// Requests for this grape's workers go to this channel from now on. Only the first counts.
+    pub(crate) fn carry(&self, carrier: mpsc::Sender<Carried>) {
+        let _ = self.carrier.set(carrier);
     }
 
     /// Requests for the name go to this channel from now on.
@@ -151,6 +227,16 @@ impl Server {
         services.get(service).cloned()
     }
 
+    /// Where requests for a service go.
+    fn route(&self, service: &str) -> Option<Route> {
+        if let Some(handler) = self.handler(service) {
+            return Some(Route::Handler(handler));
+        }
+        let name = ServiceName::from_wire(service).ok()?;
+        let carrier = self.carrier_for(&name)?.clone();
+        Some(Route::Carrier(name, carrier))
+    }
+
     /// What a peer uses, all its streams together.
     fn usage_of(&self, peer: PeerId) -> Arc<Usage> {
         let mut peers = self.peers.lock().unwrap_or_else(PoisonError::into_inner);
@@ -177,16 +263,42 @@ impl Server {
         (fits && place.take(payload)).then_some(place)
     }
 
-    fn serves(&self, payload: &[u8]) -> Result<Vec<u8>, RemoteError> {
-        let name = std::str::from_utf8(payload)
-            .ok()
-            .filter(|text| ServiceName::from_wire(text).is_ok());
-        let Some(name) = name else {
+    /// Answers whether a name is served here, by this node or by a worker of this grape's.
+    fn on_serves(&self, payload: &[u8], responder: Responder) {
+        let name = std::str::from_utf8(payload).ok();
+        let Some(name) = name.and_then(|text| ServiceName::from_wire(text).ok()) else {
             let message = "the payload is not a name";
-            return Err(RemoteError::new(ErrorCode::BadRequest, message));
+            return responder.answer(Err(RemoteError::new(ErrorCode::BadRequest, message)));
         };
-        let serves = !self.stopping.load(Ordering::Relaxed) && self.handler(name).is_some();
-        Ok(vec![u8::from(serves)])
+        if self.stopping.load(Ordering::Relaxed) {
+            return Question(responder).answer(false);
+        }
+        if self.handler(name.as_ref()).is_some() {
+            return Question(responder).answer(true);
+        }
+        match self.carrier_for(&name) {
+            // A full queue drops the question, and with it answers that nobody knows.
+            Some(carrier) => drop(carrier.try_send(Carried::Asks(name, Question(responder)))),
+            None => Question(responder).answer(false),
+        }
+    }
+
+    /// Where requests for a name go that a worker of this grape's serves.
+    fn carrier_for(&self, name: &ServiceName) -> Option<&mpsc::Sender<Carried>> {
+        let (carrier, registry) = (self.carrier.get()?, self.registry.get()?);
+        let has_own = registry.workers().has_own(&name.digest(), Instant::now());
+        has_own.then_some(carrier)
+    }
+
+    /// Takes what another grape tells of its workers.
+    fn on_batch(&self, remote: Remote, payload: &[u8]) -> Result<Vec<u8>, RemoteError> {
+        let Some(registry) = self.registry.get() else {
+            return Err(RemoteError::new(ErrorCode::UnknownService, NOT_SERVED));
+        };
+        let refuse = |error: &dyn Error| RemoteError::new(ErrorCode::BadRequest, error.to_string());
+        let batch = Batch::decode(payload).map_err(|error| refuse(&error))?;
+        let reply = registry.on_batch(remote.peer, remote.host, &batch, Instant::now());
+        reply.encode().map_err(|error| refuse(&error))
     }
 }
 
@@ -280,16 +392,17 @@ impl Drop for Responder {
 /// Serves one stream until the remote has closed its side and every reply has left, or it fails.
 pub(crate) async fn serve(
     server: Arc<Server>,
-    peer: PeerId,
+    remote: Remote,
     stream: impl AsyncRead + AsyncWrite + Unpin,
 ) {
     let (reader, writer) = stream.split();
     let (replies, mut queue) = mpsc::channel(MAX_PIPELINED);
+    let peer = remote.peer;
     let usage = server.usage_of(peer);
     let budgets = [&server.total, &*usage].map(|usage| Arc::clone(&usage.arriving));
     let frames = FrameReader::new(reader, budgets.into());
     let ended = {
-        let reading = std::pin::pin!(read(&server, peer, &usage, frames, replies));
+        let reading = std::pin::pin!(read(&server, remote, &usage, frames, replies));
         let writing = std::pin::pin!(write(FrameWriter::new(writer, FRAME_DEADLINE), &mut queue));
         match select(reading, writing).await {
             Either::Left((Ok(()), writing)) => writing.await,
@@ -311,7 +424,7 @@ pub(crate) async fn serve(
 
 async fn read<R: AsyncRead + Unpin>(
     server: &Arc<Server>,
-    peer: PeerId,
+    remote: Remote,
     usage: &Arc<Usage>,
     mut frames: FrameReader<R>,
     replies: mpsc::Sender<Answer>,
@@ -349,7 +462,7 @@ async fn read<R: AsyncRead + Unpin>(
             Err(error) => return Err(error.into()),
         };
         match Request::decode(frame) {
-            Ok(request) => dispatch(server, peer, usage, request, permit),
+            Ok(request) => dispatch(server, remote, usage, request, permit),
             Err(error) => {
                 let code = match error {
                     DecodeError::TooLarge { .. } => ErrorCode::TooLarge,
@@ -362,14 +475,14 @@ async fn read<R: AsyncRead + Unpin>(
             }
         }
         // A stream that has carried a request may rest before the next one.
-        patience = IDLE_TIMEOUT;
+        patience = server.rest;
     }
 }
 
 /// Hands a request to its handler, or answers why not.
 fn dispatch(
     server: &Arc<Server>,
-    peer: PeerId,
+    remote: Remote,
     usage: &Arc<Usage>,
     request: Request,
     permit: OwnedPermit<Answer>,
@@ -379,8 +492,10 @@ fn dispatch(
         place: None,
         permit: Some(permit),
     };
-    if request.service == wire::SERVES {
-        return responder.answer(server.serves(&request.payload));
+    match request.service.as_str() {
+        wire::SERVES => return server.on_serves(&request.payload, responder),
+        wire::REGISTRY => return responder.answer(server.on_batch(remote, &request.payload)),
+        _ => {}
     }
     let refuse = |responder: Responder, code, message: &str| {
         server.metrics.requests_refused.add(1);
@@ -393,33 +508,27 @@ fn dispatch(
             "this node is shutting down",
         );
     }
-    let Some(handler) = server.handler(&request.service) else {
-        return refuse(responder, ErrorCode::UnknownService, "not served here");
+    let name = request.service;
+    let Some(route) = server.route(&name) else {
+        return refuse(responder, ErrorCode::UnknownService, NOT_SERVED);
     };
     responder.place = server.place(usage, request.payload.len());
     if responder.place.is_none() {
         return refuse(responder, ErrorCode::Busy, "too many requests are open");
     }
     let inbound = Inbound {
-        from: peer,
+        from: remote.peer,
         payload: request.payload,
         responder,
     };
-    match handler.try_send(inbound) {
+    match route.send(inbound) {
         Ok(()) => server.metrics.requests_received.add(1),
-        Err(mpsc::error::TrySendError::Full(inbound)) => {
-            refuse(
-                inbound.responder,
-                ErrorCode::Busy,
-                "the handler's queue is full",
-            );
+        Err(TrySendError::Full(inbound)) => {
+            let message = "the handler's queue is full";
+            refuse(inbound.responder, ErrorCode::Busy, message);
         }
-        Err(mpsc::error::TrySendError::Closed(inbound)) => {
-            refuse(
-                inbound.responder,
-                ErrorCode::UnknownService,
-                "not served any more",
-            );
+        Err(TrySendError::Closed(inbound)) => {
+            refuse(inbound.responder, ErrorCode::UnknownService, NOT_SERVED);
         }
     }
 }
@@ -466,7 +575,11 @@ mod tests {
             let server = Server::new(limits, Arc::default());
             let (handler, requests) = mpsc::channel(100);
             server.serve(name.parse().unwrap(), handler);
-            tokio::spawn(serve(Arc::clone(&server), PeerId::random(), far.compat()));
+            let remote = Remote {
+                peer: PeerId::random(),
+                host: None,
+            };
+            tokio::spawn(serve(Arc::clone(&server), remote, far.compat()));
             let stream = near;
             (Self { stream, server }, requests)
         }

@@ -22,8 +22,9 @@ use libp2p::swarm::{
 use libp2p::{Multiaddr, PeerId, StreamProtocol};
 use tokio::sync::oneshot;
 
-use super::serve::{Server, serve};
+use super::serve::{Remote, Server, serve};
 use crate::limits::{MAX_RPC_STREAMS, RPC_PROTOCOL};
+use crate::net::host;
 
 /// Who waits for a stream; dropped when there will be none.
 type Asker = oneshot::Sender<Stream>;
@@ -54,10 +55,11 @@ impl Behaviour {
         stream
     }
 
-    fn handler(&mut self, peer: PeerId, connection: ConnectionId) -> Handler {
+    fn handler(&mut self, peer: PeerId, connection: ConnectionId, remote: &Multiaddr) -> Handler {
         self.connections.entry(peer).or_default().push(connection);
+        let host = host(remote);
         Handler {
-            peer,
+            remote: Remote { peer, host },
             server: Arc::clone(&self.server),
             accepted: Arc::new(()),
             asked: VecDeque::new(),
@@ -74,20 +76,20 @@ impl NetworkBehaviour for Behaviour {
         connection: ConnectionId,
         peer: PeerId,
         _: &Multiaddr,
-        _: &Multiaddr,
+        remote: &Multiaddr,
     ) -> Result<THandler<Self>, ConnectionDenied> {
-        Ok(self.handler(peer, connection))
+        Ok(self.handler(peer, connection, remote))
     }
 
     fn handle_established_outbound_connection(
         &mut self,
         connection: ConnectionId,
         peer: PeerId,
-        _: &Multiaddr,
+        remote: &Multiaddr,
         _: Endpoint,
         _: PortUse,
     ) -> Result<THandler<Self>, ConnectionDenied> {
-        Ok(self.handler(peer, connection))
+        Ok(self.handler(peer, connection, remote))
     }
 
     fn on_swarm_event(&mut self, event: FromSwarm) {
@@ -127,7 +129,7 @@ impl NetworkBehaviour for Behaviour {
 }
 
 pub(crate) struct Handler {
-    peer: PeerId,
+    remote: Remote,
     server: Arc<Server>,
     /// Shared with the task of each stream that was accepted.
     accepted: Arc<()>,
@@ -180,13 +182,13 @@ impl ConnectionHandler for Handler {
                 let full = Arc::strong_count(&self.accepted) > MAX_RPC_STREAMS;
                 let place = self.server.stream_place().filter(|_| !full);
                 let Some(place) = place else {
-                    tracing::debug!(peer = %self.peer, "too many streams: one is closed");
+                    tracing::debug!(peer = %self.remote.peer, "too many streams: one is closed");
                     return;
                 };
-                let (server, peer) = (Arc::clone(&self.server), self.peer);
+                let (server, remote) = (Arc::clone(&self.server), self.remote);
                 let accepted = Arc::clone(&self.accepted);
                 tokio::spawn(async move {
-                    serve(server, peer, stream).await;
+                    serve(server, remote, stream).await;
                     drop((accepted, place));
                 });
             }
@@ -199,7 +201,7 @@ impl ConnectionHandler for Handler {
             }
             // Dropping the asker tells it.
             ConnectionEvent::DialUpgradeError(DialUpgradeError { error, .. }) => {
-                tracing::debug!(peer = %self.peer, %error, "no stream to be had");
+                tracing::debug!(peer = %self.remote.peer, %error, "no stream to be had");
             }
             _ => {}
         }

@@ -1,0 +1,219 @@
+//! What a grape keeps for others, shared by the loop that owns the Swarm and by what serves others
+//! beside it.
+
+use std::borrow::Cow;
+use std::iter;
+use std::net::IpAddr;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Instant, SystemTime};
+use std::vec;
+
+use libp2p::PeerId;
+use libp2p::kad::store::{self, RecordStore};
+use libp2p::kad::{ProviderRecord, Record, RecordKey};
+use tokio::sync::Notify;
+
+use super::values::{NotKept, Values};
+use super::workers::Workers;
+use super::{KADEMLIA_ANSWER, Prefix, Store};
+use crate::limits::Bounds;
+use crate::name::SHA2_256;
+use crate::proto::bep44::{DecodeError, Value};
+use crate::proto::wire::{Batch, BatchReply, Digest, MAX_FOUND};
+
+/// Why a value is not stored.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum NotStored {
+    #[error(transparent)]
+    Decode(#[from] DecodeError),
+    #[error("the value belongs under another key")]
+    OtherKey,
+    #[error(transparent)]
+    NotKept(#[from] NotKept),
+}
+
+/// The tables of a grape. Each lock is held for one operation, never while something waits, and no
+/// two at once.
+#[derive(Debug)]
+pub(crate) struct Registry {
+    local: PeerId,
+    providers: Mutex<Store>,
+    workers: Mutex<Workers>,
+    values: Mutex<Values>,
+    /// This grape's workers have changed.
+    changed: Notify,
+}
+
+impl Registry {
+    pub(crate) fn new(local: PeerId, bounds: Bounds, now: Instant) -> Arc<Self> {
+        // A rendezvous cookie from before a restart then still means "what came since".
+        let first_sequence = SystemTime::now()
+            .duration_since(SystemTime::UNIX_EPOCH)
+            .map_or(1, |since| since.as_micros() as u64);
+        let providers = Store::new(local, bounds, first_sequence, now);
+        Arc::new(Self {
+            local,
+            providers: Mutex::new(providers),
+            workers: Mutex::new(Workers::new(now)),
+            values: Mutex::new(Values::new(now)),
+            changed: Notify::new(),
+        })
+    }
+
+    /// The provider records.
+    pub(crate) fn providers(&self) -> MutexGuard<'_, Store> {
+        self.providers
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The workers.
+    pub(crate) fn workers(&self) -> MutexGuard<'_, Workers> {
+        self.workers.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The values.
+    pub(crate) fn values(&self) -> MutexGuard<'_, Values> {
+        self.values.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Keeps a value that came from a host of that prefix to be stored under that key, if it is
+    /// what it claims to be.
+    pub(crate) fn put(
+        &self,
+        key: &[u8],
+        value: &[u8],
+        prefix: Prefix,
+        now: Instant,
+    ) -> Result<(), NotStored> {
+        let value = Value::decode(value)?;
+        if value.target() != key {
+            return Err(NotStored::OtherKey);
+        }
+        Ok(self.values().insert(&value, prefix, now)?)
+    }
+
+    /// Returns when this grape's workers have changed since the last time.
+    pub(crate) async fn changed(&self) {
+        self.changed.notified().await;
+    }
+
+    /// Other grapes have something to be told.
+    pub(crate) fn on_changed(&self) {
+        self.changed.notify_one();
+    }
+
+    /// Drops what has expired.
+    pub(crate) fn sweep(&self, now: Instant) {
+        self.providers().sweep(now);
+        self.values().sweep(now);
+        if self.workers().sweep(now) {
+            self.on_changed();
+        }
+    }
+
+    /// Takes what another grape tells of its workers, and answers what it asks. `host` is where its
+    /// connection comes from.
+    pub(crate) fn on_batch(
+        &self,
+        grape: PeerId,
+        host: Option<IpAddr>,
+        batch: &Batch,
+        now: Instant,
+    ) -> BatchReply {
+        let prefix = host.map_or(Prefix::Local, Prefix::from);
+        let mut workers = self.workers();
+        let mut refused = 0;
+        for change in &batch.changes {
+            let mut change = *change;
+            if let Some(host) = host
+                && change.at.ip().is_loopback()
+            {
+                change.at.set_ip(host.to_canonical());
+            }
+            refused += u64::from(workers.apply(grape, prefix, &change, now).is_err());
+        }
+        let found = batch.find.iter().map(|service| {
+            let mut own = workers.own(service, now);
+            own.truncate(MAX_FOUND);
+            own
+        });
+        BatchReply {
+            refused,
+            found: found.collect(),
+        }
+    }
+
+    /// The grapes that carry requests to workers of the service behind a key of Kademlia's: to a
+    /// node of libp2p they are its providers.
+    fn carriers(&self, key: &RecordKey, limit: usize) -> Vec<ProviderRecord> {
+        let digest = key.as_ref().strip_prefix(&SHA2_256);
+        let Some(digest) = digest.and_then(|digest| <&Digest>::try_from(digest).ok()) else {
+            return Vec::new();
+        };
+        let (workers, now) = (self.workers(), Instant::now());
+        let own = workers.has_own(digest, now).then_some(self.local);
+        let others = workers.grapes(digest, limit, now);
+        own.into_iter()
+            .chain(others)
+            .take(limit)
+            .map(|provider| ProviderRecord {
+                key: key.clone(),
+                provider,
+                expires: None,
+                // Kademlia takes those of its routing table.
+                addresses: Vec::new(),
+            })
+            .collect()
+    }
+}
+
+/// The registry as Kademlia sees it.
+#[derive(Clone, Debug)]
+pub(crate) struct Records(pub(crate) Arc<Registry>);
+
+impl RecordStore for Records {
+    type RecordsIter<'a> = iter::Empty<Cow<'a, Record>>;
+    type ProvidedIter<'a> = vec::IntoIter<Cow<'a, ProviderRecord>>;
+
+    fn get(&self, key: &RecordKey) -> Option<Cow<'_, Record>> {
+        let values = self.0.values();
+        let value = values.get(key.as_ref(), Instant::now())?.to_vec();
+        Some(Cow::Owned(Record::new(key.clone(), value)))
+    }
+
+    /// Keeps a value of this node's own users. Anybody else's comes up as an event and is kept by
+    /// the prefix of the connection.
+    fn put(&mut self, record: Record) -> store::Result<()> {
+        let (key, now) = (record.key.as_ref(), Instant::now());
+        let stored = self.0.put(key, &record.value, Prefix::Local, now);
+        stored.map_err(|_| store::Error::MaxRecords)
+    }
+
+    fn remove(&mut self, _: &RecordKey) {}
+
+    fn records(&self) -> Self::RecordsIter<'_> {
+        iter::empty()
+    }
+
+    fn add_provider(&mut self, record: ProviderRecord) -> store::Result<()> {
+        self.0.providers().add_provider(record, Instant::now())
+    }
+
+    /// Providers that announced themselves, and grapes whose workers did.
+    fn providers(&self, key: &RecordKey) -> Vec<ProviderRecord> {
+        let mut providers = self.0.providers().providers(key, Instant::now());
+        let room = KADEMLIA_ANSWER.saturating_sub(providers.len());
+        providers.extend(self.0.carriers(key, room.max(1)));
+        providers
+    }
+
+    fn provided(&self) -> Self::ProvidedIter<'_> {
+        let provided: Vec<_> = self.0.providers().provided().map(Cow::Owned).collect();
+        provided.into_iter()
+    }
+
+    fn remove_provider(&mut self, key: &RecordKey, provider: &PeerId) {
+        self.0.providers().remove_provider(key, provider);
+    }
+}
