@@ -134,6 +134,10 @@
 //! | nesting of CBOR | 128 levels |
 
 pub(crate) mod announce;
+#[allow(dead_code, reason = "what stores values is not built yet")]
+pub(crate) mod bencode;
+#[allow(dead_code, reason = "what stores values is not built yet")]
+pub(crate) mod bep44;
 pub(crate) mod bootstrap;
 #[doc(hidden)]
 pub mod frame;
