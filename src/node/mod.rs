@@ -2,6 +2,8 @@
 
 mod builder;
 mod call;
+#[allow(dead_code, reason = "a stand-in")]
+mod directory;
 mod service;
 
 use std::sync::{Arc, MutexGuard, PoisonError};
@@ -14,6 +16,9 @@ use tokio::time::timeout;
 pub use builder::{Builder, Role};
 pub use call::{Delivery, Reply, RequestOptions};
 pub use service::{Request, Service};
+
+#[cfg(feature = "gateway")]
+pub(crate) use directory::{Directory, Full, PutError};
 
 use crate::error::{AnnounceError, LookupError, RequestError};
 use crate::limits::{LOOKUP_DEADLINE, MAX_LOOKUPS, SHUTDOWN_DEADLINE};
@@ -37,6 +42,7 @@ pub(crate) struct Shared {
     peer: PeerId,
     handle: Handle,
     lookups: Semaphore,
+    local: Arc<directory::Local>,
 }
 
 /// A live provider of a name: it has just said that it serves it.
@@ -58,6 +64,7 @@ impl Node {
             peer,
             handle,
             lookups: Semaphore::new(MAX_LOOKUPS),
+            local: Arc::default(),
         };
         Self {
             shared: Arc::new(shared),
