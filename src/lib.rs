@@ -50,6 +50,8 @@
 
 pub mod chat;
 pub mod error;
+#[cfg(feature = "gateway")]
+pub mod gateway;
 pub mod identity;
 pub mod limits;
 mod metrics;

@@ -43,6 +43,7 @@ pub(crate) struct Metrics {
     pub(crate) peers: Gauge,
     pub(crate) announced: Gauge,
     pub(crate) stored: Gauge,
+    pub(crate) workers: Gauge,
     pub(crate) evicted: Gauge,
     pub(crate) refused: Gauge,
 }
@@ -71,6 +72,8 @@ pub struct Snapshot {
     pub announced: u64,
     /// Provider records of other nodes kept now.
     pub stored: u64,
+    /// Workers kept now: those that announced themselves at this grape, and those of other grapes.
+    pub workers: u64,
     /// Provider records dropped to make room for somebody who held fewer.
     pub evicted: u64,
     /// Provider records refused.
@@ -90,6 +93,7 @@ impl Metrics {
             peers: self.peers.value(),
             announced: self.announced.value(),
             stored: self.stored.value(),
+            workers: self.workers.value(),
             evicted: self.evicted.value(),
             refused: self.refused.value(),
         }

@@ -1,6 +1,6 @@
 //! The flags that all programs have, and errors in flags, one line each.
 
-use std::net::{Ipv6Addr, TcpListener, UdpSocket};
+use std::net::{Ipv6Addr, SocketAddr, TcpListener, UdpSocket};
 use std::path::PathBuf;
 use std::process::exit;
 
@@ -22,8 +22,8 @@ pub(crate) struct Flags {
     /// (repeatable)
     #[arg(long, value_name = "MULTIADDR", value_parser = listen_address)]
     listen: Vec<Multiaddr>,
-    /// Join by the grape at this address; a /p2p/<ID> at its end is checked (repeatable)
-    #[arg(long, value_name = "MULTIADDR", value_parser = dial_address)]
+    /// Join by the grape at this address, or at host:port; a /p2p/<ID> at its end is checked (repeatable)
+    #[arg(long, value_name = "MULTIADDR", value_delimiter = ',', value_parser = dial_address)]
     pub(crate) bootstrap: Vec<Multiaddr>,
     /// Tell others this address too, e.g. that of a forwarded port (repeatable)
     #[arg(long, value_name = "MULTIADDR", value_parser = external_address)]
@@ -94,15 +94,18 @@ pub(crate) fn parse<P: Parser>() -> P {
     error.exit()
 }
 
-/// An address to dial.
+/// An address to dial; `host:port` is TCP.
 pub(crate) fn dial_address(text: &str) -> Result<Multiaddr, String> {
-    address(text).ok_or_else(|| {
-        format!(
-            "{} is not the address of a grape: copy one that the grape prints, \
-             such as /ip4/127.0.0.1/tcp/20001 or /dns/example.org/udp/20001/quic-v1",
-            quoted(text)
-        )
-    })
+    host_and_port(text)
+        .or_else(|| address(text))
+        .ok_or_else(|| {
+            format!(
+                "{} is not the address of a grape: copy one that the grape prints, \
+             such as /ip4/127.0.0.1/tcp/20001 or /dns/example.org/udp/20001/quic-v1, \
+             or write host:port",
+                quoted(text)
+            )
+        })
 }
 
 fn listen_address(text: &str) -> Result<Multiaddr, String> {
@@ -128,6 +131,20 @@ fn external_address(text: &str) -> Result<Multiaddr, String> {
             quoted(text)
         )
     })
+}
+
+/// As people and other programs write it, an IPv6 address in brackets.
+fn host_and_port(text: &str) -> Option<Multiaddr> {
+    if let Ok(address) = text.parse::<SocketAddr>() {
+        return Some(Multiaddr::from(address.ip()).with(Protocol::Tcp(address.port())));
+    }
+    let (host, port) = text.split_once(':')?;
+    let is_name = |c: char| c.is_ascii_alphanumeric() || matches!(c, '-' | '_' | '.');
+    if host.is_empty() || !host.chars().all(is_name) {
+        return None;
+    }
+    let tcp = Protocol::Tcp(port.parse().ok()?);
+    Some(Multiaddr::from(Protocol::Dns(host.into())).with(tcp))
 }
 
 /// A host, TCP or QUIC, and perhaps an id: what the nodes speak.

@@ -24,12 +24,14 @@
 
 #[path = "../common/mod.rs"]
 mod common;
+mod grenache;
 
-use std::net::Ipv6Addr;
+use std::net::{IpAddr, Ipv6Addr};
 use std::process::ExitCode;
 use std::time::Duration;
 
 use clap::Parser;
+use grapevine::gateway::Gateway;
 use grapevine::{Multiaddr, Node, PeerId, Role};
 use libp2p::multiaddr::Protocol;
 
@@ -37,6 +39,7 @@ use common::flags::{self, Flags, quoted};
 use common::output::Output;
 use common::stop::Stop;
 use common::{Failure, grapes, run, shut_down};
+use grenache::{Grenache, listen_on};
 
 /// The port that `peer` and `chat` look for a grape on.
 const PORT: u16 = 20_001;
@@ -49,6 +52,8 @@ Examples:
           a further one, which joins by the first
   grape --listen /ip4/127.0.0.1/tcp/0
           for a try: on this machine only, on any free port
+  grape --dp 20001 --aph 30001 --bn '127.0.0.1:20002'
+          in place of a grape of Grenache
 
 Its addresses go to standard output, news of other grapes and errors to standard error.
 RUST_LOG=debug logs there too.
@@ -63,6 +68,11 @@ Exit codes: 0 stopped by a signal, 1 the system refused something, 2 wrong usage
 struct Cli {
     #[command(flatten)]
     network: Flags,
+    #[command(flatten)]
+    grenache: Grenache,
+    /// Programs that start grapes of Grenache by hand say the program's name twice
+    #[arg(hide = true, value_parser = ["grape"])]
+    again: Option<String>,
     /// Forget a name after so many seconds unless its peer renews it: 3 to 90
     #[arg(long, value_name = "SECONDS", default_value = "90", value_parser = lease)]
     lease: Duration,
@@ -80,19 +90,38 @@ fn main() -> ExitCode {
 }
 
 async fn serve(cli: Cli, stop: Stop) -> Result<u8, Failure> {
-    let node = match stop.or(start(&cli)).await {
+    let host = cli.grenache.host().await?;
+    let node = match stop.or(start(&cli, host)).await {
         Ok(node) => node?,
         Err(cause) => return Ok(cause.code()),
     };
+    let gateway = match cli.grenache.serve(&node, host).await {
+        Ok(gateway) => gateway,
+        Err(failure) => {
+            shut_down(&node).await;
+            return Err(failure);
+        }
+    };
     let output = Output::stdout(stop.clone());
-    let cause = stop.or(work(&cli, &node, output)).await;
+    let cause = stop.or(work(&cli, &node, gateway.as_ref(), output)).await;
+    if let Some(gateway) = gateway {
+        gateway.shutdown().await;
+    }
     shut_down(&node).await;
     Ok(cause.map_or_else(|cause| cause.code(), |()| 0))
 }
 
-async fn start(cli: &Cli) -> Result<Node, Failure> {
-    let listen = flags::all_interfaces(PORT);
-    let mut builder = cli.network.builder(Role::Grape, listen)?.lease(cli.lease);
+async fn start(cli: &Cli, host: Option<IpAddr>) -> Result<Node, Failure> {
+    let port = cli.grenache.port().unwrap_or(PORT);
+    let listen = match host {
+        Some(host) => listen_on(host, port),
+        None => flags::all_interfaces(port),
+    };
+    let mut builder = cli
+        .network
+        .builder(Role::Grape, listen)?
+        .bootstrap(cli.grenache.bootstrap())
+        .lease(cli.lease);
     if !cli.allow.is_empty() {
         builder = builder.allow_only(cli.allow.iter().copied());
     }
@@ -103,11 +132,15 @@ async fn start(cli: &Cli) -> Result<Node, Failure> {
     Ok(node)
 }
 
-async fn work(cli: &Cli, node: &Node, output: Output) {
+async fn work(cli: &Cli, node: &Node, gateway: Option<&Gateway>, output: Output) {
     let heading = format!("Grape {} listens on:", node.peer_id());
     output.print(heading).await;
     for address in node.addresses().iter().filter(|a| is_dialable(a)) {
         output.print(address.to_string()).await;
+    }
+    if let Some(gateway) = gateway {
+        let api = gateway.api_address();
+        output.print(format!("Grenache API: http://{api}")).await;
     }
     if cli.network.identity.is_none() {
         output

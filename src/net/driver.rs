@@ -572,6 +572,8 @@ impl Driver {
         self.metrics.stored.set(stored.records);
         self.metrics.evicted.set(stored.evicted);
         self.metrics.refused.set(stored.refused);
+        let (own, others) = self.registry.workers().len();
+        self.metrics.workers.set((own + others) as u64);
         let open = self.server.open_requests();
         self.metrics.open_requests.set(open as u64);
         let announced = self.discovery.announcements.len();

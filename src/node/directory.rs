@@ -6,15 +6,15 @@
 
 use std::collections::HashMap;
 use std::net::SocketAddr;
-use std::sync::{Arc, Weak};
+use std::sync::{Arc, OnceLock, Weak};
 use std::time::{Duration, Instant};
 
 use futures::stream::{FuturesUnordered, StreamExt};
 use libp2p::PeerId;
-use tokio::sync::{mpsc, oneshot, watch};
+use tokio::sync::{Semaphore, mpsc, oneshot, watch};
 use tokio::time::sleep_until;
 
-use super::{Node, Shared, call};
+use super::{Node, call};
 use crate::name::{self, ServiceName};
 use crate::net::{Carried, Command, KnownGrape, Outcome};
 use crate::proto::bep44::Target;
@@ -33,13 +33,30 @@ const CARRIED: usize = 1_024;
 
 /// The puts and gets of values at once; further ones wait. Kademlia walks all its queries at each
 /// step.
-pub(super) const MAX_VALUE_QUERIES: usize = 32;
+const MAX_VALUE_QUERIES: usize = 32;
 
 /// The workers of the network, as the grapes tell each other of them.
 #[derive(Clone, Debug)]
 pub(crate) struct Directory {
     node: Node,
     registry: Arc<Registry>,
+}
+
+/// What all directories of a node share.
+#[derive(Debug)]
+pub(super) struct Shared {
+    queries: Semaphore,
+    /// Set once the other grapes are told of this one's workers.
+    telling: OnceLock<()>,
+}
+
+impl Default for Shared {
+    fn default() -> Self {
+        Self {
+            queries: Semaphore::new(MAX_VALUE_QUERIES),
+            telling: OnceLock::new(),
+        }
+    }
 }
 
 /// Who serves a name.
@@ -66,7 +83,7 @@ impl Node {
     pub(crate) fn directory(&self) -> Directory {
         let handle = &self.shared.handle;
         let registry = Arc::clone(&handle.registry);
-        self.shared.telling.get_or_init(|| {
+        self.shared.directory.telling.get_or_init(|| {
             let grapes = handle.grapes.clone();
             let teller = Teller {
                 node: Arc::downgrade(&self.shared),
@@ -145,7 +162,7 @@ impl Directory {
     /// Stores a verified value at this grape and at those closest to its target; returns when they
     /// have it.
     pub(crate) async fn put(&self, target: Target, value: Vec<u8>) -> Result<(), PutError> {
-        let _permit = self.node.shared.values.acquire().await;
+        let _permit = self.node.shared.directory.queries.acquire().await;
         let (done, kept) = oneshot::channel();
         let command = Command::PutValue {
             target,
@@ -164,7 +181,7 @@ impl Directory {
     /// All different values that this grape and those closest to the target keep for it, of which
     /// any may be forged.
     pub(crate) async fn get(&self, target: Target) -> Vec<Vec<u8>> {
-        let _permit = self.node.shared.values.acquire().await;
+        let _permit = self.node.shared.directory.queries.acquire().await;
         let (done, found) = oneshot::channel();
         let command = Command::GetValue { target, done };
         // A node that is shut down knows of none.
@@ -184,7 +201,7 @@ impl Directory {
 
 /// Tells the other grapes what changes of this one's workers.
 struct Teller {
-    node: Weak<Shared>,
+    node: Weak<super::Shared>,
     registry: Arc<Registry>,
     grapes: HashMap<PeerId, Told>,
 }

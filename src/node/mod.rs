@@ -2,10 +2,11 @@
 
 mod builder;
 mod call;
-pub(crate) mod directory;
+#[cfg(feature = "gateway")]
+mod directory;
 mod service;
 
-use std::sync::{Arc, MutexGuard, OnceLock, PoisonError};
+use std::sync::{Arc, MutexGuard, PoisonError};
 
 use futures::stream::{FuturesUnordered, Stream, StreamExt};
 use libp2p::{Multiaddr, PeerId};
@@ -15,6 +16,12 @@ use tokio::time::timeout;
 pub use builder::{Builder, Role};
 pub use call::{Delivery, Reply, RequestOptions};
 pub use service::{Request, Service};
+
+#[cfg(feature = "gateway")]
+pub(crate) use crate::store::workers::Full;
+#[cfg(feature = "gateway")]
+#[cfg(feature = "gateway")]
+pub(crate) use directory::{Directory, PutError};
 
 use crate::error::{AnnounceError, LookupError, RequestError};
 use crate::limits::{LOOKUP_DEADLINE, MAX_LOOKUPS, SHUTDOWN_DEADLINE};
@@ -38,9 +45,8 @@ pub(crate) struct Shared {
     peer: PeerId,
     handle: Handle,
     lookups: Semaphore,
-    values: Semaphore,
-    /// Set once the other grapes are told of this one's workers.
-    telling: OnceLock<()>,
+    #[cfg(feature = "gateway")]
+    directory: directory::Shared,
 }
 
 /// A live provider of a name: it has just said that it serves it.
@@ -62,8 +68,8 @@ impl Node {
             peer,
             handle,
             lookups: Semaphore::new(MAX_LOOKUPS),
-            values: Semaphore::new(directory::MAX_VALUE_QUERIES),
-            telling: OnceLock::new(),
+            #[cfg(feature = "gateway")]
+            directory: directory::Shared::default(),
         };
         Self {
             shared: Arc::new(shared),

@@ -154,7 +154,8 @@ impl Request {
         self.answer(Err(RemoteError::new(ErrorCode::BadRequest, message)));
     }
 
-    fn answer(self, outcome: Result<Vec<u8>, RemoteError>) {
+    /// Answers as a node does: with an error code that callers act on.
+    pub(crate) fn answer(self, outcome: Result<Vec<u8>, RemoteError>) {
         self.responder.answer(outcome);
     }
 }

@@ -127,11 +127,10 @@ impl Reader<'_> {
         let (digits, rest) = self.rest.split_at(len.ok_or(MALFORMED)?);
         let digits = str::from_utf8(digits).map_err(|_| MALFORMED)?;
         let number: i64 = digits.parse().map_err(|_| MALFORMED)?;
-        // The shape first: a long run of zeros is not worth a comparison.
-        let is_canonical = match digits.as_bytes() {
-            [b'0'] | [b'1'..=b'9', ..] | [b'-', b'1'..=b'9', ..] => true,
-            _ => false,
-        };
+        let is_canonical = matches!(
+            digits.as_bytes(),
+            [b'0'] | [b'1'..=b'9', ..] | [b'-', b'1'..=b'9', ..]
+        );
         if !is_canonical {
             return Err(MALFORMED);
         }

@@ -134,9 +134,9 @@
 //! | nesting of CBOR | 128 levels |
 
 pub(crate) mod announce;
-#[allow(dead_code, reason = "what stores values is not built yet")]
+#[cfg_attr(not(feature = "gateway"), allow(dead_code))]
 pub(crate) mod bencode;
-#[allow(dead_code, reason = "what stores values is not built yet")]
+#[cfg_attr(not(feature = "gateway"), allow(dead_code))]
 pub(crate) mod bep44;
 pub(crate) mod bootstrap;
 #[doc(hidden)]

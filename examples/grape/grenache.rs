@@ -1,0 +1,165 @@
+//! The command line of grenache-grape, so that a grape can take its place.
+
+use std::net::{IpAddr, SocketAddr};
+use std::time::Duration;
+
+use grapevine::gateway::{Config, Gateway, GatewayError};
+use grapevine::{Multiaddr, Node};
+use libp2p::multiaddr::Protocol;
+use tokio::net::lookup_host;
+
+use crate::common::flags::{dial_address, quoted};
+use crate::common::{Failure, RUNTIME, USAGE, note};
+
+/// The flags of grenache-grape 1.0.0, under its names.
+#[derive(Clone, Debug, clap::Args)]
+#[command(next_help_heading = "Grenache")]
+pub(crate) struct Grenache {
+    /// Listen on this port over TCP and QUIC [default: 20001]
+    #[arg(
+        long,
+        visible_alias = "dht_port",
+        value_name = "PORT",
+        conflicts_with = "listen"
+    )]
+    dp: Option<u16>,
+    /// Serve Grenache's HTTP API on this port; without it there is none
+    #[arg(long, visible_alias = "api_port", value_name = "PORT")]
+    aph: Option<u16>,
+    /// Join by these grapes, separated by commas: host:port, or as in --bootstrap
+    #[arg(long, value_name = "GRAPES", value_parser = grapes)]
+    bn: Vec<Grapes>,
+    /// Listen on this host only; without it the API is for this machine, all else for everybody
+    #[arg(short, long, visible_alias = "b", value_name = "HOST")]
+    bind: Option<String>,
+    /// Forget a worker after so many milliseconds unless it is announced again
+    #[arg(
+        long = "dht_peer_maxAge",
+        visible_alias = "dpa",
+        value_name = "MS",
+        default_value = "120000",
+        value_parser = milliseconds
+    )]
+    peer_max_age: Duration,
+    /// Refuse requests to the API with a longer body than this
+    #[arg(
+        long = "check_maxPayloadSize",
+        value_name = "BYTES",
+        default_value = "8192"
+    )]
+    max_payload_size: usize,
+    #[command(flatten)]
+    ignored: Ignored,
+}
+
+/// Flags that are taken and do nothing: what they tune is not there.
+#[derive(Clone, Debug, clap::Args)]
+#[command(next_help_heading = "Grenache, without a meaning here")]
+struct Ignored {
+    /// How many of a lookup's messages are under way at once
+    #[arg(long, visible_alias = "dht_concurrency", value_name = "N")]
+    dc: Option<String>,
+    /// How many lookups are remembered
+    #[arg(long = "dht_maxTables", value_name = "N")]
+    max_tables: Option<String>,
+    /// How many values are kept
+    #[arg(long = "dht_maxValues", value_name = "N")]
+    max_values: Option<String>,
+    /// How long what was found is remembered
+    #[arg(long = "cache_maxAge", value_name = "MS")]
+    cache_max_age: Option<String>,
+    /// How often other grapes are checked
+    #[arg(long, visible_alias = "dht_nodeLiveness", value_name = "MS")]
+    dnl: Option<String>,
+}
+
+/// The grapes of one flag: none, where it is empty.
+#[derive(Clone, Debug)]
+struct Grapes(Vec<Multiaddr>);
+
+impl Grenache {
+    /// The grapes to join by.
+    pub(crate) fn bootstrap(&self) -> impl Iterator<Item = Multiaddr> {
+        self.bn.iter().flat_map(|Grapes(grapes)| grapes.clone())
+    }
+
+    /// The port to listen on, if one is given.
+    pub(crate) fn port(&self) -> Option<u16> {
+        self.dp
+    }
+
+    /// The only host to listen on, if one is given.
+    pub(crate) async fn host(&self) -> Result<Option<IpAddr>, Failure> {
+        let Some(host) = &self.bind else {
+            return Ok(None);
+        };
+        let found = lookup_host((host.as_str(), 0)).await;
+        let found = found.ok().and_then(|mut found| found.next());
+        let message = || format!("--bind: {} is no host of this machine", quoted(host));
+        let found = found.ok_or_else(|| Failure::new(USAGE, message()))?;
+        Ok(Some(found.ip()))
+    }
+
+    /// Serves the API, if a port is given for it.
+    pub(crate) async fn serve(
+        &self,
+        node: &Node,
+        host: Option<IpAddr>,
+    ) -> Result<Option<Gateway>, Failure> {
+        self.tell_ignored();
+        let Some(port) = self.aph else {
+            return Ok(None);
+        };
+        let mut config = Config {
+            lease: self.peer_max_age,
+            max_body: self.max_payload_size,
+            ..Config::default()
+        };
+        config.api = SocketAddr::new(host.unwrap_or(config.api.ip()), port);
+        Ok(Some(Gateway::spawn(node.clone(), config).await?))
+    }
+
+    fn tell_ignored(&self) {
+        let ignored = &self.ignored;
+        let flags = [
+            ("--dc", &ignored.dc),
+            ("--dht_maxTables", &ignored.max_tables),
+            ("--dht_maxValues", &ignored.max_values),
+            ("--cache_maxAge", &ignored.cache_max_age),
+            ("--dnl", &ignored.dnl),
+        ];
+        let given = flags.iter().filter(|(_, value)| value.is_some());
+        let given: Vec<&str> = given.map(|(flag, _)| *flag).collect();
+        if !given.is_empty() {
+            note(&format!("without a meaning here: {}", given.join(", ")));
+        }
+    }
+}
+
+impl From<GatewayError> for Failure {
+    fn from(error: GatewayError) -> Self {
+        Self::new(RUNTIME, error)
+    }
+}
+
+/// TCP and QUIC on one port of one host.
+pub(crate) fn listen_on(host: IpAddr, port: u16) -> Vec<Multiaddr> {
+    let tcp = Multiaddr::from(host).with(Protocol::Tcp(port));
+    let quic = Multiaddr::from(host).with(Protocol::Udp(port));
+    vec![tcp, quic.with(Protocol::QuicV1)]
+}
+
+fn grapes(text: &str) -> Result<Grapes, String> {
+    let parts = text.split(',').filter(|part| !part.is_empty());
+    parts
+        .map(dial_address)
+        .collect::<Result<_, _>>()
+        .map(Grapes)
+}
+
+fn milliseconds(text: &str) -> Result<Duration, String> {
+    match text.parse() {
+        Ok(count @ 1..) => Ok(Duration::from_millis(count)),
+        _ => Err(format!("{} is not a number of milliseconds", quoted(text))),
+    }
+}

@@ -1,0 +1,342 @@
+//! Grenache's HTTP API: paths, answers and errors are those of grenache-grape 1.0.0, byte for byte.
+//!
+//! A request is a JSON object whose `data` is the argument; the method does not matter, and neither
+//! does `rid`. An answer is JSON with status 200, and so are most errors: a string. What grenache-grape
+//! answers with the text of a JavaScript exception is `ERR_GRAPE_PAYLOAD_INVALID` here, with the same
+//! status; where it never answers, `ERR_GRAPE_HASH_FORMAT`; and port 0, for which it announces its own
+//! DHT port, is no port here.
+
+use std::borrow::Cow;
+use std::fmt;
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::time::Duration;
+
+use axum::Router;
+use axum::body::{Body, Bytes};
+use axum::extract::{FromRequest, Request, State};
+use axum::http::header::CONNECTION;
+use axum::http::{HeaderValue, StatusCode};
+use axum::response::{IntoResponse, Response};
+use axum::routing::any;
+use axum::{Extension, body::HttpBody};
+use futures::StreamExt;
+use serde::Deserialize;
+use serde::de::{Deserializer, Error, IgnoredAny, MapAccess, SeqAccess, Visitor};
+use serde_json::value::RawValue;
+use tokio::time::timeout;
+
+use super::Config;
+use super::listener::Ends;
+use super::values;
+use crate::node::{Directory, Full, Node};
+
+/// The addresses in the answer to a lookup, as many as Grenache gives.
+const MAX_FOUND: usize = 100;
+
+/// How long a client may take to send a body of at most some kilobytes.
+const BODY_DEADLINE: Duration = Duration::from_secs(10);
+
+/// How long what comes after a too long body is thrown away before the connection is closed. A
+/// client that is still sending would otherwise see it reset instead of the answer.
+const DISCARD: Duration = Duration::from_secs(1);
+
+/// What the routes stand on.
+pub(super) struct Api {
+    node: Node,
+    directory: Directory,
+    lease: Duration,
+    max_body: usize,
+}
+
+/// A request's body, whole.
+struct Payload(Bytes);
+
+/// The argument of a request: the `data` of its object, undecoded.
+struct Call<'a> {
+    data: Option<&'a RawValue>,
+}
+
+/// An answer that is an error.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) enum Failure {
+    /// A JSON string, with this status.
+    Said(StatusCode, Cow<'static, str>),
+    /// Bare text, with this status.
+    Bare(StatusCode, &'static str),
+}
+
+impl Api {
+    pub(super) fn new(node: Node, config: &Config) -> Self {
+        Self {
+            directory: node.directory(),
+            node,
+            lease: config.lease,
+            max_body: config.max_body,
+        }
+    }
+
+    pub(super) fn routes(self) -> Router {
+        Router::new()
+            .route("/announce", any(announce))
+            .route("/unannounce", any(unannounce))
+            .route("/lookup", any(lookup))
+            .route("/put", any(put))
+            .route("/get", any(get))
+            .route("/healthz", any(healthz))
+            .fallback(unknown)
+            .with_state(Arc::new(self))
+    }
+}
+
+async fn announce(
+    State(api): State<Arc<Api>>,
+    Extension(ends): Extension<Ends>,
+    payload: Payload,
+) -> Result<Response, Failure> {
+    let text = payload.text();
+    let (service, at) = worker(&text, ends)?;
+    match api.directory.announce(&service, at, api.lease) {
+        Ok(()) => Ok(json("1")),
+        Err(Full::Service | Full::Table) => Err(Failure::said("ERR_GRAPE_FULL")),
+    }
+}
+
+async fn unannounce(
+    State(api): State<Arc<Api>>,
+    Extension(ends): Extension<Ends>,
+    payload: Payload,
+) -> Result<Response, Failure> {
+    let text = payload.text();
+    let (service, at) = worker(&text, ends)?;
+    let was_announced = api.directory.withdraw(&service, at);
+    Ok(json(if was_announced { "1" } else { "0" }))
+}
+
+async fn lookup(State(api): State<Arc<Api>>, payload: Payload) -> Result<Response, Failure> {
+    let text = payload.text();
+    let data = Call::parse(&text)?.data;
+    let service = data.and_then(string).filter(|service| !service.is_empty());
+    let service = service.ok_or(Failure::said("ERR_GRAPE_LOOKUP"))?;
+    let found = api.directory.lookup(&service, MAX_FOUND).await;
+    Ok(json(addresses(&found.workers)))
+}
+
+async fn put(State(api): State<Arc<Api>>, payload: Payload) -> Result<Response, Failure> {
+    let text = payload.text();
+    let put = values::Put::parse(Call::parse(&text)?.data)?;
+    let target = values::put(&api.directory, put).await?;
+    Ok(json(format!("\"{target}\"")))
+}
+
+async fn get(State(api): State<Arc<Api>>, payload: Payload) -> Result<Response, Failure> {
+    let text = payload.text();
+    let get = values::Get::parse(Call::parse(&text)?.data)?;
+    let found = values::get(&api.directory, api.node.peer_id(), get).await;
+    // Nothing found is an empty body, which is not JSON.
+    Ok(found.map_or_else(|| ().into_response(), json))
+}
+
+async fn healthz(State(api): State<Arc<Api>>) -> (StatusCode, &'static str) {
+    match api.node.status().has_changed() {
+        Ok(_) => (StatusCode::OK, "ok"),
+        Err(_) => (StatusCode::SERVICE_UNAVAILABLE, "the node is shut down"),
+    }
+}
+
+async fn unknown(payload: Payload) -> Failure {
+    match Call::parse(&payload.text()) {
+        Ok(_) => Failure::said("ERR_REQ_NOTFOUND"),
+        Err(failure) => failure,
+    }
+}
+
+/// Who announces what: a service, at the client's address and the port it names.
+fn worker(text: &str, ends: Ends) -> Result<(Cow<'_, str>, SocketAddr), Failure> {
+    let data = Call::parse(text)?.data;
+    let items = data.and_then(|data| serde_json::from_str::<Vec<&RawValue>>(data.get()).ok());
+    let items = items.ok_or(Failure::said("ERR_GRAPE_ANNOUNCE"))?;
+    let port = items.get(1).ok_or(Failure::PORT)?;
+    // As in JavaScript, 1337.0 is an integer.
+    let port: f64 = serde_json::from_str(port.get()).map_err(|_| Failure::PORT)?;
+    if port.fract() != 0.0 || port == 0.0 {
+        return Err(Failure::PORT);
+    }
+    let service = string(items[0]).ok_or(Failure::INVALID)?;
+    if !(1.0..=65_535.0).contains(&port) {
+        return Err(Failure::said("All queries failed"));
+    }
+    Ok((service, SocketAddr::new(ends.there, port as u16)))
+}
+
+fn string(json: &RawValue) -> Option<Cow<'_, str>> {
+    #[derive(Deserialize)]
+    struct Text<'a>(#[serde(borrow)] Cow<'a, str>);
+
+    let text: Option<Text<'_>> = serde_json::from_str(json.get()).ok();
+    text.map(|Text(text)| text)
+}
+
+fn addresses(workers: &[SocketAddr]) -> String {
+    use fmt::Write;
+
+    let mut json = String::with_capacity(2 + 24 * workers.len());
+    json.push('[');
+    for (index, worker) in workers.iter().enumerate() {
+        let comma = if index > 0 { "," } else { "" };
+        // Writing to memory does not fail.
+        let _ = write!(json, "{comma}\"{worker}\"");
+    }
+    json.push(']');
+    json
+}
+
+/// An answer. Without a content type, as grenache-grape gives none.
+fn json(text: impl Into<Body>) -> Response {
+    Response::new(text.into())
+}
+
+impl Payload {
+    /// The body as text. As in Node.js, what is not UTF-8 becomes replacement characters.
+    fn text(&self) -> Cow<'_, str> {
+        String::from_utf8_lossy(&self.0)
+    }
+}
+
+impl FromRequest<Arc<Api>> for Payload {
+    type Rejection = Failure;
+
+    async fn from_request(request: Request, api: &Arc<Api>) -> Result<Self, Failure> {
+        // A query makes another path of it, as in grenache-grape.
+        if request.uri().query().is_some() {
+            return Err(Failure::said("ERR_REQ_NOTFOUND"));
+        }
+        read(request.into_body(), api.max_body).await.map(Self)
+    }
+}
+
+async fn read(body: Body, max: usize) -> Result<Bytes, Failure> {
+    let announced = body.size_hint().lower();
+    let mut chunks = body.into_data_stream();
+    let whole = async {
+        if announced > max as u64 {
+            return Err(Failure::TOO_LARGE);
+        }
+        let first = match chunks.next().await {
+            None => return Ok(Bytes::new()),
+            Some(chunk) => chunk.map_err(|_| Failure::INVALID)?,
+        };
+        let mut more = Vec::new();
+        loop {
+            if first.len() + more.len() > max {
+                return Err(Failure::TOO_LARGE);
+            }
+            match chunks.next().await {
+                None if more.is_empty() => return Ok(first),
+                None => return Ok([&first[..], &more[..]].concat().into()),
+                Some(chunk) => more.extend_from_slice(&chunk.map_err(|_| Failure::INVALID)?),
+            }
+        }
+    };
+    let read = timeout(BODY_DEADLINE, whole).await;
+    let read = read.unwrap_or(Err(Failure::TOO_SLOW));
+    if read == Err(Failure::TOO_LARGE) {
+        let discard = async { while let Some(Ok(_)) = chunks.next().await {} };
+        // The end of either is the same: the connection is closed.
+        let _ = timeout(DISCARD, discard).await;
+    }
+    read
+}
+
+impl<'a> Call<'a> {
+    fn parse(text: &'a str) -> Result<Self, Failure> {
+        serde_json::from_str(text).map_err(|_| Failure::INVALID)
+    }
+}
+
+/// Any JSON but `null` is a call: what is not an object has no `data`. The last of several counts.
+impl<'de> Deserialize<'de> for Call<'de> {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        struct Any;
+
+        impl<'de> Visitor<'de> for Any {
+            type Value = Call<'de>;
+
+            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str("an object")
+            }
+
+            fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Self::Value, A::Error> {
+                let mut data = None;
+                while let Some(key) = map.next_key::<Cow<'de, str>>()? {
+                    match &*key {
+                        "data" => data = Some(map.next_value()?),
+                        _ => drop(map.next_value::<IgnoredAny>()?),
+                    }
+                }
+                Ok(Call { data })
+            }
+
+            fn visit_seq<A: SeqAccess<'de>>(self, mut items: A) -> Result<Self::Value, A::Error> {
+                while items.next_element::<IgnoredAny>()?.is_some() {}
+                Ok(Call { data: None })
+            }
+
+            fn visit_str<E: Error>(self, _: &str) -> Result<Self::Value, E> {
+                Ok(Call { data: None })
+            }
+
+            fn visit_bool<E: Error>(self, _: bool) -> Result<Self::Value, E> {
+                Ok(Call { data: None })
+            }
+
+            fn visit_i64<E: Error>(self, _: i64) -> Result<Self::Value, E> {
+                Ok(Call { data: None })
+            }
+
+            fn visit_u64<E: Error>(self, _: u64) -> Result<Self::Value, E> {
+                Ok(Call { data: None })
+            }
+
+            fn visit_f64<E: Error>(self, _: f64) -> Result<Self::Value, E> {
+                Ok(Call { data: None })
+            }
+        }
+
+        deserializer.deserialize_any(Any)
+    }
+}
+
+impl Failure {
+    pub(super) const INVALID: Self = Self::Bare(
+        StatusCode::INTERNAL_SERVER_ERROR,
+        "ERR_GRAPE_PAYLOAD_INVALID",
+    );
+    const TOO_LARGE: Self = Self::Bare(StatusCode::PAYLOAD_TOO_LARGE, "ERR_GRAPE_PAYLOAD_SIZE");
+    const TOO_SLOW: Self = Self::Bare(StatusCode::REQUEST_TIMEOUT, "ERR_GRAPE_PAYLOAD_TIMEOUT");
+    const PORT: Self = Self::said("ERR_GRAPE_SERVICE_PORT");
+
+    pub(super) const fn said(message: &'static str) -> Self {
+        Self::Said(StatusCode::OK, Cow::Borrowed(message))
+    }
+}
+
+impl IntoResponse for Failure {
+    fn into_response(self) -> Response {
+        match self {
+            // None of our messages has a character that JSON escapes.
+            Self::Said(status, message) => (status, json(format!("\"{message}\""))).into_response(),
+            Self::Bare(status, text) => {
+                let mut response = (status, json(text)).into_response();
+                if matches!(
+                    status,
+                    StatusCode::PAYLOAD_TOO_LARGE | StatusCode::REQUEST_TIMEOUT
+                ) {
+                    let close = HeaderValue::from_static("close");
+                    response.headers_mut().insert(CONNECTION, close);
+                }
+                response
+            }
+        }
+    }
+}

@@ -1,0 +1,126 @@
+//! A bounded HTTP server: so many connections, and a deadline for each head of a request.
+//!
+//! Deadlines for bodies and for what a request leads to are the routes' matter.
+
+use std::io;
+use std::net::{IpAddr, SocketAddr};
+use std::time::Duration;
+
+use axum::Router;
+use axum::extract::Request;
+use hyper::body::Incoming;
+use hyper::server::conn::http1;
+use hyper::service::service_fn;
+use hyper_util::rt::{TokioIo, TokioTimer};
+use tokio::net::{TcpListener, TcpStream};
+use tokio::sync::watch;
+use tokio::task::JoinSet;
+use tokio::time::{sleep, timeout};
+use tower_service::Service;
+
+/// The connections that are served at once; the next ones wait in the system's queue. An idle one
+/// holds 20 KB.
+const MAX_CONNECTIONS: usize = 4_096;
+
+/// How long a client may take to send the head of a request, and how long a connection may rest
+/// between two: longer than Grenache's clients wait between the requests of a conversation.
+const HEAD_DEADLINE: Duration = Duration::from_secs(30);
+
+/// The most that is read ahead on one connection, and so the longest head of a request.
+const MAX_BUFFER: usize = 16 << 10;
+
+/// The pause after the system has refused a connection, for want of file descriptors: without it
+/// the loop would spin until one is closed.
+const REFUSED_PAUSE: Duration = Duration::from_millis(50);
+
+/// How long requests under way may take when the listener is told to stop.
+const DRAIN: Duration = Duration::from_secs(1);
+
+/// Whom a connection is with. Routes find it as an extension of each request.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Ends {
+    /// Where the client is.
+    pub(super) there: IpAddr,
+}
+
+/// A socket that listens.
+pub(super) struct Listener {
+    socket: TcpListener,
+    address: SocketAddr,
+}
+
+impl Listener {
+    pub(super) async fn bind(address: SocketAddr) -> io::Result<Self> {
+        let socket = TcpListener::bind(address).await?;
+        let address = socket.local_addr()?;
+        Ok(Self { socket, address })
+    }
+
+    pub(super) fn address(&self) -> SocketAddr {
+        self.address
+    }
+
+    /// Serves the routes until `stop` changes or its sender is dropped. Dropping the future cuts
+    /// all connections.
+    pub(super) async fn serve(self, router: Router, mut stop: watch::Receiver<()>) {
+        let mut connections = JoinSet::new();
+        loop {
+            while connections.try_join_next().is_some() {}
+            let accepted = tokio::select! {
+                _ = stop.changed() => break,
+                _ = connections.join_next(), if connections.len() >= MAX_CONNECTIONS => continue,
+                accepted = self.socket.accept(), if connections.len() < MAX_CONNECTIONS => accepted,
+            };
+            match accepted {
+                Ok((stream, _)) => {
+                    connections.spawn(converse(stream, router.clone(), stop.clone()));
+                }
+                Err(error) => {
+                    tracing::warn!(%error, "cannot accept a connection");
+                    sleep(REFUSED_PAUSE).await;
+                }
+            }
+        }
+        let drained = async { while connections.join_next().await.is_some() {} };
+        // What is left after it is cut off.
+        let _ = timeout(DRAIN, drained).await;
+    }
+}
+
+async fn converse(stream: TcpStream, router: Router, mut stop: watch::Receiver<()>) {
+    let Ok(ends) = Ends::of(&stream) else {
+        // It is closed already.
+        return;
+    };
+    // Fails only if it is closed already.
+    let _ = stream.set_nodelay(true);
+    let service = service_fn(move |mut request: Request<Incoming>| {
+        request.extensions_mut().insert(ends);
+        router.clone().call(request)
+    });
+    let connection = http1::Builder::new()
+        .timer(TokioTimer::new())
+        .header_read_timeout(HEAD_DEADLINE)
+        .max_buf_size(MAX_BUFFER)
+        .serve_connection(TokioIo::new(stream), service)
+        .with_upgrades();
+    let mut connection = std::pin::pin!(connection);
+    let ended = tokio::select! {
+        ended = connection.as_mut() => ended,
+        _ = stop.changed() => {
+            connection.as_mut().graceful_shutdown();
+            connection.await
+        }
+    };
+    if let Err(error) = ended {
+        tracing::debug!(%error, there = %ends.there, "a connection ended");
+    }
+}
+
+impl Ends {
+    fn of(stream: &TcpStream) -> io::Result<Self> {
+        Ok(Self {
+            there: stream.peer_addr()?.ip().to_canonical(),
+        })
+    }
+}
