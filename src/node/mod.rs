@@ -18,7 +18,7 @@ pub use call::{Delivery, Reply, RequestOptions};
 pub use service::{Request, Service};
 
 #[cfg(feature = "gateway")]
-pub(crate) use directory::{Directory, Full, PutError};
+pub(crate) use directory::{Carried, Directory, Full, PutError};
 
 use crate::error::{AnnounceError, LookupError, RequestError};
 use crate::limits::{LOOKUP_DEADLINE, MAX_LOOKUPS, SHUTDOWN_DEADLINE};
