@@ -26,6 +26,9 @@ pub(crate) struct Grenache {
     /// Serve Grenache's HTTP API on this port; without it there is none
     #[arg(long, visible_alias = "api_port", value_name = "PORT")]
     aph: Option<u16>,
+    /// Let Grenache's callers reach other peers by this port; 0 is any
+    #[arg(long, value_name = "PORT", default_value = "0")]
+    carrier_port: u16,
     /// Join by these grapes, separated by commas: host:port, or as in --bootstrap
     #[arg(long, value_name = "GRAPES", value_parser = grapes)]
     bn: Vec<Grapes>,
@@ -113,6 +116,7 @@ impl Grenache {
         let mut config = Config {
             lease: self.peer_max_age,
             max_body: self.max_payload_size,
+            carrier_port: self.carrier_port,
             ..Config::default()
         };
         config.api = SocketAddr::new(host.unwrap_or(config.api.ip()), port);

@@ -12,6 +12,7 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
+use axum::Extension;
 use axum::Router;
 use axum::body::{Body, Bytes};
 use axum::extract::{FromRequest, Request, State};
@@ -19,32 +20,24 @@ use axum::http::header::CONNECTION;
 use axum::http::{HeaderValue, StatusCode};
 use axum::response::{IntoResponse, Response};
 use axum::routing::any;
-use axum::{Extension, body::HttpBody};
-use futures::StreamExt;
 use serde::Deserialize;
 use serde::de::{Deserializer, Error, IgnoredAny, MapAccess, SeqAccess, Visitor};
 use serde_json::value::RawValue;
-use tokio::time::timeout;
 
-use super::Config;
+use super::body::{self, BodyError};
 use super::listener::Ends;
-use super::values;
+use super::{Config, rpc, values};
 use crate::node::{Directory, Full, Node};
 
 /// The addresses in the answer to a lookup, as many as Grenache gives.
 const MAX_FOUND: usize = 100;
 
-/// How long a client may take to send a body of at most some kilobytes.
-const BODY_DEADLINE: Duration = Duration::from_secs(10);
-
-/// How long what comes after a too long body is thrown away before the connection is closed. A
-/// client that is still sending would otherwise see it reset instead of the answer.
-const DISCARD: Duration = Duration::from_secs(1);
-
 /// What the routes stand on.
 pub(super) struct Api {
     node: Node,
     directory: Directory,
+    /// Where the carrier listens, at the address that the client uses.
+    carrier_port: u16,
     lease: Duration,
     max_body: usize,
 }
@@ -67,10 +60,11 @@ pub(super) enum Failure {
 }
 
 impl Api {
-    pub(super) fn new(node: Node, config: &Config) -> Self {
+    pub(super) fn new(node: Node, config: &Config, carrier_port: u16) -> Self {
         Self {
             directory: node.directory(),
             node,
+            carrier_port,
             lease: config.lease,
             max_body: config.max_body,
         }
@@ -113,12 +107,23 @@ async fn unannounce(
     Ok(json(if was_announced { "1" } else { "0" }))
 }
 
-async fn lookup(State(api): State<Arc<Api>>, payload: Payload) -> Result<Response, Failure> {
+async fn lookup(
+    State(api): State<Arc<Api>>,
+    Extension(ends): Extension<Ends>,
+    payload: Payload,
+) -> Result<Response, Failure> {
     let text = payload.text();
     let data = Call::parse(&text)?.data;
-    let service = data.and_then(string).filter(|service| !service.is_empty());
+    let service = data
+        .and_then(rpc::text)
+        .filter(|service| !service.is_empty());
     let service = service.ok_or(Failure::said("ERR_GRAPE_LOOKUP"))?;
-    let found = api.directory.lookup(&service, MAX_FOUND).await;
+    let mut found = api.directory.lookup(&service, MAX_FOUND).await;
+    if found.peers {
+        found.workers.truncate(MAX_FOUND - 1);
+        let carrier = SocketAddr::new(ends.here, api.carrier_port);
+        found.workers.push(carrier);
+    }
     Ok(json(addresses(&found.workers)))
 }
 
@@ -162,19 +167,11 @@ fn worker(text: &str, ends: Ends) -> Result<(Cow<'_, str>, SocketAddr), Failure>
     if port.fract() != 0.0 || port == 0.0 {
         return Err(Failure::PORT);
     }
-    let service = string(items[0]).ok_or(Failure::INVALID)?;
+    let service = rpc::text(items[0]).ok_or(Failure::INVALID)?;
     if !(1.0..=65_535.0).contains(&port) {
         return Err(Failure::said("All queries failed"));
     }
     Ok((service, SocketAddr::new(ends.there, port as u16)))
-}
-
-fn string(json: &RawValue) -> Option<Cow<'_, str>> {
-    #[derive(Deserialize)]
-    struct Text<'a>(#[serde(borrow)] Cow<'a, str>);
-
-    let text: Option<Text<'_>> = serde_json::from_str(json.get()).ok();
-    text.map(|Text(text)| text)
 }
 
 fn addresses(workers: &[SocketAddr]) -> String {
@@ -211,41 +208,9 @@ impl FromRequest<Arc<Api>> for Payload {
         if request.uri().query().is_some() {
             return Err(Failure::said("ERR_REQ_NOTFOUND"));
         }
-        read(request.into_body(), api.max_body).await.map(Self)
+        let body = body::read(request.into_body(), api.max_body).await;
+        Ok(Self(body?))
     }
-}
-
-async fn read(body: Body, max: usize) -> Result<Bytes, Failure> {
-    let announced = body.size_hint().lower();
-    let mut chunks = body.into_data_stream();
-    let whole = async {
-        if announced > max as u64 {
-            return Err(Failure::TOO_LARGE);
-        }
-        let first = match chunks.next().await {
-            None => return Ok(Bytes::new()),
-            Some(chunk) => chunk.map_err(|_| Failure::INVALID)?,
-        };
-        let mut more = Vec::new();
-        loop {
-            if first.len() + more.len() > max {
-                return Err(Failure::TOO_LARGE);
-            }
-            match chunks.next().await {
-                None if more.is_empty() => return Ok(first),
-                None => return Ok([&first[..], &more[..]].concat().into()),
-                Some(chunk) => more.extend_from_slice(&chunk.map_err(|_| Failure::INVALID)?),
-            }
-        }
-    };
-    let read = timeout(BODY_DEADLINE, whole).await;
-    let read = read.unwrap_or(Err(Failure::TOO_SLOW));
-    if read == Err(Failure::TOO_LARGE) {
-        let discard = async { while let Some(Ok(_)) = chunks.next().await {} };
-        // The end of either is the same: the connection is closed.
-        let _ = timeout(DISCARD, discard).await;
-    }
-    read
 }
 
 impl<'a> Call<'a> {
@@ -318,6 +283,16 @@ impl Failure {
 
     pub(super) const fn said(message: &'static str) -> Self {
         Self::Said(StatusCode::OK, Cow::Borrowed(message))
+    }
+}
+
+impl From<BodyError> for Failure {
+    fn from(error: BodyError) -> Self {
+        match error {
+            BodyError::TooLarge => Self::TOO_LARGE,
+            BodyError::TooSlow => Self::TOO_SLOW,
+            BodyError::Broken => Self::INVALID,
+        }
     }
 }
 

@@ -33,12 +33,14 @@ const MAX_BUFFER: usize = 16 << 10;
 /// the loop would spin until one is closed.
 const REFUSED_PAUSE: Duration = Duration::from_millis(50);
 
-/// How long requests under way may take when the listener is told to stop.
-const DRAIN: Duration = Duration::from_secs(1);
+/// How long requests under way may take when the gateway is told to stop.
+pub(super) const DRAIN: Duration = Duration::from_secs(1);
 
-/// Whom a connection is with. Routes find it as an extension of each request.
+/// The two ends of a connection. Routes find it as an extension of each request.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Ends {
+    /// The address that the client connected to.
+    pub(super) here: IpAddr,
     /// Where the client is.
     pub(super) there: IpAddr,
 }
@@ -120,6 +122,7 @@ async fn converse(stream: TcpStream, router: Router, mut stop: watch::Receiver<(
 impl Ends {
     fn of(stream: &TcpStream) -> io::Result<Self> {
         Ok(Self {
+            here: stream.local_addr()?.ip().to_canonical(),
             there: stream.peer_addr()?.ip().to_canonical(),
         })
     }

@@ -6,13 +6,23 @@
 //!
 //! * `api` answers `POST /announce`, `/lookup`, `/put` and `/get` as grenache-grape 1.0.0 does, word
 //!   for word, and beyond it `/unannounce` and `/healthz`.
+//! * `carrier` takes the requests of Grenache's callers to libp2p peers. A lookup that finds such
+//!   peers names its address beside those of Grenache's workers.
+//! * `workers` takes the requests of libp2p's callers to the workers that announced here, for which
+//!   the grape stands as their provider.
+//! * `payload` says what is what in the JSON of one world and the bytes of the other.
 //!
 //! Everything here is plain HTTP from strangers: nothing proves who announces. It is bound to this
 //! machine unless told otherwise.
 
 mod api;
+mod body;
+mod carrier;
 mod listener;
+mod payload;
+mod rpc;
 mod values;
+mod workers;
 
 use std::io;
 use std::net::{Ipv4Addr, SocketAddr};
@@ -21,9 +31,12 @@ use std::time::Duration;
 use tokio::sync::watch;
 use tokio::task::JoinSet;
 
+use crate::limits::{MAX_REQUEST_TIME, REQUEST_DEADLINE};
 use crate::node::Node;
 use api::Api;
+use carrier::Carrier;
 use listener::Listener;
+use workers::Workers;
 
 /// How a [`Gateway`] is set up.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -31,19 +44,27 @@ pub struct Config {
     /// Where the HTTP API listens; port 0 is any free one. 127.0.0.1:30001 by default, the port of
     /// Grenache's examples on this machine only.
     pub api: SocketAddr,
+    /// The port, on the same host, at which Grenache's callers reach libp2p peers; 0, the default, is
+    /// any free one. Lookups tell it.
+    pub carrier_port: u16,
     /// How long a worker that does not announce itself again is found. 120 seconds by default, as in
     /// Grenache, whose clients announce again after at most 180, and its servers after one.
     pub lease: Duration,
     /// The longest body of a request to the API, in bytes. 8,192 by default, as Grenache means it.
     pub max_body: usize,
+    /// How long a request may take, in either direction. 10 seconds by default, as in Grenache; at
+    /// most [`MAX_REQUEST_TIME`].
+    pub deadline: Duration,
 }
 
 impl Default for Config {
     fn default() -> Self {
         Self {
             api: (Ipv4Addr::LOCALHOST, 30_001).into(),
+            carrier_port: 0,
             lease: Duration::from_secs(120),
             max_body: 8_192,
+            deadline: REQUEST_DEADLINE,
         }
     }
 }
@@ -62,34 +83,54 @@ pub enum GatewayError {
     },
 }
 
-/// Grenache's HTTP API, served for a node. Dropping it closes all its connections at once.
+/// Grenache's side of a node. Dropping it closes all its connections at once.
 #[derive(Debug)]
 pub struct Gateway {
     api: SocketAddr,
+    carrier: SocketAddr,
     tasks: JoinSet<()>,
     stop: watch::Sender<()>,
 }
 
 impl Gateway {
-    /// Starts to serve, and returns when clients can connect.
+    /// Starts to serve, and returns when clients can connect. A node has one gateway at most.
     ///
     /// Must be called within a Tokio runtime with I/O and time enabled.
     ///
     /// # Errors
     /// [`GatewayError::Listen`] if an address cannot be listened on.
     pub async fn spawn(node: Node, config: Config) -> Result<Self, GatewayError> {
-        let listener = bind(config.api).await?;
+        let api = bind(config.api).await?;
+        let carrier = bind(SocketAddr::new(config.api.ip(), config.carrier_port)).await?;
+        let deadline = config.deadline.min(MAX_REQUEST_TIME);
         let (stop, stopped) = watch::channel(());
-        let api = listener.address();
-        let routes = Api::new(node, &config).routes();
-        let mut tasks = JoinSet::new();
-        tasks.spawn(listener.serve(routes, stopped));
-        Ok(Self { api, tasks, stop })
+        let mut gateway = Self {
+            api: api.address(),
+            carrier: carrier.address(),
+            tasks: JoinSet::new(),
+            stop,
+        };
+        let directory = node.directory();
+        let workers = Workers::new(directory.clone(), deadline);
+        let from_peers = workers.serve(directory.carry(), stopped.clone());
+        let to_peers = Carrier::new(node.clone(), deadline, stopped.clone()).routes();
+        let answers = Api::new(node, &config, gateway.carrier.port()).routes();
+        gateway.tasks.spawn(from_peers);
+        gateway
+            .tasks
+            .spawn(carrier.serve(to_peers, stopped.clone()));
+        gateway.tasks.spawn(api.serve(answers, stopped));
+        Ok(gateway)
     }
 
     /// Where the HTTP API listens.
     pub fn api_address(&self) -> SocketAddr {
         self.api
+    }
+
+    /// Where Grenache's callers reach libp2p peers, over WebSocket and HTTP.
+    pub fn carrier_address(&self) -> SocketAddr {
+        self.carrier
     }
 
     /// Takes no more connections, answers what is under way for up to a second, and closes.

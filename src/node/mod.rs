@@ -18,8 +18,9 @@ pub use call::{Delivery, Reply, RequestOptions};
 pub use service::{Request, Service};
 
 #[cfg(feature = "gateway")]
-pub(crate) use crate::store::workers::Full;
+pub(crate) use crate::net::Carried;
 #[cfg(feature = "gateway")]
+pub(crate) use crate::store::workers::Full;
 #[cfg(feature = "gateway")]
 pub(crate) use directory::{Directory, PutError};
 

@@ -1,0 +1,253 @@
+//! From Grenache's callers to the network: one port that speaks both of Grenache's RPC transports,
+//! and sends each request to a provider of the service it names.
+//!
+//! WebSocket at `/ws` and `/`, text frames; HTTP `POST /`, also compressed (`grc-compress: gzip`) and
+//! with the head of the message in the header `_gr`. A message that cannot be read is answered without
+//! a `rid`, where Grenache's workers answer nothing.
+
+use std::io::{self, Read, Write};
+use std::sync::Arc;
+use std::time::Duration;
+
+use axum::Router;
+use axum::body::{Body, Bytes};
+use axum::extract::ws::{Message, WebSocket, WebSocketUpgrade};
+use axum::extract::{Request, State};
+use axum::http::{HeaderMap, StatusCode};
+use axum::response::{IntoResponse, Response};
+use axum::routing::get;
+use flate2::Compression;
+use flate2::read::GzDecoder;
+use flate2::write::GzEncoder;
+use futures::stream::FuturesUnordered;
+use futures::{FutureExt, SinkExt, StreamExt};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, watch};
+use tokio::time::{Instant, sleep_until, timeout};
+
+use super::body::{self, BodyError};
+use super::payload;
+use super::rpc::{self, MAX_MESSAGE, Question};
+use crate::error::{LookupError, RequestError};
+use crate::limits::FRAME_DEADLINE;
+use crate::name::ServiceName;
+use crate::node::{Node, RequestOptions};
+use crate::proto::wire::RemoteError;
+
+/// The WebSockets that are open at once; one more is refused. Each may hold a message of 2 MiB that
+/// is still arriving.
+const MAX_SOCKETS: usize = 1_024;
+
+/// The requests open on one socket; it is not read further until one of them is answered.
+const MAX_OPEN: usize = 256;
+
+/// The bytes of all requests that are carried at once, in KiB: 64 MiB, as much as a node holds of
+/// the requests to itself. One more is refused.
+const MAX_CARRIED: usize = 64 << 10;
+
+/// A socket on which nothing happens is closed after this. Grenache's clients close theirs after
+/// two minutes.
+const SOCKET_IDLE: Duration = Duration::from_secs(150);
+
+/// What is read ahead on a socket at rest, which it holds as long as it lives.
+const SOCKET_BUFFER: usize = 8 << 10;
+
+/// What the routes stand on.
+pub(super) struct Carrier {
+    node: Node,
+    deadline: Duration,
+    sockets: Arc<Semaphore>,
+    carried: Semaphore,
+    stop: watch::Receiver<()>,
+}
+
+impl Carrier {
+    pub(super) fn new(node: Node, deadline: Duration, stop: watch::Receiver<()>) -> Self {
+        Self {
+            node,
+            deadline,
+            sockets: Arc::new(Semaphore::new(MAX_SOCKETS)),
+            carried: Semaphore::new(MAX_CARRIED),
+            stop,
+        }
+    }
+
+    pub(super) fn routes(self) -> Router {
+        Router::new()
+            .route("/", get(upgrade).post(post))
+            .route("/ws", get(upgrade))
+            .with_state(Arc::new(self))
+    }
+
+    /// Answers one message.
+    async fn carry(&self, message: &str, header: Option<&str>) -> Result<String, rpc::Malformed> {
+        let question = Question::parse(message, header)?;
+        let outcome = self.request(&question, message.len()).await;
+        Ok(rpc::answer(question.rid, outcome))
+    }
+
+    async fn request(&self, question: &Question<'_>, len: usize) -> Result<String, String> {
+        let name: ServiceName = question.service.parse().map_err(to_text)?;
+        let kilobytes = u32::try_from(len >> 10)
+            .unwrap_or(u32::MAX)
+            .saturating_add(1);
+        let Ok(_room) = self.carried.try_acquire_many(kilobytes) else {
+            return Err("this grape is busy".into());
+        };
+        let payload = question.payload.map_or("null".into(), payload::from_json);
+        let options = RequestOptions {
+            deadline: self.deadline,
+            ..RequestOptions::default()
+        };
+        let reply = self.node.request_with(&name, payload, options).await;
+        let reply = reply.map_err(explain)?;
+        match reply.text() {
+            Ok(text) => Ok(payload::to_json(text)),
+            Err(_) => Err(format!("{name} answered something else than text")),
+        }
+    }
+}
+
+async fn upgrade(State(carrier): State<Arc<Carrier>>, upgrade: WebSocketUpgrade) -> Response {
+    let Ok(place) = Arc::clone(&carrier.sockets).try_acquire_owned() else {
+        return StatusCode::SERVICE_UNAVAILABLE.into_response();
+    };
+    upgrade
+        .max_message_size(MAX_MESSAGE)
+        .max_frame_size(MAX_MESSAGE)
+        .read_buffer_size(SOCKET_BUFFER)
+        .write_buffer_size(SOCKET_BUFFER)
+        .on_upgrade(move |socket| converse(socket, carrier, place))
+}
+
+/// Serves a socket to its end. The requests open on it end with it.
+async fn converse(mut socket: WebSocket, carrier: Arc<Carrier>, _place: OwnedSemaphorePermit) {
+    let mut stop = carrier.stop.clone();
+    let mut open = FuturesUnordered::new();
+    loop {
+        let idle_at = Instant::now() + SOCKET_IDLE;
+        tokio::select! {
+            Some(answer) = open.next(), if !open.is_empty() => {
+                let write = async {
+                    socket.feed(answer).await?;
+                    while let Some(Some(answer)) = open.next().now_or_never() {
+                        socket.feed(answer).await?;
+                    }
+                    socket.flush().await
+                };
+                // Who does not read has no use for answers.
+                let Ok(Ok(())) = timeout(FRAME_DEADLINE, write).await else { return };
+            }
+            message = socket.recv(), if open.len() < MAX_OPEN => match message {
+                Some(Ok(message @ (Message::Text(_) | Message::Binary(_)))) => {
+                    open.push(reply(&carrier, message));
+                }
+                // Pings are answered by the library.
+                Some(Ok(_)) => {}
+                Some(Err(_)) | None => return,
+            },
+            () = sleep_until(idle_at), if open.is_empty() => break,
+            _ = stop.changed() => break,
+        }
+    }
+    // Who does not take the goodbye is gone already.
+    let _ = timeout(FRAME_DEADLINE, socket.send(Message::Close(None))).await;
+}
+
+async fn reply(carrier: &Carrier, message: Message) -> Message {
+    let answer = match message.to_text() {
+        Ok(text) => carrier.carry(text, None).await,
+        Err(_) => Err(rpc::Malformed),
+    };
+    Message::text(answer.unwrap_or_else(|rpc::Malformed| refusal("ERR_REQUEST_INVALID")))
+}
+
+async fn post(State(carrier): State<Arc<Carrier>>, request: Request) -> Response {
+    let (head, body) = request.into_parts();
+    let body = match body::read(body, MAX_MESSAGE).await {
+        Ok(body) => body,
+        Err(error) => return refuse_body(error),
+    };
+    let is_compressed = is_compressed(&head.headers);
+    let message = match is_compressed {
+        // As in Grenache, what is not compressed after all is taken as it is.
+        true => gunzip(&body).map_or(body, Bytes::from),
+        false => body,
+    };
+    let header = head.headers.get("_gr").map(|header| header.to_str());
+    let Ok(header) = header.transpose() else {
+        let refused = refusal("ERR_HEADER_PARSE_GR");
+        return (StatusCode::INTERNAL_SERVER_ERROR, refused).into_response();
+    };
+    let answer = match str::from_utf8(&message) {
+        Ok(message) => carrier.carry(message, header).await,
+        Err(_) => Err(rpc::Malformed),
+    };
+    match answer {
+        Ok(answer) if is_compressed => match gzip(answer.as_bytes()) {
+            Ok(answer) => Response::new(answer.into()),
+            Err(_) => Response::new(answer.into()),
+        },
+        Ok(answer) => Response::new(answer.into()),
+        Err(rpc::Malformed) => {
+            (StatusCode::BAD_REQUEST, refusal("ERR_REQUEST_INVALID")).into_response()
+        }
+    }
+}
+
+fn refuse_body(error: BodyError) -> Response {
+    let (status, message) = match error {
+        BodyError::TooLarge => (StatusCode::PAYLOAD_TOO_LARGE, "ERR_REQUEST_SIZE"),
+        BodyError::TooSlow => (StatusCode::REQUEST_TIMEOUT, "ERR_REQUEST_TIMEOUT"),
+        BodyError::Broken => (StatusCode::BAD_REQUEST, "ERR_REQUEST_INVALID"),
+    };
+    (status, Body::from(refusal(message))).into_response()
+}
+
+/// The answer to a message whose `rid` is not known.
+fn refusal(error: &str) -> String {
+    rpc::answer("null", Err(error.into()))
+}
+
+/// What a Grenache client is told, in Grenache's words where it has them.
+fn explain(error: RequestError) -> String {
+    match error {
+        RequestError::Lookup(LookupError::NotFound(_)) => "ERR_GRAPE_LOOKUP_EMPTY".into(),
+        RequestError::Lookup(LookupError::TimedOut(_)) | RequestError::TimedOut(_) => {
+            "ERR_TIMEOUT".into()
+        }
+        RequestError::Remote { error, .. } => explain_remote(*error),
+        other => other.to_string(),
+    }
+}
+
+/// The provider's own words, if it has any.
+fn explain_remote(error: RemoteError) -> String {
+    match error.message.is_empty() {
+        true => error.code.to_string(),
+        false => error.message,
+    }
+}
+
+fn is_compressed(headers: &HeaderMap) -> bool {
+    let how = headers
+        .get("grc-compress")
+        .and_then(|how| how.to_str().ok());
+    how.is_some_and(|how| how.contains("gzip"))
+}
+
+fn gunzip(body: &[u8]) -> Option<Vec<u8>> {
+    let mut message = Vec::new();
+    let mut decoder = GzDecoder::new(body).take(MAX_MESSAGE as u64 + 1);
+    decoder.read_to_end(&mut message).ok()?;
+    (message.len() <= MAX_MESSAGE).then_some(message)
+}
+
+fn gzip(answer: &[u8]) -> io::Result<Vec<u8>> {
+    let mut encoder = GzEncoder::new(Vec::new(), Compression::fast());
+    encoder.write_all(answer)?;
+    encoder.finish()
+}
+
+fn to_text(error: impl ToString) -> String {
+    error.to_string()
+}

@@ -1,0 +1,183 @@
+//! One worker: which transport it speaks, its connection, and whether it is there.
+
+use std::net::SocketAddr;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use tokio::net::TcpStream;
+use tokio::sync::Semaphore;
+use tokio::time::timeout;
+
+use super::http;
+use super::socket::{ConnectError, Socket};
+use crate::gateway::rpc::Answer;
+
+/// How long connecting to a worker may take. It is on this machine or near it.
+pub(super) const CONNECT_DEADLINE: Duration = Duration::from_secs(1);
+
+/// The calls that one worker has open; one more goes elsewhere. A quarter of those that a node has,
+/// so that one worker that hangs does not make all of them wait.
+pub(super) const MAX_OPEN: usize = 256;
+
+/// How long a worker that was seen, or missed, counts as there, or gone: a lookup asks this of every
+/// provider, and within it a worker that has died is still noticed by who calls it.
+const VERDICT: Duration = Duration::from_secs(3);
+
+/// A worker, known by its address alone.
+pub(super) struct Worker {
+    at: SocketAddr,
+    http: http::Client,
+    /// What it spoke last.
+    transport: Mutex<Option<Transport>>,
+    /// Locked while it is being opened.
+    socket: tokio::sync::Mutex<Option<Arc<Socket>>>,
+    seen: Mutex<Option<Seen>>,
+    open: Semaphore,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Transport {
+    Http,
+    Socket,
+}
+
+#[derive(Clone, Copy)]
+struct Seen {
+    at: Instant,
+    is_there: bool,
+}
+
+/// Why a call has no answer.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) enum Failed {
+    /// It has not run.
+    NotSent(String),
+    /// It has not run: too many are open.
+    Busy,
+    /// It may have run.
+    Broken(String),
+}
+
+/// Why a call has no answer by one transport.
+pub(super) enum Missed {
+    /// The worker does not speak it; the call has not run.
+    OtherTransport,
+    Failed(Failed),
+}
+
+impl Worker {
+    pub(super) fn new(at: SocketAddr, http: http::Client) -> Self {
+        Self {
+            at,
+            http,
+            transport: Mutex::default(),
+            socket: tokio::sync::Mutex::default(),
+            seen: Mutex::default(),
+            open: Semaphore::new(MAX_OPEN),
+        }
+    }
+
+    pub(super) fn address(&self) -> SocketAddr {
+        self.at
+    }
+
+    pub(super) fn open_calls(&self) -> usize {
+        MAX_OPEN - self.open.available_permits()
+    }
+
+    /// Whether it was not there a moment ago.
+    pub(super) fn is_down(&self) -> bool {
+        self.verdict() == Some(false)
+    }
+
+    /// Whether it can be connected to, or could be a moment ago.
+    pub(super) async fn is_there(&self) -> bool {
+        if let Some(is_there) = self.verdict() {
+            return is_there;
+        }
+        let connected = timeout(CONNECT_DEADLINE, TcpStream::connect(self.at)).await;
+        let is_there = matches!(connected, Ok(Ok(_)));
+        self.see(is_there);
+        is_there
+    }
+
+    /// Calls it. Which transport it speaks is learned by HTTP: Grenache's WebSocket workers refuse
+    /// a `POST` at once and without running it, whereas its HTTP workers leave a WebSocket's
+    /// handshake unanswered for ever.
+    pub(super) async fn call(&self, service: &str, payload: &str) -> Result<Answer, Failed> {
+        let Ok(_permit) = self.open.try_acquire() else {
+            return Err(Failed::Busy);
+        };
+        let order = match *lock(&self.transport) {
+            Some(Transport::Socket) => [Transport::Socket, Transport::Http],
+            None | Some(Transport::Http) => [Transport::Http, Transport::Socket],
+        };
+        for transport in order {
+            let called = match transport {
+                Transport::Http => http::call(&self.http, self.at, service, payload).await,
+                Transport::Socket => self.call_by_socket(service, payload).await,
+            };
+            let failed = match called {
+                Err(Missed::OtherTransport) => continue,
+                Ok(answer) => {
+                    *lock(&self.transport) = Some(transport);
+                    self.see(true);
+                    return Ok(answer);
+                }
+                Err(Missed::Failed(failed)) => failed,
+            };
+            if matches!(failed, Failed::NotSent(_)) {
+                self.see(false);
+            }
+            return Err(failed);
+        }
+        *lock(&self.transport) = None;
+        let reason = "it speaks neither of Grenache's transports";
+        Err(Failed::NotSent(reason.into()))
+    }
+
+    async fn call_by_socket(&self, service: &str, payload: &str) -> Result<Answer, Missed> {
+        // The one that is open may be about to close; a new one is not.
+        let (socket, is_new) = self.socket().await?;
+        match socket.call(service, payload).await {
+            Err(Failed::NotSent(_)) if !is_new => {
+                let (socket, _) = self.socket().await?;
+                socket.call(service, payload).await.map_err(Missed::Failed)
+            }
+            called => called.map_err(Missed::Failed),
+        }
+    }
+
+    /// The open socket, or a new one; and whether it is new.
+    async fn socket(&self) -> Result<(Arc<Socket>, bool), Missed> {
+        let mut kept = self.socket.lock().await;
+        if let Some(socket) = kept.as_ref().filter(|socket| socket.is_open()) {
+            return Ok((Arc::clone(socket), false));
+        }
+        *kept = None;
+        match Socket::connect(self.at).await {
+            Ok(socket) => {
+                let socket = Arc::new(socket);
+                *kept = Some(Arc::clone(&socket));
+                Ok((socket, true))
+            }
+            Err(ConnectError::NotASocket) => Err(Missed::OtherTransport),
+            Err(ConnectError::Unreachable(reason)) => Err(Missed::Failed(Failed::NotSent(reason))),
+        }
+    }
+
+    fn see(&self, is_there: bool) {
+        let at = Instant::now();
+        *lock(&self.seen) = Some(Seen { at, is_there });
+    }
+
+    fn verdict(&self) -> Option<bool> {
+        let seen = *lock(&self.seen);
+        let seen = seen.filter(|seen| seen.at.elapsed() < VERDICT);
+        seen.map(|seen| seen.is_there)
+    }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
