@@ -22,7 +22,6 @@ use hdrhistogram::Histogram;
 use rand::RngExt;
 use rand::seq::IndexedRandom;
 use tokio::task::JoinSet;
-use tokio::time::sleep;
 
 const RUNS: usize = 5;
 /// Operations of a run with one in flight.
@@ -293,14 +292,14 @@ async fn networks(sizes: &[usize], arguments: &[String]) {
     println!(
         "* All grapes in one process over its memory transport; {PROVIDERS} peers announce \
          {NAMES_EACH} names each, {LOOKERS} others look them up at random, one after another each; \
+         every grape has explored the network and \
          every peer has joined by {BOOTSTRAP} grapes drawn at random; {RUNS} runs of {} lookups: \
          median (min..max)",
         LOOKERS * LOOKUPS_EACH
     );
     let table = Table::new(&[
         "grapes",
-        "online after s",
-        "settled after s",
+        "built after s",
         "GiB in use",
         "p50 ms",
         "p99 ms",
@@ -310,9 +309,12 @@ async fn networks(sizes: &[usize], arguments: &[String]) {
     for &size in sizes {
         let start = Instant::now();
         let testnet = Testnet::new(size).await.expect("memory can be listened on");
+        for grape in testnet.grapes() {
+            let mut status = grape.status();
+            let explored = status.wait_for(|status| status.explored).await;
+            explored.expect("the grape runs");
+        }
         let built = start.elapsed().as_secs_f64();
-        settle(testnet.grapes()).await;
-        let settled = start.elapsed().as_secs_f64();
         let (providers, names) = announce_in(&testnet).await;
         let lookers = join_all((0..LOOKERS).map(|_| joined(&testnet))).await;
         let mut runs = Vec::new();
@@ -323,7 +325,6 @@ async fn networks(sizes: &[usize], arguments: &[String]) {
         table.row(&[
             size.to_string(),
             format!("{built:.1}"),
-            format!("{settled:.1}"),
             format!("{:.1}", common::resident(id()) as f64 / f64::from(1 << 30)),
             format!("{:.1}", over(|run| millis_at(&run.run.latencies, 0.5))),
             format!("{:.1}", over(|run| millis_at(&run.run.latencies, 0.99))),
@@ -339,19 +340,6 @@ async fn networks(sizes: &[usize], arguments: &[String]) {
         stream::iter(testnet.grapes())
             .for_each_concurrent(None, Node::shutdown)
             .await;
-    }
-}
-
-/// Waits until the grapes have explored the network: until no more connections are opened than are
-/// closed because they rest.
-async fn settle(grapes: &[Node]) {
-    let connected = || -> u64 { grapes.iter().map(|grape| grape.metrics().peers).sum() };
-    let (mut before, mut quiet) = (connected(), 0);
-    while quiet < 3 {
-        sleep(Duration::from_secs(1)).await;
-        let now = connected();
-        quiet = if now <= before { quiet + 1 } else { 0 };
-        before = now;
     }
 }
 

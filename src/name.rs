@@ -21,6 +21,9 @@ const RESERVED: &str = "grapevine/";
 /// The multihash prefix: function sha2-256 (0x12), 32 bytes of digest (0x20).
 pub(crate) const SHA2_256: [u8; 2] = [0x12, 0x20];
 
+/// A key of Kademlia's: a sha2-256 multihash.
+pub type Key = [u8; 34];
+
 /// A valid name. Cheap to clone.
 ///
 /// ```
@@ -54,18 +57,23 @@ impl ServiceName {
     }
 
     /// The key under which Kademlia stores the name's providers: the sha2-256 multihash of its bytes.
-    pub fn key(&self) -> [u8; 34] {
-        let mut key = [0; 34];
-        let (prefix, digest) = key.split_at_mut(SHA2_256.len());
-        prefix.copy_from_slice(&SHA2_256);
-        digest.copy_from_slice(&self.digest());
-        key
+    pub fn key(&self) -> Key {
+        key(&self.digest())
     }
 
     /// The key without its prefix.
     pub(crate) fn digest(&self) -> [u8; 32] {
         digest(&self.0)
     }
+}
+
+/// The key of a name with that digest.
+pub(crate) fn key(of: &[u8; 32]) -> Key {
+    let mut key = [0; 34];
+    let (prefix, digest) = key.split_at_mut(SHA2_256.len());
+    prefix.copy_from_slice(&SHA2_256);
+    digest.copy_from_slice(of);
+    key
 }
 
 /// The sha2-256 digest of a name, which need not be one that this network accepts.

@@ -8,6 +8,7 @@ use libp2p::Multiaddr;
 use libp2p::multiaddr::Protocol;
 use rand::seq::IndexedRandom;
 
+use crate::Status;
 use crate::error::SpawnError;
 use crate::node::{Builder, Node, Role};
 
@@ -21,7 +22,11 @@ const GRAPE_BOOTSTRAP: usize = 3;
 /// The grapes that start at once, when there are at least as many. Kademlia explores a small routing
 /// table again whenever a grape comes half a second after the last one, so that one by one is the
 /// slowest way to start many.
-const BATCH: usize = 64;
+const BATCH: usize = 32;
+
+/// In a network of this size each grape meets a hundred others when it joins: the next ones start
+/// when it has, so that the machine keeps up.
+const CROWD: usize = 128;
 
 /// How long a connection rests before it is closed: a network of hundreds would fill the memory of
 /// its one process with the connections of each to most of the others.
@@ -55,8 +60,11 @@ impl Testnet {
             });
             for grape in try_join_all(spawned).await? {
                 if started > 0 {
+                    let crowded = started >= CROWD;
+                    let has_joined =
+                        |status: &Status| status.is_online() && (status.explored || !crowded);
                     // Fails only if the grape has stopped, which its user then sees.
-                    let _ = grape.status().wait_for(crate::Status::is_online).await;
+                    let _ = grape.status().wait_for(has_joined).await;
                 }
                 testnet.grapes.push(grape);
             }

@@ -26,6 +26,9 @@ pub struct Status {
     pub addresses: Vec<Multiaddr>,
     /// How many peers are connected, grapes and others.
     pub peers: usize,
+    /// Whether this node has asked its way through the whole network once, so that it knows the
+    /// grapes near it and some of all others. It begins half a second after it has met the first.
+    pub explored: bool,
 }
 
 impl Status {
@@ -54,6 +57,7 @@ pub(crate) struct Connectivity {
     /// Dials to a candidate of a lookup, or back to a grape.
     dials: HashMap<PeerId, ConnectionId>,
     addresses: Vec<Multiaddr>,
+    explored: bool,
     status: watch::Sender<Status>,
 }
 
@@ -94,6 +98,7 @@ impl Connectivity {
             connected: 0,
             dials: HashMap::new(),
             addresses: Vec::new(),
+            explored: false,
             status,
         };
         connectivity.publish();
@@ -277,12 +282,20 @@ impl Connectivity {
         spare.then_some(proved)
     }
 
+    /// This node has asked its way through the whole network.
+    pub(crate) fn on_explored(&mut self) {
+        if !std::mem::replace(&mut self.explored, true) {
+            self.publish();
+        }
+    }
+
     /// Tells who watches, if anything has changed.
     pub(crate) fn publish(&self) {
         let status = Status {
             bootstrap: self.bootstraps.status(),
             addresses: self.addresses.clone(),
             peers: self.peers.len(),
+            explored: self.explored,
         };
         self.status.send_if_modified(|known| {
             let changed = *known != status;

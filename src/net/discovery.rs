@@ -6,14 +6,15 @@ use std::collections::HashMap;
 use std::time::Instant;
 
 use libp2p::kad::{
-    self, GetProvidersError, GetProvidersOk, InboundRequest, QueryId, QueryResult, RecordKey,
+    self, BootstrapError, GetProvidersError, GetProvidersOk, InboundRequest, QueryId, QueryResult,
+    RecordKey,
 };
 use libp2p::{Multiaddr, PeerId};
 use tokio::sync::oneshot;
 
 use crate::error::LookupError;
 use crate::limits::MAX_ADDRESSES;
-use crate::name::ServiceName;
+use crate::name::{Key, ServiceName};
 use crate::proto::announce::{Announcements, Place};
 use crate::proto::lookup::{Lookups, Outcome};
 use crate::store::Records;
@@ -49,7 +50,16 @@ pub(crate) struct Discovery {
     pub(crate) lookups: Lookups<QueryId>,
     pub(crate) announcements: Announcements,
     waiters: HashMap<ServiceName, Vec<Waiter>>,
-    providing: HashMap<QueryId, ServiceName>,
+    providing: HashMap<QueryId, Provided>,
+}
+
+/// What a query provides.
+#[derive(Debug)]
+enum Provided {
+    /// A name that this node announces.
+    Own(ServiceName),
+    /// The name of a worker that this grape carries requests to; who waits for it is told.
+    Carried(oneshot::Sender<()>),
 }
 
 impl Discovery {
@@ -135,12 +145,20 @@ impl Discovery {
     pub(crate) fn provide(&mut self, kad: &mut Kademlia, name: ServiceName, now: Instant) {
         match kad.start_providing(RecordKey::new(&name.key())) {
             Ok(id) => {
-                self.providing.insert(id, name);
+                self.providing.insert(id, Provided::Own(name));
             }
             Err(error) => {
                 tracing::warn!(%name, ?error, "cannot provide the name");
                 self.announcements.on_refused(&name, Place::Kademlia, now);
             }
+        }
+    }
+
+    /// Sends the key of a worker's name to the closest grapes, as one of this grape's own.
+    pub(crate) fn carry(&mut self, kad: &mut Kademlia, key: &Key, done: oneshot::Sender<()>) {
+        // Too many names are one fewer that others find; who waits is told by the dropped sender.
+        if let Ok(id) = kad.start_providing(RecordKey::new(key)) {
+            self.providing.insert(id, Provided::Carried(done));
         }
     }
 
@@ -187,12 +205,34 @@ impl Discovery {
                 None
             }
             QueryResult::StartProviding(result) => {
-                let name = self.providing.remove(&id)?;
                 let provided = result.is_ok() && Self::knows_grapes(kad);
-                Some(Learned::Provided(name, provided))
+                match self.providing.remove(&id)? {
+                    Provided::Own(name) => Some(Learned::Provided(name, provided)),
+                    Provided::Carried(done) => {
+                        // Who asked may be gone.
+                        let _ = done.send(());
+                        None
+                    }
+                }
             }
             _ => None,
         }
+    }
+
+    /// Whether a walk through the whole network has ended.
+    pub(crate) fn has_explored(event: &kad::Event) -> bool {
+        let kad::Event::OutboundQueryProgressed {
+            result: QueryResult::Bootstrap(result),
+            ..
+        } = event
+        else {
+            return false;
+        };
+        let remaining = match result {
+            Ok(walk) => Some(walk.num_remaining),
+            Err(BootstrapError::Timeout { num_remaining, .. }) => *num_remaining,
+        };
+        remaining == Some(0)
     }
 
     /// Whether the routing table holds a grape.

@@ -351,6 +351,14 @@ impl Driver {
                     self.kept.keep(peer, lane, open);
                 }
             }
+            Command::Carry { key, done } => {
+                let kad = &mut self.swarm.behaviour_mut().kad;
+                self.discovery.carry(kad, &key, done);
+            }
+            Command::Uncarry(key) => {
+                let kad = &mut self.swarm.behaviour_mut().kad;
+                kad.stop_providing(&kad::RecordKey::new(&key));
+            }
             Command::PutValue {
                 target,
                 value,
@@ -864,6 +872,9 @@ impl Driver {
                     self.metrics
                         .kademlia_requests
                         .add(stats.num_requests().into());
+                }
+                if Discovery::has_explored(&event) {
+                    self.connectivity.on_explored();
                 }
                 if let kad::Event::RoutingUpdated { peer, .. } = &event {
                     self.grapes_changed = true;

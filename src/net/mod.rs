@@ -33,7 +33,7 @@ use crate::error::{AnnounceError, SpawnError};
 use crate::identity::Identity;
 use crate::limits::Limits;
 use crate::metrics::Metrics;
-use crate::name::ServiceName;
+use crate::name::{Key, ServiceName};
 use crate::proto::bep44::Target;
 use crate::proto::routes::Routes;
 use crate::store::Registry;
@@ -82,6 +82,14 @@ pub(crate) enum Command {
     },
     Lookup(ServiceName, Waiter),
     Request(Outbound),
+    /// Tell the closest grapes that this one carries requests to workers of a name; answered when
+    /// they are told, dropped if they cannot be.
+    Carry {
+        key: Key,
+        done: oneshot::Sender<()>,
+    },
+    /// This grape does not carry requests for a name any more.
+    Uncarry(Key),
     /// Keep a verified value and send it to the closest grapes; answers whether it is kept.
     PutValue {
         target: Target,

@@ -4,29 +4,29 @@
 //! all of them and answers for them from its own memory. To a node of libp2p, the grape itself is the
 //! provider of its workers' names: it carries the requests to them.
 
-use std::collections::HashMap;
+mod carrying;
+mod teller;
+
 use std::net::SocketAddr;
-use std::sync::{Arc, OnceLock, Weak};
+use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
 use futures::stream::{FuturesUnordered, StreamExt};
-use libp2p::PeerId;
-use tokio::sync::{Semaphore, mpsc, oneshot, watch};
-use tokio::time::sleep_until;
+use libp2p::{PeerId, kad};
+use tokio::sync::{Semaphore, mpsc, oneshot};
 
 use super::{Node, call};
 use crate::name::{self, ServiceName};
 use crate::net::{Carried, Command, KnownGrape, Outcome};
 use crate::proto::bep44::Target;
-use crate::proto::wire::{Batch, ErrorCode, MAX_CHANGES, REGISTRY};
+use crate::proto::wire::{Batch, BatchReply, Digest, REGISTRY};
 use crate::store::Registry;
-use crate::store::workers::Full;
+use crate::store::workers::{Full, shorten};
 
-/// How long a grape may take to confirm a batch.
-const BATCH_DEADLINE: Duration = Duration::from_secs(5);
+use teller::Teller;
 
-/// The pause before a grape that did not take a batch is told again.
-const RETRY: Duration = Duration::from_secs(1);
+/// How long a grape may take to say which workers it has.
+const FIND_DEADLINE: Duration = Duration::from_secs(2);
 
 /// What others ask of this grape's workers that may wait; one more is answered `busy`.
 const CARRIED: usize = 1_024;
@@ -85,11 +85,7 @@ impl Node {
         let registry = Arc::clone(&handle.registry);
         self.shared.directory.telling.get_or_init(|| {
             let grapes = handle.grapes.clone();
-            let teller = Teller {
-                node: Arc::downgrade(&self.shared),
-                registry: Arc::clone(&registry),
-                grapes: HashMap::new(),
-            };
+            let teller = Teller::new(Arc::downgrade(&self.shared), Arc::clone(&registry));
             tokio::spawn(teller.run(grapes));
         });
         Directory {
@@ -133,12 +129,16 @@ impl Directory {
     pub(crate) async fn lookup(&self, service: &str, limit: usize) -> Found {
         let (digest, now) = (name::digest(service), Instant::now());
         let workers = self.registry.workers().sample(&digest, limit, now);
-        let peers = match ServiceName::from_wire(service) {
-            Ok(name) if self.registry.providers().has_providers(&name.key(), now) => {
-                self.has_live_peers(&name).await
-            }
-            _ => false,
+        let Ok(name) = ServiceName::from_wire(service) else {
+            // A name that only Grenache's users can have.
+            let peers = false;
+            return Found { workers, peers };
         };
+        if !is_small(&self.node.shared.handle.grapes.borrow()) {
+            return self.lookup_afar(&name, workers, limit).await;
+        }
+        let is_provided = self.registry.providers().has_providers(&name.key(), now);
+        let peers = is_provided && self.has_live_peers(&name).await;
         Found { workers, peers }
     }
 
@@ -151,6 +151,46 @@ impl Directory {
         let carriers = self.registry.workers().grapes(&digest, usize::MAX, now);
         live.iter()
             .any(|provider| !carriers.contains(&provider.peer))
+    }
+
+    /// Asks the providers that Kademlia finds which workers they have.
+    async fn lookup_afar(&self, name: &ServiceName, own: Vec<SocketAddr>, limit: usize) -> Found {
+        let mut found = Found {
+            workers: own,
+            peers: false,
+        };
+        let Ok(live) = self.node.lookup(name).await else {
+            return found;
+        };
+        let digest = name.digest();
+        let mut asked: FuturesUnordered<_> = live
+            .iter()
+            .map(|provider| self.workers_at(provider.peer, digest))
+            .collect();
+        while let Some(workers) = asked.next().await {
+            // A provider without workers serves the name itself.
+            found.peers |= workers.is_empty();
+            found.workers.extend(workers);
+        }
+        found.workers.sort_unstable();
+        found.workers.dedup();
+        shorten(&mut found.workers, limit);
+        found
+    }
+
+    /// The workers of another node; of one that is no grape, none.
+    async fn workers_at(&self, peer: PeerId, service: Digest) -> Vec<SocketAddr> {
+        let batch = Batch {
+            changes: Vec::new(),
+            find: vec![service],
+        };
+        let payload = batch.encode().unwrap_or_default();
+        let outcome = call::call_peer(&self.node, peer, REGISTRY, payload, FIND_DEADLINE).await;
+        let Outcome::Answered(Ok(payload)) = outcome else {
+            return Vec::new();
+        };
+        let reply = BatchReply::decode(&payload).unwrap_or_default();
+        reply.found.into_iter().next().unwrap_or_default()
     }
 
     /// The workers that announced themselves at this grape: those it carries requests to.
@@ -199,142 +239,7 @@ impl Directory {
     }
 }
 
-/// Tells the other grapes what changes of this one's workers.
-struct Teller {
-    node: Weak<super::Shared>,
-    registry: Arc<Registry>,
-    grapes: HashMap<PeerId, Told>,
-}
-
-/// What a grape has been told.
-#[derive(Debug, Default)]
-struct Told {
-    /// The connection over which. After another one the grape may have forgotten everything.
-    connected: Option<u64>,
-    /// The number of the last change it has confirmed.
-    up_to: u64,
-    /// It is being told.
-    busy: bool,
-    /// It did not take the last batch and is told again then.
-    retry: Option<Instant>,
-    /// It is another implementation, which has no registry.
-    is_deaf: bool,
-}
-
-/// A grape's answer to a batch with the changes up to a number.
-struct Answer {
-    grape: PeerId,
-    connected: Option<u64>,
-    up_to: u64,
-    outcome: Outcome,
-}
-
-impl Teller {
-    /// Runs as long as its node.
-    async fn run(mut self, mut grapes: watch::Receiver<Vec<KnownGrape>>) {
-        let mut telling = FuturesUnordered::new();
-        loop {
-            let known = grapes.borrow_and_update().clone();
-            self.on_grapes(&known);
-            let Some(shared) = self.node.upgrade() else {
-                return;
-            };
-            let now = Instant::now();
-            for (grape, connected, batch, up_to) in self.batches(now) {
-                let node = Node {
-                    shared: Arc::clone(&shared),
-                };
-                telling.push(async move {
-                    let payload = batch.encode().unwrap_or_default();
-                    let call = call::call_peer(&node, grape, REGISTRY, payload, BATCH_DEADLINE);
-                    Answer {
-                        grape,
-                        connected,
-                        up_to,
-                        outcome: call.await,
-                    }
-                });
-            }
-            drop(shared);
-            let retry = self.grapes.values().filter_map(|told| told.retry).min();
-            tokio::select! {
-                () = self.registry.changed() => {}
-                changed = grapes.changed() => if changed.is_err() { return },
-                Some(answer) = telling.next() => self.on_answer(answer),
-                () = until(retry) => {}
-            }
-        }
-    }
-
-    fn on_grapes(&mut self, known: &[KnownGrape]) {
-        self.grapes
-            .retain(|peer, told| told.busy || known.iter().any(|grape| grape.peer == *peer));
-        for grape in known {
-            let told = self.grapes.entry(grape.peer).or_default();
-            if told.connected != grape.connected {
-                *told = Told {
-                    connected: grape.connected,
-                    busy: told.busy,
-                    ..Told::default()
-                };
-            }
-        }
-    }
-
-    /// What to tell which grapes now.
-    fn batches(&mut self, now: Instant) -> Vec<(PeerId, Option<u64>, Batch, u64)> {
-        let workers = self.registry.workers();
-        let mut batches = Vec::new();
-        for (grape, told) in &mut self.grapes {
-            let waits = told.retry.is_some_and(|at| at > now);
-            if told.busy || told.is_deaf || waits || told.up_to >= workers.last_change() {
-                continue;
-            }
-            let (batch, up_to) = match told.connected {
-                Some(_) => {
-                    let (changes, up_to) = workers.changes(told.up_to, MAX_CHANGES, now);
-                    let find = Vec::new();
-                    (Batch { changes, find }, up_to)
-                }
-                // Asking it anything connects to it.
-                None => (Batch::default(), told.up_to),
-            };
-            if batch.changes.is_empty() && told.connected.is_some() {
-                told.up_to = up_to;
-                continue;
-            }
-            told.busy = true;
-            told.retry = None;
-            batches.push((*grape, told.connected, batch, up_to));
-        }
-        batches
-    }
-
-    fn on_answer(&mut self, answer: Answer) {
-        let Some(told) = self.grapes.get_mut(&answer.grape) else {
-            return;
-        };
-        told.busy = false;
-        match answer.outcome {
-            Outcome::Answered(Ok(_)) if told.connected == answer.connected => {
-                told.up_to = told.up_to.max(answer.up_to);
-            }
-            // Connected anew: it is told everything.
-            Outcome::Answered(Ok(_)) => {}
-            Outcome::Answered(Err(error)) if error.code == ErrorCode::UnknownService => {
-                told.is_deaf = true;
-            }
-            outcome => {
-                tracing::debug!(grape = %answer.grape, ?outcome, "a grape took no batch");
-                told.retry = Some(Instant::now() + RETRY);
-            }
-        }
-    }
-}
-
-async fn until(at: Option<Instant>) {
-    match at {
-        Some(at) => sleep_until(at.into()).await,
-        None => std::future::pending().await,
-    }
+/// Whether each grape of a network knows all others, and is responsible for every name.
+fn is_small(known: &[KnownGrape]) -> bool {
+    known.len() < kad::K_VALUE.get()
 }

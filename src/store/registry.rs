@@ -204,7 +204,13 @@ impl RecordStore for Records {
     fn providers(&self, key: &RecordKey) -> Vec<ProviderRecord> {
         let mut providers = self.0.providers().providers(key, Instant::now());
         let room = KADEMLIA_ANSWER.saturating_sub(providers.len());
-        providers.extend(self.0.carriers(key, room.max(1)));
+        for carrier in self.0.carriers(key, room.max(1)) {
+            // In a large network a grape provides the names that it carries requests for.
+            let is_known = |known: &ProviderRecord| known.provider == carrier.provider;
+            if !providers.iter().any(is_known) {
+                providers.push(carrier);
+            }
+        }
         providers
     }
 

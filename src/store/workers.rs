@@ -522,7 +522,7 @@ fn longer(lease: Nanos) -> Nanos {
 }
 
 /// Leaves at most `limit` items, any of them.
-fn shorten<T: Copy>(items: &mut Vec<T>, limit: usize) {
+pub(crate) fn shorten<T: Copy>(items: &mut Vec<T>, limit: usize) {
     if items.len() > limit {
         let (any, _) = items.partial_shuffle(&mut rand::rng(), limit);
         *items = any.to_vec();
