@@ -9,6 +9,7 @@
 //! | --- | --- | --- |
 //! | announce, lookup | `/grapevine/kad/1.0.0` | Kademlia as libp2p specifies it: ADD_PROVIDER and GET_PROVIDERS |
 //! | calls | `/grapevine/rpc/1.0.0` | this page |
+//! | values of Grenache's users | `/grapevine/kad/1.0.0` | Kademlia's PUT_VALUE and GET_VALUE, see [below](#values) |
 //! | rendezvous | `/rendezvous/1.0.0` | the standard protocol, unchanged; the namespace is the name |
 //! | identify | `/ipfs/id/1.0.0` | with protocol version `/grapevine/1.0.0`, agent `grapevine/<version>` and signed peer records |
 //!
@@ -120,6 +121,36 @@
 //! is an answer given on the spot, and absent (or null) where there is none. Unknown keys are skipped, so
 //! that fields can be added; known ones occur once.
 //!
+//! # The registry of grapes
+//!
+//! *Workers* are programs that speak Grenache's protocols and no libp2p; they announce themselves to a
+//! grape by HTTP. Grapes tell each other of theirs by requests to the service `grapevine/registry`,
+//! which peers answer with `unknown-service`. To everybody else a grape is a provider of its workers'
+//! names: it says so in answers of Kademlia, to the serves question, and carries the requests.
+//!
+//! | map | keys |
+//! | --- | --- |
+//! | payload of the request | `{"changes": [change], "find": [key]}` |
+//! | change | `{"key": key, "at": address, "lease": uint}`; without `lease` the worker is gone |
+//! | payload of the reply | `{"refused": uint, "found": [[address]]}` |
+//!
+//! A key is the 34 bytes that a name has in Kademlia; here any text may be a name. An address is the 4 or
+//! 16 bytes of an IP address and the 2 of a port, in network order; a loopback address means the host
+//! that the sender's connection comes from. `lease` is in milliseconds. Changes are applied in order:
+//! each replaces what the sender said of that worker before. `refused` counts those that found no room;
+//! `found` has the sender's list of workers for each key asked for.
+//!
+//! In a network of up to 20 grapes each tells all others. In a larger one a grape sends ADD_PROVIDER for
+//! its workers' names, as a peer does for its own, and who looks a name up asks the providers for their
+//! workers.
+//!
+//! # Values
+//!
+//! A value is what BEP 44 puts into BitTorrent's DHT: a record of Kademlia's under the 20 bytes of its
+//! target (the SHA-1 of the bencoded `v`, or of `k` and `salt`), which is the bencoded dictionary of `v`
+//! and, of a mutable one, `k`, `seq`, `sig` and perhaps `salt`. Grapes keep what verifies, and a mutable
+//! value instead of one with a lower `seq`, for two hours.
+//!
 //! # Limits
 //!
 //! | what | at most |
@@ -132,6 +163,11 @@
 //! | chat `from` | 255 |
 //! | chat `text` and `reply` | 65,536 |
 //! | nesting of CBOR | 128 levels |
+//! | changes in one request to the registry | 1,000 |
+//! | keys asked for in one request to the registry | 16 |
+//! | workers of one service in an answer | 100 |
+//! | `lease` of a worker | 3,600,000; more is cut |
+//! | a value's `v` and `salt` | 999, 64 |
 
 pub(crate) mod announce;
 #[cfg_attr(not(feature = "gateway"), allow(dead_code))]
