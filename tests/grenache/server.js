@@ -25,7 +25,7 @@ service.socket.once('listening', () => {
   const own = service.socket.address().port
   let announced = false
   const announce = () => link.announce(name, own, {}, (error, result) => {
-    if (error || result !== 1) {
+    if (error || !Number.isInteger(result)) {
       process.stderr.write(`not announced: ${error ? error.message : result}\n`)
     } else if (!announced) {
       announced = true
