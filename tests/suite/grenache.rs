@@ -401,10 +401,10 @@ async fn found_everywhere<const N: usize>(maker: Maker) {
         }
         slowest = slowest.max(announced.elapsed());
     }
-    eprintln!("{maker:?}, {N} grapes: found at all of them within {slowest:?}");
+    eprintln!("{maker}, {N} grapes: found at all of them within {slowest:?}");
     assert!(
         slowest < Duration::from_secs(1),
-        "{maker:?}, {N}: {slowest:?}"
+        "{maker}, {N} grapes: {slowest:?}"
     );
 }
 

@@ -195,9 +195,12 @@ impl Program {
         self.stdout = Some(stdout.lines());
     }
 
+    pub(crate) fn id(&self) -> u32 {
+        self.child.id().expect("it runs")
+    }
+
     pub(crate) fn signal(&self, signal: Signal) {
-        let id = self.child.id().expect("it runs");
-        let pid = Pid::from_raw(id.try_into().unwrap()).unwrap();
+        let pid = Pid::from_raw(self.id().try_into().unwrap()).unwrap();
         kill_process(pid, signal).unwrap();
     }
 

@@ -1,5 +1,6 @@
 //! Grapes as processes, ours and Grenache's, on one command line.
 
+use std::fmt::{self, Display};
 use std::net::{Ipv4Addr, SocketAddr, TcpListener, UdpSocket};
 use std::sync::atomic::{AtomicU16, Ordering};
 use std::time::Duration;
@@ -19,6 +20,15 @@ const PAUSE: Duration = Duration::from_millis(10);
 pub(super) enum Maker {
     Ours,
     Grenache,
+}
+
+impl Display for Maker {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Ours => "Grapevine",
+            Self::Grenache => "Grenache",
+        })
+    }
 }
 
 /// A grape that runs.
@@ -74,11 +84,14 @@ impl Grape {
         format!("/ip4/127.0.0.1/tcp/{}", self.dht)
     }
 
+    pub(super) fn api(&self) -> SocketAddr {
+        (Ipv4Addr::LOCALHOST, self.api).into()
+    }
+
     /// A connection to its API, as soon as it accepts one.
     pub(super) async fn http(&self) -> Connection {
-        let api = SocketAddr::from((Ipv4Addr::LOCALHOST, self.api));
         loop {
-            if let Ok(connection) = Connection::open(api).await {
+            if let Ok(connection) = Connection::open(self.api()).await {
                 return connection;
             }
             tokio::time::sleep(PAUSE).await;
