@@ -475,7 +475,7 @@ mod frames {
 
     fn check(what: &str, answer: io::Result<Vec<u8>>, expected: &Expected) {
         if matches!(expected, Closed) {
-            assert_eq!(answer.unwrap_or_default(), [], "{what}");
+            assert_eq!(answer.unwrap_or_default(), b"", "{what}");
             return;
         }
         let answer = answer.unwrap_or_else(|error| panic!("{what}: {error}"));

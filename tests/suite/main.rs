@@ -3,8 +3,10 @@
 #![allow(clippy::print_stderr, reason = "a test says what it could not test")]
 
 // What it measures is read from Linux's /proc.
+mod grenache;
 #[cfg(target_os = "linux")]
 mod hostile;
 mod interop;
 mod network;
+mod process;
 mod programs;

@@ -1,20 +1,17 @@
 //! The programs as processes: what a person sees, the exit codes, signals, lost grapes and peers.
 
-mod process;
 mod terminal;
 
 use std::net::TcpListener;
 use std::time::{Duration, Instant};
 
 use grapevine::{Identity, Multiaddr, Node, Role, Service};
-use process::{Program, Run, in_time, key_file, run, run_into};
 use rustix::process::Signal;
+
+use crate::process::{Program, Run, in_time, key_file, run, run_into};
 
 /// Nobody listens there: the port takes privileges.
 const NOBODY: &str = "/ip4/127.0.0.1/tcp/1";
-
-/// A program that is asked to end is gone within this.
-const END: Duration = Duration::from_secs(3);
 
 /// A grape on any free port of this machine.
 async fn grape(arguments: &[&str]) -> Program {

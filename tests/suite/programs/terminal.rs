@@ -9,8 +9,8 @@ use expectrl::{ControlCode, Eof, Expect, Session};
 use rustix::process::{Pid, Signal, kill_process};
 use rustix::termios::LocalModes;
 
-use super::process::{Program, in_time, path};
 use super::{grape, peer, send};
+use crate::process::{Program, in_time, path};
 
 /// As long as a test may wait for anything.
 const DEADLINE: Duration = Duration::from_secs(60);

@@ -4,7 +4,7 @@ use std::fmt::Write;
 use std::fs::File;
 use std::path::PathBuf;
 use std::process::{ExitStatus, Stdio};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use rustix::process::{Pid, Signal, kill_process};
 use tempfile::TempDir;
@@ -12,17 +12,18 @@ use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader, Lines};
 use tokio::process::{Child, ChildStderr, ChildStdin, ChildStdout, Command};
 use tokio::time::timeout;
 
-use super::END;
-
 /// No test takes longer than this, however busy the machine.
-const DEADLINE: std::time::Duration = std::time::Duration::from_secs(90);
+const DEADLINE: Duration = Duration::from_secs(90);
 
-pub(super) async fn in_time<T>(scenario: impl Future<Output = T>) -> T {
+/// A program that is asked to end is gone within this.
+const END: Duration = Duration::from_secs(3);
+
+pub(crate) async fn in_time<T>(scenario: impl Future<Output = T>) -> T {
     timeout(DEADLINE, scenario).await.expect("the test hangs")
 }
 
 /// A program that runs.
-pub(super) struct Program {
+pub(crate) struct Program {
     name: String,
     child: Child,
     stdin: Option<ChildStdin>,
@@ -31,19 +32,19 @@ pub(super) struct Program {
     /// What it has said on stderr so far, for the messages of failed tests.
     said: String,
     /// Where it can be dialled, if it has told.
-    pub(super) address: String,
+    pub(crate) address: String,
 }
 
 /// What a program has done.
 #[derive(Debug)]
-pub(super) struct Run {
-    pub(super) code: Option<i32>,
-    pub(super) stdout: String,
-    pub(super) stderr: String,
+pub(crate) struct Run {
+    pub(crate) code: Option<i32>,
+    pub(crate) stdout: String,
+    pub(crate) stderr: String,
 }
 
 /// The program's file. Cargo builds the examples before it runs the tests.
-pub(super) fn path(name: &str) -> PathBuf {
+pub(crate) fn path(name: &str) -> PathBuf {
     let test = std::env::current_exe().unwrap();
     let path = test
         .parent()
@@ -60,14 +61,18 @@ pub(super) fn path(name: &str) -> PathBuf {
 }
 
 /// Where a key may be kept.
-pub(super) fn key_file(folder: &TempDir) -> String {
+pub(crate) fn key_file(folder: &TempDir) -> String {
     folder.path().join("key").to_str().unwrap().into()
 }
 
 fn command(name: &str, arguments: &[&str]) -> Command {
     let mut command = Command::new(path(name));
+    command.args(arguments);
+    piped(command)
+}
+
+fn piped(mut command: Command) -> Command {
     command
-        .args(arguments)
         .env_remove("RUST_LOG")
         .stdout(Stdio::piped())
         .stderr(Stdio::piped())
@@ -76,15 +81,20 @@ fn command(name: &str, arguments: &[&str]) -> Command {
 }
 
 /// Runs a program to its end, without input.
-pub(super) async fn run(name: &str, arguments: &[&str]) -> Run {
+pub(crate) async fn run(name: &str, arguments: &[&str]) -> Run {
     finish(command(name, arguments)).await
 }
 
 /// As [`run`], with its standard output into a file.
-pub(super) async fn run_into(file: File, name: &str, arguments: &[&str]) -> Run {
+pub(crate) async fn run_into(file: File, name: &str, arguments: &[&str]) -> Run {
     let mut command = command(name, arguments);
     command.stdout(file);
     finish(command).await
+}
+
+/// Runs a program that is none of ours to its end, without input.
+pub(crate) async fn run_other(command: Command) -> Run {
+    finish(piped(command)).await
 }
 
 async fn finish(mut command: Command) -> Run {
@@ -100,24 +110,30 @@ async fn finish(mut command: Command) -> Run {
 impl Run {
     /// Fails the test unless the program failed in this way.
     #[track_caller]
-    pub(super) fn fails(&self, code: i32, stderr: &str) {
+    pub(crate) fn fails(&self, code: i32, stderr: &str) {
         let done = (self.code, &*self.stdout, &*self.stderr);
         assert_eq!(done, (Some(code), "", stderr));
     }
 
     /// Whether there is nothing in it that only a programmer understands.
-    pub(super) fn is_fit_for_people(&self) -> bool {
+    pub(crate) fn is_fit_for_people(&self) -> bool {
         let alien = ["panicked", "RUST_BACKTRACE", "Error(", "Err(", "Some("];
         !alien.iter().any(|word| self.stderr.contains(word))
     }
 }
 
 impl Program {
-    pub(super) fn start(name: &str, arguments: &[&str]) -> Self {
-        let mut child = command(name, arguments)
-            .stdin(Stdio::piped())
-            .spawn()
-            .unwrap();
+    pub(crate) fn start(name: &str, arguments: &[&str]) -> Self {
+        Self::spawn(name, command(name, arguments))
+    }
+
+    /// Starts a program that is none of ours.
+    pub(crate) fn start_other(name: &str, command: Command) -> Self {
+        Self::spawn(name, piped(command))
+    }
+
+    fn spawn(name: &str, mut command: Command) -> Self {
+        let mut child = command.stdin(Stdio::piped()).spawn().unwrap();
         Self {
             name: name.into(),
             stdin: child.stdin.take(),
@@ -130,7 +146,7 @@ impl Program {
     }
 
     /// The next line on stdout.
-    pub(super) async fn line(&mut self) -> String {
+    pub(crate) async fn line(&mut self) -> String {
         let stdout = self.stdout.as_mut().unwrap();
         let Some(line) = stdout.next_line().await.unwrap() else {
             let rest = self.rest().await;
@@ -140,7 +156,7 @@ impl Program {
     }
 
     /// What is left on stdout when the program has ended.
-    pub(super) async fn output(&mut self) -> String {
+    pub(crate) async fn output(&mut self) -> String {
         let mut rest = String::new();
         let stdout = self.stdout.take().unwrap();
         stdout.into_inner().read_to_string(&mut rest).await.unwrap();
@@ -148,7 +164,7 @@ impl Program {
     }
 
     /// Waits for a line on stderr that begins like this.
-    pub(super) async fn says(&mut self, start: &str) {
+    pub(crate) async fn says(&mut self, start: &str) {
         while let Some(line) = self.stderr.next_line().await.unwrap() {
             writeln!(self.said, "{line}").unwrap();
             if line.starts_with(start) {
@@ -158,39 +174,42 @@ impl Program {
         panic!("{} has not said {start:?} but: {}", self.name, self.said);
     }
 
-    pub(super) async fn types(&mut self, line: &str) {
+    pub(crate) async fn types(&mut self, line: &str) {
         let stdin = self.stdin.as_mut().unwrap();
         stdin.write_all(line.as_bytes()).await.unwrap();
         stdin.write_all(b"\n").await.unwrap();
     }
 
-    pub(super) fn closes_input(&mut self) {
+    pub(crate) fn closes_input(&mut self) {
         self.stdin = None;
     }
 
-    pub(super) fn closes_output(&mut self) {
+    pub(crate) fn closes_output(&mut self) {
         self.stdout = None;
     }
 
     /// Waits for the first byte of a line, and takes no more.
-    pub(super) async fn begins_to_print(&mut self) {
+    pub(crate) async fn begins_to_print(&mut self) {
         let mut stdout = self.stdout.take().unwrap().into_inner();
         stdout.read_u8().await.unwrap();
         self.stdout = Some(stdout.lines());
     }
 
-    pub(super) fn signal(&self, signal: Signal) {
-        let id = self.child.id().expect("it runs");
-        let pid = Pid::from_raw(id.try_into().unwrap()).unwrap();
+    pub(crate) fn id(&self) -> u32 {
+        self.child.id().expect("it runs")
+    }
+
+    pub(crate) fn signal(&self, signal: Signal) {
+        let pid = Pid::from_raw(self.id().try_into().unwrap()).unwrap();
         kill_process(pid, signal).unwrap();
     }
 
-    pub(super) async fn end(&mut self) -> ExitStatus {
+    pub(crate) async fn end(&mut self) -> ExitStatus {
         self.child.wait().await.unwrap()
     }
 
     /// Sends a signal; the program keeps its promise to end soon, with this code.
-    pub(super) async fn ends_on(&mut self, signal: Signal, code: i32) {
+    pub(crate) async fn ends_on(&mut self, signal: Signal, code: i32) {
         self.signal(signal);
         let asked = Instant::now();
         let status = self.end().await;
