@@ -57,7 +57,7 @@ pub(crate) fn print_heading(title: &str, name: &str, arguments: &[String]) {
     println!("* Machine: {}", machine());
 }
 
-fn machine() -> String {
+pub(crate) fn machine() -> String {
     let cores = std::thread::available_parallelism().map_or(0, usize::from);
     let cpuinfo = fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
     let model = cpuinfo

@@ -1,0 +1,143 @@
+//! Who takes part. Each is an echo server and a client, in a process each.
+
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+
+use crate::common::{self, Process};
+use crate::load::obey;
+use crate::{grapevine, grpc, http, iroh, kept, tcp};
+
+const TCP: &str = "/ip4/127.0.0.1/tcp/0";
+const QUIC: &str = "/ip4/127.0.0.1/udp/0/quic-v1";
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Contender {
+    GrapevineTcp,
+    GrapevineQuic,
+    KeptTcp,
+    KeptQuic,
+    BareTcp,
+    Tonic,
+    Axum,
+    IrohStreams,
+    IrohKept,
+    Grenache,
+}
+
+pub(crate) use Contender::*;
+
+impl Contender {
+    pub(crate) const ALL: [Self; 10] = [
+        GrapevineTcp,
+        GrapevineQuic,
+        KeptTcp,
+        KeptQuic,
+        BareTcp,
+        Tonic,
+        Axum,
+        IrohStreams,
+        IrohKept,
+        Grenache,
+    ];
+
+    /// What a filter is matched with.
+    pub(crate) fn id(self) -> &'static str {
+        match self {
+            GrapevineTcp => "grapevine-tcp",
+            GrapevineQuic => "grapevine-quic",
+            KeptTcp => "ceiling-tcp",
+            KeptQuic => "ceiling-quic",
+            BareTcp => "bare-tcp",
+            Tonic => "tonic",
+            Axum => "axum",
+            IrohStreams => "iroh-streams",
+            IrohKept => "iroh-kept",
+            Grenache => "grenache",
+        }
+    }
+
+    /// What it is, for tables.
+    pub(crate) fn title(self) -> &'static str {
+        match self {
+            GrapevineTcp => "**Grapevine**, TCP",
+            GrapevineQuic => "**Grapevine**, QUIC",
+            KeptTcp => "ceiling: one kept libp2p stream, TCP",
+            KeptQuic => "ceiling: one kept libp2p stream, QUIC",
+            BareTcp => "bare TCP, pipelined, not encrypted",
+            Tonic => "tonic gRPC, unary, not encrypted",
+            Axum => "axum HTTP/1.1, a connection each, not encrypted",
+            IrohStreams => "iroh, a stream for each request",
+            IrohKept => "iroh, one kept stream, pipelined",
+            Grenache => "Grenache ws, Node.js, not encrypted",
+        }
+    }
+
+    /// Why it cannot take part here, if it cannot.
+    pub(crate) fn absence(self) -> Option<String> {
+        if self != Grenache {
+            return None;
+        }
+        let node = Command::new("node")
+            .arg("--version")
+            .stdout(Stdio::null())
+            .status();
+        if !node.is_ok_and(|status| status.success()) {
+            return Some("there is no `node`".into());
+        }
+        let packages = grenache().join("node_modules/grenache-nodejs-ws");
+        let missing = "its packages are not installed: `npm ci --prefix benches/rivals/grenache`";
+        (!packages.is_dir()).then(|| missing.into())
+    }
+
+    /// Starts its server, then its client, which waits for loads.
+    pub(crate) fn start(self) -> (Process, Process) {
+        let mut server = self.process("server", "");
+        let mut client = self.process("client", &server.line());
+        assert_eq!(client.line(), "ready", "{} does not start", self.id());
+        (server, client)
+    }
+
+    fn process(self, part: &str, argument: &str) -> Process {
+        if self == Grenache {
+            let script = grenache().join("echo.js");
+            return Process::start(Command::new("node").arg(script).args([part, argument]));
+        }
+        Process::part(part, &[self.id(), argument])
+    }
+
+    /// Is its server, until the parent process lets it go.
+    pub(crate) async fn serve(self) {
+        let address = match self {
+            GrapevineTcp => grapevine::serve(TCP).await,
+            GrapevineQuic => grapevine::serve(QUIC).await,
+            KeptTcp => kept::serve(TCP).await,
+            KeptQuic => kept::serve(QUIC).await,
+            BareTcp => tcp::serve().await,
+            Tonic => grpc::serve().await,
+            Axum => http::serve().await,
+            IrohStreams | IrohKept => iroh::serve().await,
+            Grenache => unreachable!("it is not written in Rust"),
+        };
+        println!("{address}");
+        let released = tokio::task::spawn_blocking(common::until_released);
+        released.await.expect("waiting does not fail");
+    }
+
+    /// Is its client, until the parent process lets it go.
+    pub(crate) async fn call(self, server: &str) {
+        match self {
+            GrapevineTcp | GrapevineQuic => obey(grapevine::connect(server).await).await,
+            KeptTcp | KeptQuic => obey(kept::connect(server).await).await,
+            BareTcp => obey(tcp::connect(server).await).await,
+            Tonic => obey(grpc::connect(server).await).await,
+            Axum => obey(http::connect(server).await).await,
+            IrohStreams => obey(iroh::connect_streams(server).await).await,
+            IrohKept => obey(iroh::connect_kept(server).await).await,
+            Grenache => unreachable!("it is not written in Rust"),
+        }
+    }
+}
+
+fn grenache() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("grenache")
+}
