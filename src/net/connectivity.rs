@@ -71,8 +71,6 @@ struct Peer {
     is_ours: bool,
     /// This node has dialled it, or tried to.
     dialled: bool,
-    /// The connection by which a grape is dialled back.
-    dialled_back: Option<ConnectionId>,
 }
 
 /// What has become of a connection.
@@ -264,22 +262,6 @@ impl Connectivity {
             .take(MAX_ADDRESSES)
             .cloned()
             .collect()
-    }
-
-    /// A grape is being dialled back.
-    pub(crate) fn on_dialling_back(&mut self, peer: &PeerId, connection: ConnectionId) {
-        if let Some(known) = self.peers.get_mut(peer) {
-            known.dialled_back = Some(connection);
-        }
-    }
-
-    /// The routing table has a peer. Returns the connection that was only to prove its address, now
-    /// that it has: the other one serves both sides.
-    pub(crate) fn on_routed(&mut self, peer: &PeerId) -> Option<ConnectionId> {
-        let known = self.peers.get_mut(peer)?;
-        let proved = known.dialled_back.take()?;
-        let spare = known.connections.len() > 1 && known.connections.contains_key(&proved);
-        spare.then_some(proved)
     }
 
     /// This node has asked its way through the whole network.

@@ -6,8 +6,7 @@ use std::collections::HashMap;
 use std::time::Instant;
 
 use libp2p::kad::{
-    self, BootstrapError, GetProvidersError, GetProvidersOk, InboundRequest, QueryId, QueryResult,
-    RecordKey,
+    self, GetProvidersError, GetProvidersOk, InboundRequest, QueryId, QueryResult, RecordKey,
 };
 use libp2p::{Multiaddr, PeerId};
 use tokio::sync::oneshot;
@@ -221,18 +220,10 @@ impl Discovery {
 
     /// Whether a walk through the whole network has ended.
     pub(crate) fn has_explored(event: &kad::Event) -> bool {
-        let kad::Event::OutboundQueryProgressed {
-            result: QueryResult::Bootstrap(result),
-            ..
-        } = event
-        else {
+        let kad::Event::OutboundQueryProgressed { result, step, .. } = event else {
             return false;
         };
-        let remaining = match result {
-            Ok(walk) => Some(walk.num_remaining),
-            Err(BootstrapError::Timeout { num_remaining, .. }) => *num_remaining,
-        };
-        remaining == Some(0)
+        matches!(result, QueryResult::Bootstrap(_)) && step.last
     }
 
     /// Whether the routing table holds a grape.

@@ -876,12 +876,7 @@ impl Driver {
                 if Discovery::has_explored(&event) {
                     self.connectivity.on_explored();
                 }
-                if let kad::Event::RoutingUpdated { peer, .. } = &event {
-                    self.grapes_changed = true;
-                    if let Some(connection) = self.connectivity.on_routed(peer) {
-                        self.swarm.close_connection(connection);
-                    }
-                }
+                self.grapes_changed |= matches!(event, kad::Event::RoutingUpdated { .. });
                 let Some(event) = self.values.on_event(event) else {
                     return;
                 };
@@ -1049,10 +1044,10 @@ impl Driver {
             .condition(PeerCondition::Always)
             .allocate_new_port()
             .build();
-        let connection = opts.connection_id();
-        match self.swarm.dial(opts) {
-            Ok(()) => self.connectivity.on_dialling_back(&peer, connection),
-            Err(error) => tracing::debug!(%peer, %error, "cannot dial a grape back"),
+        // The second connection goes when it has rested: Kademlia may ask by either, and would wait
+        // for the answer to a question that was cut off.
+        if let Err(error) = self.swarm.dial(opts) {
+            tracing::debug!(%peer, %error, "cannot dial a grape back");
         }
     }
 
