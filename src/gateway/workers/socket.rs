@@ -41,7 +41,8 @@ pub(super) enum ConnectError {
 }
 
 impl Socket {
-    pub(super) async fn connect(at: SocketAddr) -> Result<Self, ConnectError> {
+    /// Connects, and gives the worker so long for the handshake.
+    pub(super) async fn connect(at: SocketAddr, patience: Duration) -> Result<Self, ConnectError> {
         let connected = timeout(CONNECT_DEADLINE, TcpStream::connect(at)).await;
         let unreachable = |reason: String| ConnectError::Unreachable(reason);
         let stream = connected
@@ -55,7 +56,7 @@ impl Socket {
             .max_message_size(Some(MAX_MESSAGE))
             .max_frame_size(Some(MAX_MESSAGE));
         let handshake = client_async_with_config(format!("ws://{at}/ws"), stream, Some(config));
-        match timeout(CONNECT_DEADLINE, handshake).await {
+        match timeout(patience, handshake).await {
             Ok(Ok((socket, _))) => {
                 // Each open call finds room, so that nobody waits.
                 let (calls, queue) = mpsc::channel(MAX_OPEN);
