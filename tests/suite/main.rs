@@ -2,6 +2,8 @@
 #![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
 #![allow(clippy::print_stderr, reason = "a test says what it could not test")]
 
+#[cfg(feature = "gateway")]
+mod gateway;
 // What it measures is read from Linux's /proc.
 mod grenache;
 #[cfg(target_os = "linux")]
