@@ -4,6 +4,7 @@
 mod http;
 mod workers;
 
+use std::collections::HashSet;
 use std::io::Write;
 use std::net::SocketAddr;
 use std::time::Duration;
@@ -725,7 +726,7 @@ async fn a_port_that_is_taken_is_named_with_the_remedy() {
         };
         assert_eq!(address, net.gateway.api_address());
         assert!(
-            reason.ends_with("stop what uses it, or take another port"),
+            reason.contains("another program uses this port"),
             "{reason}"
         );
     })
@@ -1060,15 +1061,56 @@ async fn a_call_that_may_have_run_is_not_made_again() {
 async fn a_call_goes_to_a_worker_that_is_there() {
     in_time(async {
         let net = Net::start().await;
-        let gone = Worker::start(Transport::Socket).await;
+        // Without an open connection, on which a call might be lost with the worker.
+        let gone = Worker::start(Transport::Http).await;
         let caller = net.announce("client1", &gone).await;
-        let there = Worker::start(Transport::Http).await;
+        let there = Worker::start(Transport::Socket).await;
         net.announce("client1", &there).await;
-        drop(gone);
+        gone.stop().await;
         for _ in 0..20 {
             let reply = caller.request(&"client1".parse().unwrap(), "hello").await;
             assert_eq!(reply.unwrap().text().unwrap(), "Echo: hello");
         }
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn a_worker_that_is_gone_is_not_live() {
+    in_time(async {
+        let net = Net::start().await;
+        let name = "client1".parse().unwrap();
+        let worker = Worker::start(Transport::Http).await;
+        let caller = net.announce("client1", &worker).await;
+        worker.stop().await;
+        // Its lease is far longer than this may take.
+        while caller.lookup(&name).await.is_ok() {}
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn workers_and_peers_of_one_name_share_its_callers() {
+    in_time(async {
+        let net = Net::start().await;
+        let handler = |request: Request| async move { request.reply("from the peer") };
+        let _peer = net.serve("client1", handler).await;
+        let at = net.found("client1").await;
+        let worker = Worker::start(Transport::Socket).await;
+        let caller = net.announce("client1", &worker).await;
+        let found = net.ask("/lookup", json!("client1")).await;
+        let mut found: Vec<SocketAddr> = serde_json::from_str(&found).unwrap();
+        let mut both = [at, worker.at];
+        found.sort_unstable();
+        both.sort_unstable();
+        assert_eq!(found, both);
+        let mut answers = HashSet::new();
+        while answers.len() < 2 {
+            let reply = caller.request(&"client1".parse().unwrap(), "hello").await;
+            answers.insert(reply.unwrap().payload);
+        }
+        let both = ["Echo: hello", "from the peer"].map(|answer| answer.as_bytes().to_vec());
+        assert_eq!(answers, both.into());
     })
     .await;
 }

@@ -45,6 +45,12 @@ impl Worker {
         });
         Self { at, task }
     }
+
+    /// Closes it; returns when its port is free.
+    pub(super) async fn stop(mut self) {
+        self.task.abort();
+        let _ = (&mut self.task).await;
+    }
 }
 
 /// What it answers; `None` is nothing, ever.
