@@ -4,8 +4,8 @@
 
 #[cfg(feature = "gateway")]
 mod gateway;
-// What it measures is read from Linux's /proc.
 mod grenache;
+// What it measures is read from Linux's /proc.
 #[cfg(target_os = "linux")]
 mod hostile;
 mod interop;
