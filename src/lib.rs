@@ -48,6 +48,15 @@
 //!
 //! The library never prints, and reads neither environment nor command line. It logs by `tracing`.
 
+#![cfg_attr(
+    not(feature = "gateway"),
+    allow(
+        dead_code,
+        unused_imports,
+        reason = "the gateway is who uses the directory of workers"
+    )
+)]
+
 pub mod chat;
 pub mod error;
 #[cfg(feature = "gateway")]

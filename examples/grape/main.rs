@@ -86,6 +86,7 @@ struct Cli {
 
 fn main() -> ExitCode {
     let cli: Cli = flags::parse();
+    allow_many_files();
     run(|stop| serve(cli, stop))
 }
 
@@ -149,6 +150,20 @@ async fn work(cli: &Cli, node: &Node, gateway: Option<&Gateway>, output: Output)
     }
     grapes::tell(node.clone(), output).await;
 }
+
+/// As many open files as the system allows: each connection takes one, and what shells start may
+/// have 1,024 unless it asks for more.
+#[cfg(unix)]
+fn allow_many_files() {
+    use rustix::process::{Resource, getrlimit, setrlimit};
+    let mut limit = getrlimit(Resource::Nofile);
+    limit.current = limit.maximum;
+    // Then there are fewer connections.
+    let _ = setrlimit(Resource::Nofile, limit);
+}
+
+#[cfg(not(unix))]
+fn allow_many_files() {}
 
 /// A link-local address needs a zone, which differs from machine to machine.
 fn is_dialable(address: &Multiaddr) -> bool {

@@ -143,9 +143,13 @@ impl Gateway {
 async fn bind(address: SocketAddr) -> Result<Listener, GatewayError> {
     Listener::bind(address).await.map_err(|error| {
         let reason = match error.kind() {
-            io::ErrorKind::AddrInUse => format!("{error}; stop what uses it, or take another port"),
-            io::ErrorKind::AddrNotAvailable => format!("{error}; this machine does not have it"),
-            io::ErrorKind::PermissionDenied => format!("{error}; take a port above 1023"),
+            io::ErrorKind::AddrInUse => {
+                "another program uses this port; stop it or choose another one".into()
+            }
+            io::ErrorKind::PermissionDenied => {
+                "this port needs privileges; choose one above 1023".into()
+            }
+            io::ErrorKind::AddrNotAvailable => "this machine has no such address".into(),
             _ => error.to_string(),
         };
         GatewayError::Listen { address, reason }

@@ -138,7 +138,9 @@ mod tests {
         #[test]
         fn any_text_comes_back(text in any::<String>()) {
             let (json, form) = question(text.as_bytes()).unwrap();
-            prop_assert_eq!(form.answer(&raw(&json)).unwrap(), text.trim().as_bytes().to_vec());
+            // White space around an object or array is not part of it.
+            let expected = if json.starts_with('"') { &*text } else { text.trim() };
+            prop_assert_eq!(form.answer(&raw(&json)).unwrap(), expected.as_bytes());
         }
     }
 }

@@ -170,9 +170,7 @@
 //! | a value's `v` and `salt` | 999, 64 |
 
 pub(crate) mod announce;
-#[cfg_attr(not(feature = "gateway"), allow(dead_code))]
 pub(crate) mod bencode;
-#[cfg_attr(not(feature = "gateway"), allow(dead_code))]
 pub(crate) mod bep44;
 pub(crate) mod bootstrap;
 #[doc(hidden)]

@@ -2,8 +2,10 @@
 #![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
 #![allow(clippy::print_stderr, reason = "a test says what it could not test")]
 
-// What it measures is read from Linux's /proc.
+#[cfg(feature = "gateway")]
+mod gateway;
 mod grenache;
+// What it measures is read from Linux's /proc.
 #[cfg(target_os = "linux")]
 mod hostile;
 mod interop;

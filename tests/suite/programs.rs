@@ -383,6 +383,69 @@ async fn names_outlive_the_grape_they_were_announced_at() {
 }
 
 #[tokio::test]
+async fn grapes_are_started_as_those_of_grenache() {
+    in_time(async {
+        let port = |address: String| address.rsplit('/').next().unwrap().to_owned();
+        let ports = [port(free_address()), port(free_address())];
+        let bootstrap = ports.each_ref().map(|port| format!("127.0.0.1:{port}"));
+        let start = |own: usize, more: &[&str]| {
+            let other = &bootstrap[1 - own];
+            let flags = ["--dp", &ports[own], "--aph", "0", "-b", "127.0.0.1"];
+            Program::start("grape", &[&flags[..], &["--bn", other], more].concat())
+        };
+        // As the programs that stand on Grenache start them, and with all that it takes.
+        let mut named_twice = Program::start(
+            "grape",
+            &[
+                "grape",
+                "--dht_port",
+                &ports[0],
+                "--api_port=0",
+                "--bind",
+                "127.0.0.1",
+                "--bootstrap",
+                &bootstrap.join(","),
+            ],
+        );
+        let mut tuned = start(
+            1,
+            &[
+                "--dc",
+                "32",
+                "--dht_maxTables",
+                "5000",
+                "--dht_peer_maxAge",
+                "60000",
+                "--check_maxPayloadSize",
+                "4096",
+            ],
+        );
+        tuned
+            .says("without a meaning here: --dc, --dht_maxTables")
+            .await;
+        for (grape, port) in [(&mut named_twice, &ports[0]), (&mut tuned, &ports[1])] {
+            grape.line().await;
+            for kind in [format!("tcp/{port}"), format!("udp/{port}/quic-v1")] {
+                let address = grape.line().await;
+                let start = format!("/ip4/127.0.0.1/{kind}/p2p/");
+                assert!(address.starts_with(&start), "{address}");
+                grape.address = address;
+            }
+            let api = grape.line().await;
+            assert!(api.starts_with("Grenache API: http://127.0.0.1:"), "{api}");
+            grape.says("connected to the grape").await;
+        }
+        let _peer = peer("client1", &named_twice).await;
+        let sent = send(&tuned, "client1", "hello").await;
+        assert_eq!(sent.stdout, "Echo: hello\n");
+        for grape in [&mut named_twice, &mut tuned] {
+            grape.ends_on(Signal::TERM, 0).await;
+        }
+    })
+    .await;
+}
+
+#[tokio::test]
 async fn a_signal_while_joining_ends_every_program() {
     in_time(async {
         for signal in [Signal::INT, Signal::TERM] {
@@ -624,6 +687,7 @@ async fn wrong_usage_is_one_line_that_says_what_to_do() {
         let taken = TcpListener::bind("127.0.0.1:0").unwrap();
         let port = taken.local_addr().unwrap().port();
         let taken = format!("/ip4/127.0.0.1/tcp/{port}");
+        let (taken_port, free) = (port.to_string(), "/ip4/127.0.0.1/tcp/0");
         let long = "x".repeat(256);
         let table: &[(&str, &[&str], i32, &str)] = &[
             (
@@ -646,7 +710,7 @@ async fn wrong_usage_is_one_line_that_says_what_to_do() {
             ),
             (
                 "grape",
-                &["--bootstrap", "localhost:20001"],
+                &["--bootstrap", "localhost"],
                 2,
                 "such as /ip4/127.0.0.1/tcp/20001",
             ),
@@ -684,6 +748,24 @@ async fn wrong_usage_is_one_line_that_says_what_to_do() {
                 &["--listen", "/ip4/192.0.2.99/tcp/0"],
                 1,
                 "this machine has no such address",
+            ),
+            (
+                "grape",
+                &["--listen", free, "--aph", &taken_port],
+                1,
+                "another program uses this port",
+            ),
+            (
+                "grape",
+                &["--bn", "127.0.0.1:1,nonsense"],
+                2,
+                "is not the address of a grape",
+            ),
+            (
+                "grape",
+                &["--dpa", "0", "--bn", ""],
+                2,
+                "is not a number of milliseconds",
             ),
             (
                 "peer",
@@ -751,6 +833,7 @@ async fn a_wrong_command_line_shows_the_usage() {
         let table: &[(&str, &[&str])] = &[
             ("grape", &["--nonsense"]),
             ("grape", &["stray"]),
+            ("grape", &["--dp", "0", "--listen", "/ip4/127.0.0.1/tcp/0"]),
             ("peer", &[]),
             ("chat", &["text without a name"]),
             ("chat", &["--to"]),

@@ -33,6 +33,9 @@ struct Call {
     outcome: oneshot::Sender<Result<Answer, String>>,
 }
 
+/// The calls that wait for an answer.
+type Open = HashMap<Rid, oneshot::Sender<Result<Answer, String>>>;
+
 /// Why there is no socket.
 pub(super) enum ConnectError {
     Unreachable(String),
@@ -41,7 +44,8 @@ pub(super) enum ConnectError {
 }
 
 impl Socket {
-    pub(super) async fn connect(at: SocketAddr) -> Result<Self, ConnectError> {
+    /// Connects, and gives the worker so long for the handshake.
+    pub(super) async fn connect(at: SocketAddr, patience: Duration) -> Result<Self, ConnectError> {
         let connected = timeout(CONNECT_DEADLINE, TcpStream::connect(at)).await;
         let unreachable = |reason: String| ConnectError::Unreachable(reason);
         let stream = connected
@@ -55,7 +59,7 @@ impl Socket {
             .max_message_size(Some(MAX_MESSAGE))
             .max_frame_size(Some(MAX_MESSAGE));
         let handshake = client_async_with_config(format!("ws://{at}/ws"), stream, Some(config));
-        match timeout(CONNECT_DEADLINE, handshake).await {
+        match timeout(patience, handshake).await {
             Ok(Ok((socket, _))) => {
                 // Each open call finds room, so that nobody waits.
                 let (calls, queue) = mpsc::channel(MAX_OPEN);
@@ -91,31 +95,12 @@ impl Socket {
 
 /// Writes calls and reads answers until either side closes.
 async fn carry(mut socket: WebSocketStream<TcpStream>, mut queue: mpsc::Receiver<Call>) {
-    let mut open: HashMap<Rid, oneshot::Sender<Result<Answer, String>>> = HashMap::new();
+    let mut open = Open::new();
     let reason = loop {
         let idle_at = Instant::now() + IDLE;
         tokio::select! {
-            call = queue.recv() => {
-                // Nobody is left who could call, or wait for an answer.
-                let Some(call) = call else { break "nobody calls".into() };
-                if open.len() >= 2 * MAX_OPEN {
-                    open.retain(|_, outcome| !outcome.is_closed());
-                }
-                let write = async {
-                    let mut next = Some(call);
-                    while let Some(Call { rid, message, outcome }) = next {
-                        open.insert(rid, outcome);
-                        socket.feed(Message::text(message)).await?;
-                        next = queue.try_recv().ok();
-                    }
-                    socket.flush().await
-                };
-                match timeout(FRAME_DEADLINE, write).await {
-                    Ok(Ok(())) => {}
-                    Ok(Err(error)) => break error.to_string(),
-                    Err(_) => break "the worker does not read".into(),
-                }
-            }
+            // First, so that nothing is written to a socket that is known to be closed.
+            biased;
             message = socket.next() => match message {
                 Some(Ok(message @ (Message::Text(_) | Message::Binary(_)))) => {
                     settle(&message, &mut open);
@@ -125,6 +110,13 @@ async fn carry(mut socket: WebSocketStream<TcpStream>, mut queue: mpsc::Receiver
                 Some(Err(error)) => break error.to_string(),
                 None => break "the worker closed the connection".into(),
             },
+            call = queue.recv() => {
+                // Nobody is left who could call, or wait for an answer.
+                let Some(call) = call else { break "nobody calls".into() };
+                if let Err(reason) = write(&mut socket, call, &mut queue, &mut open).await {
+                    break reason;
+                }
+            }
             () = sleep_until(idle_at), if open.is_empty() => break "at rest".into(),
         }
     };
@@ -136,6 +128,36 @@ async fn carry(mut socket: WebSocketStream<TcpStream>, mut queue: mpsc::Receiver
     }
     // Who does not take the goodbye is gone already.
     let _ = timeout(FRAME_DEADLINE, socket.close(None)).await;
+}
+
+/// Writes a call, and those that wait behind it.
+async fn write(
+    socket: &mut WebSocketStream<TcpStream>,
+    call: Call,
+    queue: &mut mpsc::Receiver<Call>,
+    open: &mut Open,
+) -> Result<(), String> {
+    if open.len() >= 2 * MAX_OPEN {
+        open.retain(|_, outcome| !outcome.is_closed());
+    }
+    let written = async {
+        let mut next = Some(call);
+        while let Some(Call {
+            rid,
+            message,
+            outcome,
+        }) = next
+        {
+            open.insert(rid, outcome);
+            socket.feed(Message::text(message)).await?;
+            next = queue.try_recv().ok();
+        }
+        socket.flush().await
+    };
+    match timeout(FRAME_DEADLINE, written).await {
+        Ok(written) => written.map_err(|error| error.to_string()),
+        Err(_) => Err("the worker does not read".into()),
+    }
 }
 
 /// Gives an answer to who waits for it. What answers no open call is none.

@@ -15,6 +15,10 @@ use crate::gateway::rpc::Answer;
 /// How long connecting to a worker may take. It is on this machine or near it.
 pub(super) const CONNECT_DEADLINE: Duration = Duration::from_secs(1);
 
+/// How long a worker whose transport is not known may take to a WebSocket's handshake. One that
+/// speaks it answers within milliseconds, and Grenache's HTTP workers never do.
+const PATIENCE: Duration = Duration::from_millis(200);
+
 /// The calls that one worker has open; one more goes elsewhere. A quarter of those that a node has,
 /// so that one worker that hangs does not make all of them wait.
 pub(super) const MAX_OPEN: usize = 256;
@@ -39,6 +43,15 @@ pub(super) struct Worker {
 enum Transport {
     Http,
     Socket,
+}
+
+impl Transport {
+    fn other(self) -> Self {
+        match self {
+            Self::Http => Self::Socket,
+            Self::Socket => Self::Http,
+        }
+    }
 }
 
 #[derive(Clone, Copy)]
@@ -95,45 +108,75 @@ impl Worker {
         if let Some(is_there) = self.verdict() {
             return is_there;
         }
-        let connected = timeout(CONNECT_DEADLINE, TcpStream::connect(self.at)).await;
-        let is_there = matches!(connected, Ok(Ok(_)));
+        let is_there = match self.transport() {
+            None => self.learn().await.is_ok(),
+            Some(_) => {
+                let connected = timeout(CONNECT_DEADLINE, TcpStream::connect(self.at)).await;
+                matches!(connected, Ok(Ok(_)))
+            }
+        };
         self.see(is_there);
         is_there
     }
 
-    /// Calls it. Which transport it speaks is learned by HTTP: Grenache's WebSocket workers refuse
-    /// a `POST` at once and without running it, whereas its HTTP workers leave a WebSocket's
-    /// handshake unanswered for ever.
+    /// Calls it by the transport that it spoke last, or by the other one if it refuses that.
     pub(super) async fn call(&self, service: &str, payload: &str) -> Result<Answer, Failed> {
         let Ok(_permit) = self.open.try_acquire() else {
             return Err(Failed::Busy);
         };
-        let order = match *lock(&self.transport) {
-            Some(Transport::Socket) => [Transport::Socket, Transport::Http],
-            None | Some(Transport::Http) => [Transport::Http, Transport::Socket],
+        let called = self.try_both(service, payload).await;
+        match &called {
+            Ok(_) => self.see(true),
+            Err(Failed::NotSent(_)) => self.see(false),
+            Err(Failed::Busy | Failed::Broken(_)) => {}
+        }
+        called
+    }
+
+    async fn try_both(&self, service: &str, payload: &str) -> Result<Answer, Failed> {
+        let first = match self.transport() {
+            Some(transport) => transport,
+            None => self.learn().await.map_err(Failed::NotSent)?,
         };
-        for transport in order {
+        for transport in [first, first.other()] {
             let called = match transport {
                 Transport::Http => http::call(&self.http, self.at, service, payload).await,
                 Transport::Socket => self.call_by_socket(service, payload).await,
             };
-            let failed = match called {
-                Err(Missed::OtherTransport) => continue,
+            match called {
+                Err(Missed::OtherTransport) => {}
+                Err(Missed::Failed(failed)) => return Err(failed),
                 Ok(answer) => {
                     *lock(&self.transport) = Some(transport);
-                    self.see(true);
                     return Ok(answer);
                 }
-                Err(Missed::Failed(failed)) => failed,
-            };
-            if matches!(failed, Failed::NotSent(_)) {
-                self.see(false);
             }
-            return Err(failed);
         }
         *lock(&self.transport) = None;
         let reason = "it speaks neither of Grenache's transports";
         Err(Failed::NotSent(reason.into()))
+    }
+
+    fn transport(&self) -> Option<Transport> {
+        *lock(&self.transport)
+    }
+
+    /// Finds out which transport it speaks. Who takes no WebSocket is expected to speak HTTP.
+    async fn learn(&self) -> Result<Transport, String> {
+        let mut kept = self.socket.lock().await;
+        if let Some(transport) = self.transport() {
+            return Ok(transport);
+        }
+        let transport = match Socket::connect(self.at, PATIENCE).await {
+            Ok(socket) => {
+                *kept = Some(Arc::new(socket));
+                Transport::Socket
+            }
+            Err(ConnectError::NotASocket) => Transport::Http,
+            Err(ConnectError::Unreachable(reason)) => return Err(reason),
+        };
+        *lock(&self.transport) = Some(transport);
+        Ok(transport)
     }
 
     async fn call_by_socket(&self, service: &str, payload: &str) -> Result<Answer, Missed> {
@@ -155,7 +198,7 @@ impl Worker {
             return Ok((Arc::clone(socket), false));
         }
         *kept = None;
-        match Socket::connect(self.at).await {
+        match Socket::connect(self.at, CONNECT_DEADLINE).await {
             Ok(socket) => {
                 let socket = Arc::new(socket);
                 *kept = Some(Arc::clone(&socket));

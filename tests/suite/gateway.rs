@@ -1,0 +1,1116 @@
+//! Grenache's side of a grape, by its own words: what `WIRE` shows was captured from grenache-grape
+//! and its clients.
+
+mod http;
+mod workers;
+
+use std::collections::HashSet;
+use std::io::Write;
+use std::net::SocketAddr;
+use std::time::Duration;
+
+use flate2::Compression;
+use flate2::read::GzDecoder;
+use flate2::write::GzEncoder;
+use futures::{SinkExt, StreamExt};
+use grapevine::chat::{ChatMessage, ChatReply};
+use grapevine::error::RequestError;
+use grapevine::gateway::{Config, Gateway, GatewayError};
+use grapevine::proto::wire::ErrorCode;
+use grapevine::{Node, Request, Testnet};
+use serde_json::{Value, json};
+use tokio::io::AsyncWriteExt;
+use tokio::net::TcpStream;
+use tokio::time::timeout;
+use tokio_tungstenite::tungstenite::Message;
+use tokio_tungstenite::{WebSocketStream, client_async};
+
+use http::{answer, post, send};
+use workers::{Transport, Worker};
+
+/// No scenario takes longer than this, however busy the machine.
+async fn in_time<T>(scenario: impl Future<Output = T>) -> T {
+    timeout(Duration::from_secs(90), scenario)
+        .await
+        .expect("the scenario hangs")
+}
+
+/// Two grapes, the first of which speaks Grenache.
+struct Net {
+    testnet: Testnet,
+    gateway: Gateway,
+}
+
+impl Net {
+    async fn start() -> Self {
+        Self::with(Config::default()).await
+    }
+
+    async fn with(config: Config) -> Self {
+        let testnet = Testnet::new(2).await.unwrap();
+        let api = "127.0.0.1:0".parse().unwrap();
+        let config = Config { api, ..config };
+        let grape = testnet.grapes()[0].clone();
+        let gateway = Gateway::spawn(grape, config).await.unwrap();
+        Self { testnet, gateway }
+    }
+
+    /// What the API answers with status 200.
+    async fn ask(&self, path: &str, data: Value) -> String {
+        let body = json!({"rid": "r", "data": data}).to_string();
+        let answer = post(self.gateway.api_address(), path, &body).await;
+        assert_eq!(answer.status, 200, "{answer:?}");
+        answer.text().into()
+    }
+
+    /// Announces a worker, and waits until it is known to the whole network.
+    async fn announce(&self, name: &str, worker: &Worker) -> Node {
+        let announced = self.ask("/announce", json!([name, worker.at.port()])).await;
+        assert_eq!(announced, "1");
+        let caller = self.testnet.peer().await.unwrap();
+        let name = name.parse().unwrap();
+        while caller.lookup(&name).await.is_err() {}
+        caller
+    }
+
+    /// A peer that announces a name and answers as told.
+    async fn serve<R>(&self, name: &str, handler: impl Fn(Request) -> R + Send + 'static) -> Node
+    where
+        R: Future<Output = ()> + Send + 'static,
+    {
+        let peer = self.testnet.peer().await.unwrap();
+        let service = peer.announce(&name.parse().unwrap()).await.unwrap();
+        tokio::spawn(service.serve(handler));
+        peer
+    }
+
+    /// The address at which Grenache's callers reach a libp2p peer.
+    async fn found(&self, name: &str) -> SocketAddr {
+        loop {
+            let found = self.ask("/lookup", json!(name)).await;
+            let found: Vec<SocketAddr> = serde_json::from_str(&found).unwrap();
+            if let [at] = found[..] {
+                assert_eq!(at, self.gateway.carrier_address());
+                return at;
+            }
+        }
+    }
+}
+
+async fn echo(request: Request) {
+    let echo = format!("Echo: {}", request.text().unwrap());
+    request.reply(echo);
+}
+
+async fn socket(at: SocketAddr, path: &str) -> WebSocketStream<TcpStream> {
+    let stream = TcpStream::connect(at).await.unwrap();
+    let (socket, _) = client_async(format!("ws://{at}{path}"), stream)
+        .await
+        .unwrap();
+    socket
+}
+
+/// The next text that arrives.
+async fn text(socket: &mut WebSocketStream<TcpStream>) -> String {
+    loop {
+        if let Message::Text(text) = socket.next().await.unwrap().unwrap() {
+            return text.as_str().into();
+        }
+    }
+}
+
+const KEY: &str = "8a88e3dd7409f195fd52db2d3cba5d72ca6709bf1d94121bf3748801b40f6f5c";
+
+/// Path, `data`, status and answer, in this order at one grape. `ID` stands for 40 digits.
+const WIRE: [(&str, &str, u16, &str); 22] = [
+    ("/announce", r#"["rpc_test",1437]"#, 200, "1"),
+    ("/lookup", r#""rpc_test""#, 200, r#"["127.0.0.1:1437"]"#),
+    ("/lookup", r#""absent""#, 200, "[]"),
+    ("/lookup", r#""""#, 200, r#""ERR_GRAPE_LOOKUP""#),
+    (
+        "/announce",
+        r#"["x","1337"]"#,
+        200,
+        r#""ERR_GRAPE_SERVICE_PORT""#,
+    ),
+    (
+        "/put",
+        r#"{"v":"hello world"}"#,
+        200,
+        r#""6d33adc2b6b2c14c3036feefb7fedbca1a880527""#,
+    ),
+    (
+        "/get",
+        r#""6d33adc2b6b2c14c3036feefb7fedbca1a880527""#,
+        200,
+        r#"{"id":"ID","token":null,"v":"hello world"}"#,
+    ),
+    (
+        "/get",
+        r#"{"hash":"6d33adc2b6b2c14c3036feefb7fedbca1a880527"}"#,
+        200,
+        r#"{"id":"ID","token":null,"v":"hello world"}"#,
+    ),
+    (
+        "/get",
+        r#""0000000000000000000000000000000000000000""#,
+        200,
+        "",
+    ),
+    (
+        "/put",
+        r#"{"v":"first","k":"KEY","seq":1,"sig":"5e2c3fc427f6f13f717b2ebab39ffb7a25bd03c7c79921e6320d63352853a6983c49e6ecedfbaaf83dd21972be0eaeb6842b689ff4a67f1a32a225367dc93701"}"#,
+        200,
+        r#""9ad19e0f16eef714cb90c6f195dbce66e94580f9""#,
+    ),
+    (
+        "/get",
+        r#""9ad19e0f16eef714cb90c6f195dbce66e94580f9""#,
+        200,
+        r#"{"id":"ID","token":null,"v":"first","sig":"5e2c3fc427f6f13f717b2ebab39ffb7a25bd03c7c79921e6320d63352853a6983c49e6ecedfbaaf83dd21972be0eaeb6842b689ff4a67f1a32a225367dc93701","k":"KEY","seq":1}"#,
+    ),
+    (
+        "/put",
+        r#"{"v":"second","k":"KEY","seq":2,"sig":"dce5d8f44665043b688ceae43d9a863020a63f1c373026f31a9bcf637767fd284a4c3d44adea1fe595927057fd3da5c852581354e0daa3681aa7eb1eddcff708","salt":"salty"}"#,
+        200,
+        r#""e5c995f0bf95d6413d8567f828cdaa2b2ba7cf2c""#,
+    ),
+    (
+        "/get",
+        r#"{"hash":"e5c995f0bf95d6413d8567f828cdaa2b2ba7cf2c","salt":"salty"}"#,
+        200,
+        r#"{"id":"ID","token":null,"v":"second","sig":"dce5d8f44665043b688ceae43d9a863020a63f1c373026f31a9bcf637767fd284a4c3d44adea1fe595927057fd3da5c852581354e0daa3681aa7eb1eddcff708","k":"KEY","seq":2,"salt":"salty"}"#,
+    ),
+    (
+        "/get",
+        r#""e5c995f0bf95d6413d8567f828cdaa2b2ba7cf2c""#,
+        200,
+        "",
+    ),
+    (
+        "/put",
+        r#"{"v":"stale","k":"KEY","seq":1,"sig":"87716fe7ae939890aa81790e764b5307021a1aa65b903910a255016e4ad8caddffd9b473f7d8f14edd10a58252d6cf8b8155783f6e576202180e271437338f00"}"#,
+        302,
+        r#""302 sequence number less than current""#,
+    ),
+    (
+        "/put",
+        r#"{"v":"casbad","k":"KEY","seq":5,"cas":3,"sig":"1b52fc45806e7fee5775a04295266b60666c7dd4018ebe4866e3125a347a356b1c935ea7ca6a8bf1a3b61c8a8bdc8ca95123fa1f35e0f018d68cffa48014cc08"}"#,
+        301,
+        r#""301 CAS mismatch, re-read and try again""#,
+    ),
+    (
+        "/put",
+        r#"{"v":"casok","k":"KEY","seq":5,"cas":1,"sig":"9208d45faf940ac830a9979b050915f2a30768eec35b7d53a9bc01ca220d58193e91757d723c1a20c6d7a553ec73766f644980957a43d1ccb892db083d1ce303"}"#,
+        200,
+        r#""9ad19e0f16eef714cb90c6f195dbce66e94580f9""#,
+    ),
+    (
+        "/put",
+        r#"{"v":"forged","k":"KEY","seq":9,"sig":"00000000000000000000000000000000000000000000000000000000000000000000000000000000000000000000000000000000000000000000000000000000"}"#,
+        200,
+        r#""All queries failed""#,
+    ),
+    (
+        "/get",
+        r#""9ad19e0f16eef714cb90c6f195dbce66e94580f9""#,
+        200,
+        r#"{"id":"ID","token":null,"v":"casok","sig":"9208d45faf940ac830a9979b050915f2a30768eec35b7d53a9bc01ca220d58193e91757d723c1a20c6d7a553ec73766f644980957a43d1ccb892db083d1ce303","k":"KEY","seq":5}"#,
+    ),
+    // Beyond Grenache.
+    ("/unannounce", r#"["rpc_test",1437]"#, 200, "1"),
+    ("/unannounce", r#"["rpc_test",1437]"#, 200, "0"),
+    ("/lookup", r#""rpc_test""#, 200, "[]"),
+];
+
+#[tokio::test]
+async fn answers_are_those_of_grenache() {
+    in_time(async {
+        let net = Net::start().await;
+        for (path, data, status, expected) in WIRE {
+            let data = data.replace("KEY", KEY);
+            let body = format!(r#"{{"rid":"6673ed5f-8538-489f-8a2f-c8c89a236279","data":{data}}}"#);
+            let answer = post(net.gateway.api_address(), path, &body).await;
+            let mut text = answer.text().to_owned();
+            if let Some(id) = text.find(r#""id":""#) {
+                text.replace_range(id + 6..id + 46, "ID");
+            }
+            let expected = (status, expected.replace("KEY", KEY));
+            assert_eq!((answer.status, text), expected, "{path} {data}");
+        }
+    })
+    .await;
+}
+
+/// Method, path, body, status and answer. All but those that say so are grenache-grape 1.0.0's.
+const ODD: [(&str, &str, &str, u16, &str); 66] = [
+    ("POST", "/lookup", "", 500, "ERR_GRAPE_PAYLOAD_INVALID"),
+    ("POST", "/lookup", "{", 500, "ERR_GRAPE_PAYLOAD_INVALID"),
+    (
+        "POST",
+        "/lookup",
+        r#"{"data":"x"}x"#,
+        500,
+        "ERR_GRAPE_PAYLOAD_INVALID",
+    ),
+    ("POST", "/lookup", r#"{"data":"x"} "#, 200, "[]"),
+    ("POST", "/lookup", "{}", 200, r#""ERR_GRAPE_LOOKUP""#),
+    ("POST", "/lookup", "[]", 200, r#""ERR_GRAPE_LOOKUP""#),
+    ("POST", "/lookup", r#"["x"]"#, 200, r#""ERR_GRAPE_LOOKUP""#),
+    ("POST", "/lookup", "5", 200, r#""ERR_GRAPE_LOOKUP""#),
+    ("POST", "/lookup", "-5", 200, r#""ERR_GRAPE_LOOKUP""#),
+    ("POST", "/lookup", "5.5", 200, r#""ERR_GRAPE_LOOKUP""#),
+    ("POST", "/lookup", "true", 200, r#""ERR_GRAPE_LOOKUP""#),
+    ("POST", "/lookup", r#""x""#, 200, r#""ERR_GRAPE_LOOKUP""#),
+    (
+        "POST",
+        "/lookup",
+        r#"{"data":5}"#,
+        200,
+        r#""ERR_GRAPE_LOOKUP""#,
+    ),
+    (
+        "POST",
+        "/lookup",
+        r#"{"data":null}"#,
+        200,
+        r#""ERR_GRAPE_LOOKUP""#,
+    ),
+    (
+        "POST",
+        "/lookup",
+        r#"{"data":["x"]}"#,
+        200,
+        r#""ERR_GRAPE_LOOKUP""#,
+    ),
+    ("POST", "/lookup", r#"{"data":5,"data":"x"}"#, 200, "[]"),
+    ("GET", "/lookup", r#"{"data":"x"}"#, 200, "[]"),
+    ("DELETE", "/lookup", r#"{"data":"x"}"#, 200, "[]"),
+    ("HEAD", "/lookup", r#"{"data":"x"}"#, 200, ""),
+    ("GET", "/lookup", "", 500, "ERR_GRAPE_PAYLOAD_INVALID"),
+    ("POST", "/lookup?x=1", "{}", 200, r#""ERR_REQ_NOTFOUND""#),
+    ("POST", "/lookup/", "{}", 200, r#""ERR_REQ_NOTFOUND""#),
+    ("POST", "//lookup", "{}", 200, r#""ERR_REQ_NOTFOUND""#),
+    ("POST", "/LOOKUP", "{}", 200, r#""ERR_REQ_NOTFOUND""#),
+    ("POST", "/nope", "{}", 200, r#""ERR_REQ_NOTFOUND""#),
+    ("POST", "/nope", "no JSON", 500, "ERR_GRAPE_PAYLOAD_INVALID"),
+    ("POST", "/", "{}", 200, r#""ERR_REQ_NOTFOUND""#),
+    ("GET", "/", "", 500, "ERR_GRAPE_PAYLOAD_INVALID"),
+    ("POST", "/announce", "{}", 200, r#""ERR_GRAPE_ANNOUNCE""#),
+    (
+        "POST",
+        "/announce",
+        r#"{"data":"x"}"#,
+        200,
+        r#""ERR_GRAPE_ANNOUNCE""#,
+    ),
+    (
+        "POST",
+        "/announce",
+        r#"{"data":{}}"#,
+        200,
+        r#""ERR_GRAPE_ANNOUNCE""#,
+    ),
+    (
+        "POST",
+        "/announce",
+        r#"{"data":[]}"#,
+        200,
+        r#""ERR_GRAPE_SERVICE_PORT""#,
+    ),
+    (
+        "POST",
+        "/announce",
+        r#"{"data":["x"]}"#,
+        200,
+        r#""ERR_GRAPE_SERVICE_PORT""#,
+    ),
+    (
+        "POST",
+        "/announce",
+        r#"{"data":["x",null]}"#,
+        200,
+        r#""ERR_GRAPE_SERVICE_PORT""#,
+    ),
+    (
+        "POST",
+        "/announce",
+        r#"{"data":["x",1.5]}"#,
+        200,
+        r#""ERR_GRAPE_SERVICE_PORT""#,
+    ),
+    (
+        "POST",
+        "/announce",
+        r#"{"data":["x",-1]}"#,
+        200,
+        r#""All queries failed""#,
+    ),
+    (
+        "POST",
+        "/announce",
+        r#"{"data":["x",65536]}"#,
+        200,
+        r#""All queries failed""#,
+    ),
+    (
+        "POST",
+        "/announce",
+        r#"{"data":["x",1e100]}"#,
+        200,
+        r#""All queries failed""#,
+    ),
+    ("POST", "/announce", r#"{"data":["y",1e3]}"#, 200, "1"),
+    (
+        "POST",
+        "/announce",
+        r#"{"data":["y",1000.0,"more"]}"#,
+        200,
+        "1",
+    ),
+    (
+        "POST",
+        "/lookup",
+        r#"{"data":"y"}"#,
+        200,
+        r#"["127.0.0.1:1000"]"#,
+    ),
+    (
+        "POST",
+        "/announce",
+        r#"{"data":["two words",65535]}"#,
+        200,
+        "1",
+    ),
+    (
+        "POST",
+        "/lookup",
+        r#"{"data":"two words"}"#,
+        200,
+        r#"["127.0.0.1:65535"]"#,
+    ),
+    (
+        "POST",
+        "/put",
+        r#"{"data":"hello world"}"#,
+        200,
+        r#""6d33adc2b6b2c14c3036feefb7fedbca1a880527""#,
+    ),
+    (
+        "POST",
+        "/put",
+        r#"{"data":5}"#,
+        200,
+        r#""opts.v not given""#,
+    ),
+    (
+        "POST",
+        "/put",
+        r#"{"data":{}}"#,
+        200,
+        r#""opts.v not given""#,
+    ),
+    (
+        "POST",
+        "/put",
+        r#"{"data":{"v":{"b":1,"a":"x"}}}"#,
+        200,
+        r#""ff1fc5948c6876cde2c2a60a32628dce1909350d""#,
+    ),
+    (
+        "POST",
+        "/put",
+        r#"{"data":{"v":[1,"a",{"z":2}]}}"#,
+        200,
+        r#""6956f8881eea2a4286854178407f674741d00ac7""#,
+    ),
+    (
+        "POST",
+        "/put",
+        r#"{"data":{"v":{"a":null,"b":1}}}"#,
+        200,
+        r#""8daa1e9a2d0de47a5de58f02346c6e59901adce7""#,
+    ),
+    (
+        "POST",
+        "/put",
+        r#"{"data":{"v":[null,1]}}"#,
+        200,
+        r#""d1e0b53f7a123ec6f12393fa36c18b01fe1bac1b""#,
+    ),
+    (
+        "POST",
+        "/put",
+        r#"{"data":{"v":5.5}}"#,
+        200,
+        r#""fd512d5838b7f0c9fa46debf0d0f0d0d28ea81a1""#,
+    ),
+    (
+        "POST",
+        "/put",
+        r#"{"data":{"v":true}}"#,
+        200,
+        r#""1c9d0d26a5211fc7a715823784aaafaeaf7e88c7""#,
+    ),
+    (
+        "POST",
+        "/put",
+        r#"{"data":{"v":"x","k":"aa"}}"#,
+        200,
+        r#""opts.k ed25519 public key must be 32 bytes""#,
+    ),
+    (
+        "POST",
+        "/put",
+        r#"{"data":{"v":"x","k":""}}"#,
+        200,
+        r#""ab9c6a62e28dfec67c4f220290a2348d7841fadf""#,
+    ),
+    ("POST", "/get", r#"{"data":"6d33"}"#, 200, ""),
+    (
+        "POST",
+        "/get",
+        r#"{"data":5}"#,
+        200,
+        r#""ERR_GRAPE_GENERIC""#,
+    ),
+    (
+        "POST",
+        "/get",
+        r#"{"data":[]}"#,
+        200,
+        r#""ERR_GRAPE_GENERIC""#,
+    ),
+    (
+        "POST",
+        "/get",
+        r#"{"data":{"hash":null}}"#,
+        200,
+        r#""ERR_GRAPE_GENERIC""#,
+    ),
+    // Where grenache-grape's answer is the text of an exception, announces itself, or is none.
+    ("POST", "/lookup", "null", 500, "ERR_GRAPE_PAYLOAD_INVALID"),
+    (
+        "POST",
+        "/announce",
+        r#"{"data":[5,1437]}"#,
+        500,
+        "ERR_GRAPE_PAYLOAD_INVALID",
+    ),
+    (
+        "POST",
+        "/announce",
+        r#"{"data":["x",0]}"#,
+        200,
+        r#""ERR_GRAPE_SERVICE_PORT""#,
+    ),
+    ("POST", "/put", "{}", 500, "ERR_GRAPE_PAYLOAD_INVALID"),
+    (
+        "POST",
+        "/put",
+        r#"{"data":{"v":"x","k":5}}"#,
+        500,
+        "ERR_GRAPE_PAYLOAD_INVALID",
+    ),
+    (
+        "POST",
+        "/get",
+        r#"{"data":null}"#,
+        500,
+        "ERR_GRAPE_PAYLOAD_INVALID",
+    ),
+    (
+        "POST",
+        "/get",
+        r#"{"data":"zz"}"#,
+        200,
+        r#""ERR_GRAPE_HASH_FORMAT""#,
+    ),
+    ("GET", "/healthz", "", 200, "ok"),
+];
+
+#[tokio::test]
+async fn odd_requests_are_answered_as_by_grenache() {
+    in_time(async {
+        let net = Net::start().await;
+        for (method, path, body, status, expected) in ODD {
+            let at = net.gateway.api_address();
+            let answer = send(at, method, path, "", body.as_bytes()).await;
+            let given = (answer.status, answer.text());
+            assert_eq!(given, (status, expected), "{method} {path} {body}");
+        }
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn buffers_are_taken_in_every_form_that_grenaches_clients_write() {
+    in_time(async {
+        let net = Net::start().await;
+        let hex = "5e2c3fc427f6f13f717b2ebab39ffb7a25bd03c7c79921e6320d63352853a6983c49e6ecedfbaaf83dd21972be0eaeb6842b689ff4a67f1a32a225367dc93701";
+        let octets = |digits: &str| -> Vec<u8> {
+            let pairs = (0..digits.len()).step_by(2);
+            pairs.map(|at| u8::from_str_radix(&digits[at..at + 2], 16).unwrap()).collect()
+        };
+        let (k, sig) = (octets(KEY), octets(hex));
+        for (k, sig) in [
+            (json!(k), json!(sig)),
+            (json!({"type": "Buffer", "data": k}), json!({"type": "Buffer", "data": sig})),
+            (json!(json!(k).to_string()), json!(hex)),
+        ] {
+            // Stored by the first one; the others are the same value, and refused as such.
+            let put = json!({"data": {"v": "first", "k": k, "sig": sig, "seq": 1}});
+            let answer = post(net.gateway.api_address(), "/put", &put.to_string()).await;
+            assert!(matches!(answer.status, 200 | 302), "{answer:?}");
+            let found = net.ask("/get", json!("9ad19e0f16eef714cb90c6f195dbce66e94580f9"));
+            assert!(found.await.contains(r#""v":"first""#), "{answer:?}");
+        }
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn values_are_shown_as_javascript_shows_them() {
+    in_time(async {
+        let net = Net::start().await;
+        for (v, shown) in [
+            (json!(5), "5"),
+            (json!([1, "a", [2, 3], {"z": 2}]), "1,a,2,3,[object Object]"),
+            (json!({"a": 1}), "[object Object]"),
+            (json!("\u{1f347} \"quoted\"\n"), "\u{1f347} \"quoted\"\n"),
+        ] {
+            let hash = net.ask("/put", json!({"v": v})).await;
+            let hash: String = serde_json::from_str(&hash).unwrap();
+            let found: Value = serde_json::from_str(&net.ask("/get", json!(hash)).await).unwrap();
+            assert_eq!(found["v"], shown);
+        }
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn a_lookup_names_at_most_100_workers() {
+    in_time(async {
+        let net = Net::start().await;
+        for port in 1..=150 {
+            assert_eq!(net.ask("/announce", json!(["two words", port])).await, "1");
+        }
+        let found = net.ask("/lookup", json!("two words")).await;
+        let found: Vec<SocketAddr> = serde_json::from_str(&found).unwrap();
+        assert_eq!(found.len(), 100);
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn a_worker_that_stops_announcing_itself_is_gone_after_its_lease() {
+    in_time(async {
+        let lease = Duration::from_millis(300);
+        let net = Net::with(Config {
+            lease,
+            ..Config::default()
+        })
+        .await;
+        assert_eq!(net.ask("/announce", json!(["two words", 1437])).await, "1");
+        while net.ask("/lookup", json!("two words")).await != "[]" {}
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn a_body_is_as_long_as_it_may_be() {
+    in_time(async {
+        let net = Net::start().await;
+        let at = net.gateway.api_address();
+        let body = |len: usize| format!(r#"{{"data":"{}"}}"#, "x".repeat(len - 11));
+        assert_eq!(post(at, "/lookup", &body(8_192)).await.text(), "[]");
+        let refused = post(at, "/lookup", &body(8_193)).await;
+        assert_eq!(
+            (refused.status, refused.text()),
+            (413, "ERR_GRAPE_PAYLOAD_SIZE")
+        );
+        // The length is not known before the end.
+        let mut stream = TcpStream::connect(at).await.unwrap();
+        let head = "POST /lookup HTTP/1.1\r\nhost: grape\r\ntransfer-encoding: chunked\r\n\r\n";
+        stream.write_all(head.as_bytes()).await.unwrap();
+        for _ in 0..9 {
+            let chunk = format!("400\r\n{}\r\n", "x".repeat(1_024));
+            stream.write_all(chunk.as_bytes()).await.unwrap();
+        }
+        let refused = answer(&mut stream).await;
+        assert_eq!(
+            (refused.status, refused.text()),
+            (413, "ERR_GRAPE_PAYLOAD_SIZE")
+        );
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn ten_megabytes_sent_at_once_are_answered() {
+    in_time(async {
+        let net = Net::start().await;
+        let body = "x".repeat(10 << 20);
+        let refused = post(net.gateway.api_address(), "/lookup", &body).await;
+        assert_eq!(
+            (refused.status, refused.text()),
+            (413, "ERR_GRAPE_PAYLOAD_SIZE")
+        );
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn bodies_that_never_end_hold_up_nobody() {
+    in_time(async {
+        let net = Net::start().await;
+        let mut slow = Vec::new();
+        for length in [10 << 20, 8_000] {
+            let mut stream = TcpStream::connect(net.gateway.api_address()).await.unwrap();
+            let head = format!(
+                "POST /announce HTTP/1.1\r\nhost: grape\r\ncontent-length: {length}\r\n\r\n{{"
+            );
+            stream.write_all(head.as_bytes()).await.unwrap();
+            slow.push(stream);
+        }
+        assert_eq!(net.ask("/lookup", json!("absent")).await, "[]");
+        let [large, small] = &mut slow[..] else {
+            unreachable!()
+        };
+        assert_eq!(answer(large).await.status, 413);
+        assert_eq!(answer(small).await.status, 408);
+    })
+    .await;
+}
+
+#[cfg(unix)]
+#[tokio::test]
+async fn a_thousand_idle_connections_hold_up_nobody() {
+    use rustix::process::{Resource, getrlimit, setrlimit};
+    in_time(async {
+        let mut limit = getrlimit(Resource::Nofile);
+        limit.current = limit.maximum;
+        setrlimit(Resource::Nofile, limit).unwrap();
+        let net = Net::start().await;
+        let mut idle = Vec::new();
+        for at in [net.gateway.api_address(), net.gateway.carrier_address()] {
+            for count in 0..1_000 {
+                let mut stream = TcpStream::connect(at).await.unwrap();
+                if count % 2 == 0 {
+                    stream.write_all(b"POST /lookup HT").await.unwrap();
+                }
+                idle.push(stream);
+            }
+        }
+        let _peer = net.serve("client1", echo).await;
+        let at = net.found("client1").await;
+        let answer = post(at, "/", r#"["r","client1","hello"]"#).await;
+        assert_eq!(answer.text(), r#"["r",null,"Echo: hello"]"#);
+        drop(idle);
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn a_port_that_is_taken_is_named_with_the_remedy() {
+    in_time(async {
+        let net = Net::start().await;
+        let config = Config {
+            api: net.gateway.api_address(),
+            ..Config::default()
+        };
+        let grape = net.testnet.grapes()[1].clone();
+        let refused = Gateway::spawn(grape, config).await.unwrap_err();
+        let GatewayError::Listen { address, reason } = refused else {
+            panic!("{refused}");
+        };
+        assert_eq!(address, net.gateway.api_address());
+        assert!(
+            reason.contains("another program uses this port"),
+            "{reason}"
+        );
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn a_gateway_that_is_shut_down_frees_its_ports() {
+    in_time(async {
+        let net = Net::start().await;
+        let at = [net.gateway.api_address(), net.gateway.carrier_address()];
+        let mut kept = socket(at[1], "/ws").await;
+        net.gateway.shutdown().await;
+        for at in at {
+            tokio::net::TcpListener::bind(at).await.unwrap();
+        }
+        while let Some(Ok(_)) = kept.next().await {}
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn grenaches_callers_reach_a_peer() {
+    in_time(async {
+        let net = Net::start().await;
+        let _peer = net.serve("client1", echo).await;
+        let at = net.found("client1").await;
+        let calls = [
+            (r#"["a","client1","hello"]"#, r#"["a",null,"Echo: hello"]"#),
+            (
+                r#"[7,"client1",{"m":"h"}]"#,
+                r#"[7,null,"Echo: {\"m\":\"h\"}"]"#,
+            ),
+            (r#"["c","client1"]"#, r#"["c",null,"Echo: null"]"#),
+            (
+                r#"["d","absent","x"]"#,
+                r#"["d","ERR_GRAPE_LOOKUP_EMPTY",null]"#,
+            ),
+            (r#"["UUID"]"#, r#"[null,"ERR_REQUEST_INVALID",null]"#),
+            ("no JSON", r#"[null,"ERR_REQUEST_INVALID",null]"#),
+        ];
+        for path in ["/ws", "/"] {
+            let mut socket = socket(at, path).await;
+            for (question, answer) in calls {
+                socket.send(Message::text(question)).await.unwrap();
+                assert_eq!(text(&mut socket).await, answer);
+            }
+        }
+        for (question, answer) in calls {
+            assert_eq!(post(at, "/", question).await.text(), answer);
+        }
+        let head = "_gr: [\"s\",\"client1\"]\r\n_a: act\r\n_ar: {}\r\n";
+        let streamed = send(at, "POST", "/", head, br#"["UUID","rpc","x"]"#).await;
+        assert_eq!(streamed.text(), r#"["s",null,"Echo: x"]"#);
+        let refused = send(at, "POST", "/", "_gr: \u{7f}\r\n", b"[]").await;
+        assert_eq!(refused.status, 400, "{refused:?}");
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn a_compressed_call_gets_a_compressed_answer() {
+    in_time(async {
+        let net = Net::start().await;
+        let _peer = net.serve("client1", echo).await;
+        let at = net.found("client1").await;
+        let mut question = GzEncoder::new(Vec::new(), Compression::default());
+        question.write_all(br#"["z","client1","zip"]"#).unwrap();
+        let question = question.finish().unwrap();
+        let answer = send(at, "POST", "/", "grc-compress: gzip\r\n", &question).await;
+        let answer = std::io::read_to_string(GzDecoder::new(&answer.body[..])).unwrap();
+        assert_eq!(answer, r#"["z",null,"Echo: zip"]"#);
+        // Ten megabytes in ten kilobytes.
+        let mut bomb = GzEncoder::new(Vec::new(), Compression::best());
+        bomb.write_all(&vec![b' '; 10 << 20]).unwrap();
+        let bomb = bomb.finish().unwrap();
+        let refused = send(at, "POST", "/", "grc-compress: gzip\r\n", &bomb).await;
+        assert_eq!(refused.status, 400);
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn calls_on_one_socket_are_answered_in_any_order() {
+    in_time(async {
+        let net = Net::start().await;
+        let peer = net.testnet.peer().await.unwrap();
+        let mut service = peer.announce(&"client1".parse().unwrap()).await.unwrap();
+        let at = net.found("client1").await;
+        let mut socket = socket(at, "/ws").await;
+        for rid in 0..100 {
+            let question = format!(r#"[{rid},"client1","{rid}"]"#);
+            socket.send(Message::text(question)).await.unwrap();
+        }
+        let mut open = Vec::new();
+        while open.len() < 100 {
+            open.push(service.next().await.unwrap());
+        }
+        for request in open.into_iter().rev() {
+            echo(request).await;
+        }
+        let mut answered: Vec<u32> = Vec::new();
+        while answered.len() < 100 {
+            let answer = text(&mut socket).await;
+            let (rid, None::<()>, echo): (u32, _, String) = serde_json::from_str(&answer).unwrap()
+            else {
+                panic!("{answer}");
+            };
+            assert_eq!(echo, format!("Echo: {rid}"));
+            answered.push(rid);
+        }
+        answered.sort_unstable();
+        assert!(answered.into_iter().eq(0..100));
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn what_a_peer_says_of_a_failure_reaches_grenaches_caller() {
+    in_time(async {
+        let net = Net::start().await;
+        let handler = |request: Request| async move {
+            match request.text().unwrap() {
+                "fail" => request.fail("something went wrong"),
+                "bytes" => request.reply([0xff]),
+                _ => drop(request),
+            }
+        };
+        let _peer = net.serve("client1", handler).await;
+        let at = net.found("client1").await;
+        let mut socket = socket(at, "/ws").await;
+        for (payload, error) in [
+            ("fail", "something went wrong"),
+            ("bytes", "client1 answered something else than text"),
+        ] {
+            let question = json!(["r", "client1", payload]).to_string();
+            socket.send(Message::text(question)).await.unwrap();
+            let answer = json!(["r", error, null]).to_string();
+            assert_eq!(text(&mut socket).await, answer);
+        }
+        let question = json!(["r", "client1", "drop"]).to_string();
+        socket.send(Message::text(question)).await.unwrap();
+        let (_, error, None::<()>): (String, String, _) =
+            serde_json::from_str(&text(&mut socket).await).unwrap()
+        else {
+            panic!("an error and a result");
+        };
+        assert!(!error.is_empty());
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn a_peer_that_does_not_answer_is_a_timeout_to_grenaches_caller() {
+    in_time(async {
+        let deadline = Duration::from_millis(300);
+        let net = Net::with(Config {
+            deadline,
+            ..Config::default()
+        })
+        .await;
+        let peer = net.testnet.peer().await.unwrap();
+        let mut service = peer.announce(&"client1".parse().unwrap()).await.unwrap();
+        let at = net.found("client1").await;
+        let call = post(at, "/", r#"["r","client1","x"]"#);
+        let (answer, _request) = tokio::join!(call, service.next());
+        assert_eq!(answer.text(), r#"["r","ERR_TIMEOUT",null]"#);
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn a_message_that_is_too_long_closes_its_socket_only() {
+    in_time(async {
+        let net = Net::start().await;
+        let _peer = net.serve("client1", echo).await;
+        let at = net.found("client1").await;
+        let mut good = socket(at, "/ws").await;
+        let mut bad = socket(at, "/ws").await;
+        // The socket may be closed before all of it is sent.
+        let _ = bad.send(Message::text("x".repeat(3 << 20))).await;
+        while let Some(Ok(_)) = bad.next().await {}
+        good.send(Message::text(r#"["r","client1","x"]"#))
+            .await
+            .unwrap();
+        assert_eq!(text(&mut good).await, r#"["r",null,"Echo: x"]"#);
+        let refused = post(at, "/", &"x".repeat(3 << 20)).await;
+        assert_eq!(refused.status, 413);
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn a_node_calls_a_worker_of_either_transport() {
+    in_time(async {
+        let net = Net::start().await;
+        for (name, transport) in [
+            ("by-socket", Transport::Socket),
+            ("by-http", Transport::Http),
+        ] {
+            let worker = Worker::start(transport).await;
+            let caller = net.announce(name, &worker).await;
+            let name = name.parse().unwrap();
+            for (payload, reply) in [
+                ("hello", "Echo: hello"),
+                (r#"{"a":1}"#, r#"{"echo":{"a":1}}"#),
+                ("[1, 2]", r#"{"echo":[1,2]}"#),
+                ("nothing", "null"),
+            ] {
+                let answered = caller.request(&name, payload).await.unwrap();
+                assert_eq!(answered.text().unwrap(), reply, "{transport:?}");
+            }
+            for (payload, message) in [("fail", "something went wrong"), ("both", "e")] {
+                let refused = caller.request(&name, payload).await.unwrap_err();
+                let RequestError::Remote { error, .. } = refused else {
+                    panic!("{refused}");
+                };
+                assert_eq!(
+                    (error.code, &*error.message),
+                    (ErrorCode::HandlerFailed, message)
+                );
+            }
+            let refused = caller.request(&name, [0xff]).await.unwrap_err();
+            let RequestError::Remote { error, .. } = refused else {
+                panic!("{refused}");
+            };
+            assert_eq!(error.code, ErrorCode::BadRequest);
+        }
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn a_chat_message_to_a_worker_is_answered_in_kind() {
+    in_time(async {
+        let net = Net::start().await;
+        let worker = Worker::start(Transport::Socket).await;
+        let caller = net.announce("client1", &worker).await;
+        let name = "client1".parse().unwrap();
+        for (text, reply) in [("hello", Some("Echo: hello")), ("nothing", None)] {
+            let message = ChatMessage::new("ann", text);
+            let reply = message.receipt(reply.map(Into::into));
+            let answered = caller
+                .request(&name, message.encode().unwrap())
+                .await
+                .unwrap();
+            assert_eq!(ChatReply::decode(&answered.payload), Ok(reply));
+        }
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn calls_to_one_worker_run_side_by_side() {
+    in_time(async {
+        let net = Net::start().await;
+        for (name, transport) in [
+            ("by-socket", Transport::Socket),
+            ("by-http", Transport::Http),
+        ] {
+            let worker = Worker::start(transport).await;
+            let caller = net.announce(name, &worker).await;
+            let name = name.parse().unwrap();
+            // One that never ends is in the way of none.
+            let hangs = caller.request(&name, "hang");
+            let calls = (0..100).map(|number| {
+                let (caller, name) = (&caller, &name);
+                async move {
+                    let reply = caller.request(name, format!("n{number}")).await.unwrap();
+                    assert_eq!(reply.text().unwrap(), format!("Echo: n{number}"));
+                }
+            });
+            let calls = futures::future::join_all(calls);
+            tokio::select! {
+                _ = hangs => panic!("it was to hang"),
+                _ = calls => {}
+            }
+        }
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn a_worker_that_does_not_answer_is_a_failure_to_the_caller() {
+    in_time(async {
+        let deadline = Duration::from_millis(300);
+        let net = Net::with(Config {
+            deadline,
+            ..Config::default()
+        })
+        .await;
+        let worker = Worker::start(Transport::Socket).await;
+        let caller = net.announce("client1", &worker).await;
+        let refused = caller.request(&"client1".parse().unwrap(), "hang").await;
+        let Err(RequestError::Remote { error, .. }) = refused else {
+            panic!("{refused:?}");
+        };
+        let message = "the worker has not answered within 0.3 s";
+        assert_eq!(
+            (error.code, &*error.message),
+            (ErrorCode::HandlerFailed, message)
+        );
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn a_call_that_may_have_run_is_not_made_again() {
+    in_time(async {
+        let net = Net::start().await;
+        for (name, transport) in [
+            ("by-socket", Transport::Socket),
+            ("by-http", Transport::Http),
+        ] {
+            let worker = Worker::start(transport).await;
+            let caller = net.announce(name, &worker).await;
+            let name = name.parse().unwrap();
+            let refused = caller.request(&name, "die").await;
+            let Err(RequestError::Remote { error, .. }) = refused else {
+                panic!("{refused:?}");
+            };
+            assert_eq!(error.code, ErrorCode::HandlerFailed, "{error}");
+            // The worker lives: it has only closed the connection.
+            let reply = caller.request(&name, "hello").await.unwrap();
+            assert_eq!(reply.text().unwrap(), "Echo: hello");
+        }
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn a_call_goes_to_a_worker_that_is_there() {
+    in_time(async {
+        let net = Net::start().await;
+        // Without an open connection, on which a call might be lost with the worker.
+        let gone = Worker::start(Transport::Http).await;
+        let caller = net.announce("client1", &gone).await;
+        let there = Worker::start(Transport::Socket).await;
+        net.announce("client1", &there).await;
+        gone.stop().await;
+        for _ in 0..20 {
+            let reply = caller.request(&"client1".parse().unwrap(), "hello").await;
+            assert_eq!(reply.unwrap().text().unwrap(), "Echo: hello");
+        }
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn a_worker_that_is_gone_is_not_live() {
+    in_time(async {
+        let net = Net::start().await;
+        let name = "client1".parse().unwrap();
+        let worker = Worker::start(Transport::Http).await;
+        let caller = net.announce("client1", &worker).await;
+        worker.stop().await;
+        // Its lease is far longer than this may take.
+        while caller.lookup(&name).await.is_ok() {}
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn workers_and_peers_of_one_name_share_its_callers() {
+    in_time(async {
+        let net = Net::start().await;
+        let handler = |request: Request| async move { request.reply("from the peer") };
+        let _peer = net.serve("client1", handler).await;
+        let at = net.found("client1").await;
+        let worker = Worker::start(Transport::Socket).await;
+        let caller = net.announce("client1", &worker).await;
+        let found = net.ask("/lookup", json!("client1")).await;
+        let mut found: Vec<SocketAddr> = serde_json::from_str(&found).unwrap();
+        let mut both = [at, worker.at];
+        found.sort_unstable();
+        both.sort_unstable();
+        assert_eq!(found, both);
+        let mut answers = HashSet::new();
+        while answers.len() < 2 {
+            let reply = caller.request(&"client1".parse().unwrap(), "hello").await;
+            answers.insert(reply.unwrap().payload);
+        }
+        let both = ["Echo: hello", "from the peer"].map(|answer| answer.as_bytes().to_vec());
+        assert_eq!(answers, both.into());
+    })
+    .await;
+}

@@ -1,0 +1,128 @@
+//! Grenache's workers, one for each transport, which do with a payload what it says.
+
+use std::net::SocketAddr;
+
+use futures::{SinkExt, StreamExt};
+use serde_json::{Value, json};
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::{TcpListener, TcpStream};
+use tokio::task::JoinHandle;
+use tokio_tungstenite::accept_async;
+use tokio_tungstenite::tungstenite::Message;
+
+/// Which transport a worker speaks.
+#[derive(Clone, Copy, Debug)]
+pub(super) enum Transport {
+    Socket,
+    Http,
+}
+
+/// A worker. Dropping it closes its port, and its connections.
+pub(super) struct Worker {
+    pub(super) at: SocketAddr,
+    task: JoinHandle<()>,
+}
+
+impl Drop for Worker {
+    fn drop(&mut self) {
+        self.task.abort();
+    }
+}
+
+impl Worker {
+    pub(super) async fn start(transport: Transport) -> Self {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let at = listener.local_addr().unwrap();
+        let task = tokio::spawn(async move {
+            let mut open = tokio::task::JoinSet::new();
+            loop {
+                let (stream, _) = listener.accept().await.unwrap();
+                match transport {
+                    Transport::Socket => open.spawn(by_socket(stream)),
+                    Transport::Http => open.spawn(by_http(stream)),
+                };
+            }
+        });
+        Self { at, task }
+    }
+
+    /// Closes it; returns when its port is free.
+    pub(super) async fn stop(mut self) {
+        self.task.abort();
+        let _ = (&mut self.task).await;
+    }
+}
+
+/// What it answers; `None` is nothing, ever.
+fn answer(question: &str) -> Option<String> {
+    let question: Value = serde_json::from_str(question).unwrap();
+    let (rid, payload) = (&question[0], &question[2]);
+    Some(match payload.as_str() {
+        Some("fail") => json!([rid, "something went wrong", null]).to_string(),
+        Some("both") => json!([rid, "e", "data"]).to_string(),
+        Some("nothing") => json!([rid, null, null]).to_string(),
+        Some("hang") => return None,
+        Some(text) => json!([rid, null, format!("Echo: {text}")]).to_string(),
+        None => json!([rid, null, {"echo": payload}]).to_string(),
+    })
+}
+
+async fn by_socket(stream: TcpStream) {
+    // What is not a handshake is not answered at all.
+    let Ok(mut socket) = accept_async(stream).await else {
+        return;
+    };
+    while let Some(Ok(message)) = socket.next().await {
+        let Message::Text(question) = message else {
+            continue;
+        };
+        if question.contains("\"die\"") {
+            return;
+        }
+        // What belongs to nobody must disturb nobody.
+        let stray = Message::text("[\"0\",null,\"stray\"]");
+        socket.send(stray).await.unwrap();
+        if let Some(answer) = answer(&question) {
+            socket.send(Message::text(answer)).await.unwrap();
+        }
+    }
+}
+
+/// As Grenache's, it leaves a WebSocket's handshake unanswered.
+async fn by_http(mut stream: TcpStream) {
+    loop {
+        let Some((head, body)) = request(&mut stream).await else {
+            return;
+        };
+        if head.starts_with("GET") {
+            continue;
+        }
+        if body.contains("\"die\"") {
+            return;
+        }
+        let Some(answer) = answer(&body) else {
+            continue;
+        };
+        let length = answer.len();
+        let head = format!("HTTP/1.1 200 OK\r\ncontent-length: {length}\r\n\r\n");
+        stream.write_all(head.as_bytes()).await.unwrap();
+        stream.write_all(answer.as_bytes()).await.unwrap();
+    }
+}
+
+async fn request(stream: &mut TcpStream) -> Option<(String, String)> {
+    let mut head = Vec::new();
+    while !head.ends_with(b"\r\n\r\n") {
+        head.push(stream.read_u8().await.ok()?);
+    }
+    let head = String::from_utf8(head).unwrap().to_lowercase();
+    let length = head.split("content-length: ").nth(1);
+    let length = length.and_then(|rest| rest.split("\r\n").next());
+    let mut body = vec![0; length.map_or(0, |length| length.parse().unwrap())];
+    stream.read_exact(&mut body).await.ok()?;
+    Some((head_line(&head), String::from_utf8(body).unwrap()))
+}
+
+fn head_line(head: &str) -> String {
+    head.to_uppercase()
+}
