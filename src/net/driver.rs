@@ -37,6 +37,7 @@ use crate::limits::{
 use crate::metrics::Metrics;
 use crate::name::ServiceName;
 use crate::proto::announce::Place;
+use crate::proto::exploration::Exploration;
 use crate::proto::lookup::{Outcome, Source, Step};
 use crate::proto::rate::RateLimit;
 use crate::proto::routes::Routes;
@@ -108,6 +109,7 @@ pub(super) async fn start(settings: Settings) -> Result<Handle, SpawnError> {
         registrar: settings.registrar,
         grapes: known_grapes,
         grapes_changed: false,
+        exploration: Exploration::default(),
         routes: Arc::clone(&routes),
         metrics: Arc::clone(&metrics),
     };
@@ -258,6 +260,7 @@ struct Driver {
     /// The other grapes that this one knows, and whether they may have changed.
     grapes: watch::Sender<Vec<KnownGrape>>,
     grapes_changed: bool,
+    exploration: Exploration,
     routes: Arc<Mutex<Routes>>,
     metrics: Arc<Metrics>,
 }
@@ -506,6 +509,7 @@ impl Driver {
             self.connectivity.bootstraps.next_due(),
             self.discovery.announcements.next_due(),
             self.discovery.lookups.next_deadline(),
+            self.exploration.next_due(),
         ];
         let due = due.into_iter().flatten().min();
         due.unwrap_or(self.housekeeping)
@@ -518,6 +522,9 @@ impl Driver {
         let now = Instant::now();
         self.dial_bootstraps(now);
         self.discovery.lookups.on_time(now);
+        if self.exploration.poll(now) {
+            self.look_around();
+        }
         if now >= self.keep_alive {
             self.keep_alive(now);
         }
@@ -568,9 +575,18 @@ impl Driver {
             peers.collect::<Vec<_>>()
         });
         let known = self.connectivity.known_grapes(routed);
+        let known_few = (1..kad::K_VALUE.get()).contains(&known.len());
+        let exploration = &mut self.exploration;
         self.grapes.send_if_modified(|before| {
+            let peers = |grapes: &[KnownGrape]| -> Vec<_> {
+                grapes.iter().map(|grape| grape.peer).collect()
+            };
+            let met_another = peers(before) != peers(&known);
             let changed = *before != known;
             *before = known;
+            if met_another {
+                exploration.on_grapes(known_few, Instant::now());
+            }
             changed
         });
     }
@@ -739,10 +755,15 @@ impl Driver {
             // Finds the neighbours, at once and once. The rest of the table Kademlia fills by
             // itself half a second later; to walk all of it for each bootstrap grape would only
             // multiply the connections.
-            let local = *self.swarm.local_peer_id();
-            self.swarm.behaviour_mut().kad.get_closest_peers(local);
+            self.look_around();
         }
         self.connectivity.publish();
+    }
+
+    /// Asks for the grapes nearest to this one.
+    fn look_around(&mut self) {
+        let local = *self.swarm.local_peer_id();
+        self.swarm.behaviour_mut().kad.get_closest_peers(local);
     }
 
     fn on_address(&mut self, address: Multiaddr) {

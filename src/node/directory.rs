@@ -14,6 +14,7 @@ use std::time::{Duration, Instant};
 use futures::stream::{FuturesUnordered, StreamExt};
 use libp2p::{PeerId, kad};
 use tokio::sync::{Semaphore, mpsc, oneshot};
+use tokio::time::timeout;
 
 use super::{Node, call};
 use crate::name::{self, ServiceName};
@@ -30,6 +31,9 @@ const FIND_DEADLINE: Duration = Duration::from_secs(2);
 
 /// What others ask of this grape's workers that may wait; one more is answered `busy`.
 const CARRIED: usize = 1_024;
+
+/// How long other grapes are waited for that may keep another version of a value.
+const VALUE_PATIENCE: Duration = Duration::from_secs(1);
 
 /// The puts and gets of values at once; further ones wait. Kademlia walks all its queries at each
 /// step.
@@ -211,24 +215,35 @@ impl Directory {
         };
         let sent = self.node.send(command).await;
         sent.map_err(|super::Closed| PutError::Closed)?;
-        match kept.await {
-            Ok(true) => Ok(()),
-            Ok(false) => Err(PutError::Full),
-            Err(_) => Err(PutError::Closed),
+        match timeout(VALUE_PATIENCE, kept).await {
+            // A grape that does not answer is not waited for: this one keeps the value.
+            Ok(Ok(true)) | Err(_) => Ok(()),
+            Ok(Ok(false)) => Err(PutError::Full),
+            Ok(Err(_)) => Err(PutError::Closed),
         }
     }
 
     /// All different values that this grape and those closest to the target keep for it, of which
     /// any may be forged.
     pub(crate) async fn get(&self, target: Target) -> Vec<Vec<u8>> {
+        let own = self.registry.values().get(&target, Instant::now());
+        if let Some(value) = own.as_ref().filter(|value| !value.is_mutable) {
+            // There is no other one.
+            return vec![value.bytes.clone()];
+        }
         let _permit = self.node.shared.directory.queries.acquire().await;
         let (done, found) = oneshot::channel();
         let command = Command::GetValue { target, done };
-        // A node that is shut down knows of none.
-        match self.node.send(command).await {
-            Ok(()) => found.await.unwrap_or_default(),
-            Err(super::Closed) => Vec::new(),
+        if self.node.send(command).await.is_err() {
+            // A node that is shut down knows of none.
+            return Vec::new();
         }
+        let Some(own) = own else {
+            return found.await.unwrap_or_default();
+        };
+        // A grape that does not answer is not waited for.
+        let others = timeout(VALUE_PATIENCE, found).await;
+        others.map_or_else(|_| vec![own.bytes], Result::unwrap_or_default)
     }
 
     /// What other nodes ask of this grape's workers. Only the first call gets anything.

@@ -174,6 +174,7 @@ pub(crate) mod bencode;
 pub(crate) mod bep44;
 pub(crate) mod bootstrap;
 #[doc(hidden)]
+pub(crate) mod exploration;
 pub mod frame;
 pub(crate) mod lookup;
 pub(crate) mod rate;

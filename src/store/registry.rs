@@ -178,8 +178,8 @@ impl RecordStore for Records {
 
     fn get(&self, key: &RecordKey) -> Option<Cow<'_, Record>> {
         let values = self.0.values();
-        let value = values.get(key.as_ref(), Instant::now())?.to_vec();
-        Some(Cow::Owned(Record::new(key.clone(), value)))
+        let kept = values.get(key.as_ref(), Instant::now())?;
+        Some(Cow::Owned(Record::new(key.clone(), kept.bytes)))
     }
 
     /// Keeps a value of this node's own users. Anybody else's comes up as an event and is kept by

@@ -25,6 +25,14 @@ pub(crate) enum NotKept {
     Full,
 }
 
+/// A value that is kept.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Kept {
+    pub(crate) bytes: Vec<u8>,
+    /// There may be a newer version of it elsewhere.
+    pub(crate) is_mutable: bool,
+}
+
 #[derive(Debug)]
 pub(crate) struct Values {
     epoch: Instant,
@@ -88,12 +96,15 @@ impl Values {
         Ok(())
     }
 
-    /// The bytes of the value that is kept for a target.
-    pub(crate) fn get(&self, target: &[u8], now: Instant) -> Option<&[u8]> {
+    /// The value that is kept for a target.
+    pub(crate) fn get(&self, target: &[u8], now: Instant) -> Option<Kept> {
         let now = nanos(now.saturating_duration_since(self.epoch));
         let target = <&Target>::try_from(target).ok()?;
         let stored = self.values.get(target)?;
-        (stored.expires > now).then_some(&stored.bytes)
+        (stored.expires > now).then(|| Kept {
+            bytes: stored.bytes.to_vec(),
+            is_mutable: stored.sequence.is_some(),
+        })
     }
 
     /// Drops values whose time is over, a thousand at most; the rest stays invisible.
@@ -177,7 +188,8 @@ mod tests {
         let end = later + VALUE_LEASE;
         let before = end - Duration::from_nanos(1);
         let bytes = value.encode();
-        assert_eq!(values.get(&value.target(), before), Some(&*bytes));
+        let kept = values.get(&value.target(), before).unwrap();
+        assert_eq!((kept.bytes, kept.is_mutable), (bytes, false));
         assert_eq!(values.get(&value.target(), end), None, "before the sweep");
         values.sweep(end);
         assert!(values.by_expiry.is_empty() && values.by_prefix.is_empty());
@@ -194,7 +206,8 @@ mod tests {
         assert_eq!(put(&signed("second", 5)), Ok(()));
         assert_eq!(put(&signed("third", 4)), Err(Refusal::Stale.into()));
         let kept = values.get(&signed("first", 1).target(), now).unwrap();
-        assert_eq!(kept, signed("second", 5).encode());
+        assert_eq!(kept.bytes, signed("second", 5).encode());
+        assert!(kept.is_mutable);
     }
 
     #[test]
