@@ -1114,3 +1114,43 @@ async fn workers_and_peers_of_one_name_share_its_callers() {
     })
     .await;
 }
+
+#[tokio::test]
+async fn in_a_large_network_only_the_responsible_grapes_know_and_all_find() {
+    in_time(async {
+        // More than Kademlia's replication factor: no grape is told of every worker.
+        let testnet = Testnet::new(30).await.unwrap();
+        for grape in testnet.grapes() {
+            let mut status = grape.status();
+            status.wait_for(|status| status.explored).await.unwrap();
+        }
+        let api = "127.0.0.1:0".parse().unwrap();
+        let gateway = |index: usize| {
+            let config = Config {
+                api,
+                ..Config::default()
+            };
+            Gateway::spawn(testnet.grapes()[index].clone(), config)
+        };
+        let (near, far) = (gateway(3).await.unwrap(), gateway(27).await.unwrap());
+        let ask = |path, data: Value| {
+            let body = json!({"rid": "r", "data": data}).to_string();
+            let at = far.api_address();
+            async move { post(at, path, &body).await.text().to_owned() }
+        };
+        let worker = Worker::start(Transport::Socket).await;
+        let announce = json!({"rid": "r", "data": ["client1", worker.at.port()]}).to_string();
+        let announced = post(near.api_address(), "/announce", &announce).await;
+        assert_eq!(announced.text(), "1");
+        let expected = json!([worker.at]).to_string();
+        while ask("/lookup", json!("client1")).await != expected {}
+        assert_eq!(ask("/lookup", json!("client2")).await, "[]");
+        let told = testnet.grapes().iter();
+        let told = told.filter(|grape| grape.metrics().workers > 0).count();
+        assert_eq!(told, 1, "only the grape that it announced itself at");
+        let caller = testnet.peer().await.unwrap();
+        let reply = caller.request(&"client1".parse().unwrap(), "hello").await;
+        assert_eq!(reply.unwrap().text(), Ok("Echo: hello"));
+    })
+    .await;
+}
