@@ -77,7 +77,8 @@ pub(super) async fn start(settings: Settings) -> Result<Handle, SpawnError> {
     }
     let mut swarm = build(&settings, Arc::clone(&server), Arc::clone(&registry))
         .map_err(|error| SpawnError::Transport(error.to_string()))?;
-    let listening = listen(&mut swarm, &settings.listen).await?;
+    let mut early = Vec::new();
+    let listening = listen(&mut swarm, &settings.listen, &mut early).await?;
     let bootstrap = settings.bootstrap.clone();
     let (connectivity, status) = Connectivity::new(local, bootstrap, now);
     // As far within the idle time-out as with the default one.
@@ -119,6 +120,9 @@ pub(super) async fn start(settings: Settings) -> Result<Handle, SpawnError> {
     for address in listening {
         driver.on_address(address);
     }
+    for event in early {
+        driver.on_swarm_event(event);
+    }
     tokio::spawn(driver.run());
     Ok(Handle {
         commands: sender,
@@ -132,10 +136,12 @@ pub(super) async fn start(settings: Settings) -> Result<Handle, SpawnError> {
     })
 }
 
-/// Listens on every address, and returns the addresses that this leads to.
+/// Listens on every address, and returns the addresses that this leads to. Others may connect to the
+/// first ones before the last one stands: what happens meanwhile is put into `early`.
 async fn listen(
     swarm: &mut Swarm<Behaviour>,
     addresses: &[Multiaddr],
+    early: &mut Vec<SwarmEvent<BehaviourEvent>>,
 ) -> Result<Vec<Multiaddr>, SpawnError> {
     let mut bound = Vec::new();
     for address in addresses {
@@ -164,7 +170,7 @@ async fn listen(
                         reason: Err(error),
                         ..
                     } if listener_id == listener => return Err(explain(&error)),
-                    _ => {}
+                    event => early.push(event),
                 }
             }
         };
@@ -175,8 +181,9 @@ async fn listen(
     }
     // What an address of all interfaces leads to is told in one go.
     while let Some(Some(event)) = swarm.next().now_or_never() {
-        if let SwarmEvent::NewListenAddr { address, .. } = event {
-            bound.push(address);
+        match event {
+            SwarmEvent::NewListenAddr { address, .. } => bound.push(address),
+            event => early.push(event),
         }
     }
     Ok(bound)
@@ -582,11 +589,12 @@ impl Driver {
                 grapes.iter().map(|grape| grape.peer).collect()
             };
             let met_another = peers(before) != peers(&known);
-            let changed = *before != known;
-            *before = known;
             if met_another {
+                tracing::debug!(grapes = known.len(), "the known grapes have changed");
                 exploration.on_grapes(known_few, Instant::now());
             }
+            let changed = *before != known;
+            *before = known;
             changed
         });
     }
