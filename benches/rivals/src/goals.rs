@@ -26,34 +26,33 @@ enum Bound {
 const OF_CEILING: [(Row, f64); 3] = [(ROWS[1], 0.6), (ROWS[2], 0.6), (ROWS[3], 0.9)];
 
 /// What others offer, each beside Grapevine over the transport that it uses.
-const RIVALS: [(Contender, Contender); 5] = [
+const RIVALS: [(Contender, Contender); 4] = [
     (GrapevineTcp, Tonic),
     (GrapevineTcp, Axum),
     (GrapevineTcp, Grenache),
     (GrapevineQuic, IrohStreams),
-    (GrapevineQuic, IrohKept),
 ];
 
 /// Prints each goal that these results can judge.
 pub(crate) fn print(results: &[Rounds]) {
+    let judged = |goal: Goal| Some((goal.measured(results)?, goal));
+    let judged: Vec<_> = goals().into_iter().filter_map(judged).collect();
+    if judged.is_empty() {
+        return;
+    }
     println!("\nGoals; ratios are taken within each round: median (min..max).");
     let table = Table::new(&["what", "payload", "in flight", "goal", "measured", "met"]);
-    for goal in goals() {
-        let Some(ratio) = goal.measured(results) else {
-            continue;
-        };
+    for (ratio, goal) in judged {
         table.row(&[
             format!("{}: {} / {}", goal.what, goal.ours.id(), goal.theirs.id()),
             goal.row.payload.into(),
             goal.row.in_flight.to_string(),
             goal.bound.to_string(),
             format!("{ratio:.2}"),
-            if goal.bound.is_met(ratio.median) {
-                "yes"
-            } else {
-                "no"
-            }
-            .into(),
+            match goal.bound.is_met(ratio.median) {
+                true => "yes".into(),
+                false => "no".into(),
+            },
         ]);
     }
 }

@@ -2,10 +2,15 @@
 //!
 //! Each contender is an echo over loopback, its server and its client a process each. A round runs
 //! every contender once under one load, so that a machine that drifts does so for all of them; ratios
-//! are taken within a round. `cargo run --release -p rivals`, with a part of a contender's id to run
-//! only those, and `--plot` to draw the rates into `assets/rpc.svg`.
-
-#![allow(clippy::print_stdout, reason = "a benchmark prints its figures")]
+//! are taken within a round.
+//!
+//! `cargo run --release -p rivals`, behind `--`:
+//! * parts of contenders' ids, to run only those: `tcp`, `grapevine`, `tonic`;
+//! * `--one-thread` gives each process one thread, where it has one for each core otherwise: client and
+//!   server then do not take each other's cores on a machine with two;
+//! * `--plot` draws the rates into `assets/rpc.svg`.
+//!
+//! Grenache needs Node.js and `npm ci --prefix benches/rivals/grenache`.
 
 #[path = "../../common/mod.rs"]
 mod common;
@@ -26,10 +31,14 @@ use std::time::Duration;
 use common::{Process, Spread, Table, cpu_seconds};
 use contender::Contender;
 use load::{Load, Run};
+use tokio::runtime::Builder;
 
 const RUNS: usize = 7;
 const RUN: Duration = Duration::from_secs(1);
 const WARM_UP: Duration = Duration::from_millis(200);
+
+/// What a part is told that is to run on one thread.
+const ONE_THREAD: &str = "one thread";
 
 const ROWS: [Row; 4] = [
     Row::new("64 B", 64, 1),
@@ -69,48 +78,58 @@ struct Pair {
 fn main() {
     let arguments = common::arguments();
     match common::part(&arguments) {
-        Some((part, [id, argument])) => play(part, id, argument.clone()),
-        Some(_) => panic!("a part needs a contender and an argument"),
-        None => measure(&arguments),
+        Some((part, [id, threads, argument])) => play(part, id, threads, argument.clone()),
+        Some(_) => panic!("a part needs a contender, its threads and an argument"),
+        None => measure(&Options::read(&arguments), &arguments),
     }
 }
 
-#[tokio::main]
-async fn play(part: &str, id: &str, argument: String) {
-    let contender = Contender::ALL.into_iter().find(|some| some.id() == id);
-    let contender = contender.expect("a contender");
-    // In a task, so that it runs where its connections' tasks do.
-    let playing = match part {
-        "server" => tokio::spawn(contender.serve()),
-        _ => tokio::spawn(async move { contender.call(&argument).await }),
-    };
-    playing.await.expect("it does not panic");
+/// What the command line asks for.
+#[derive(Default)]
+struct Options {
+    filters: Vec<String>,
+    one_thread: bool,
+    plot: bool,
 }
 
-fn measure(arguments: &[String]) {
-    let (flags, filters): (Vec<_>, Vec<_>) = arguments.iter().partition(|a| a.starts_with("--"));
-    let asked = |contender: &Contender| {
-        filters.is_empty() || filters.iter().any(|part| contender.id().contains(*part))
+/// Is a contender's server or client, until the parent process lets it go.
+fn play(part: &str, id: &str, threads: &str, argument: String) {
+    let contender = Contender::ALL.into_iter().find(|some| some.id() == id);
+    let contender = contender.expect("a contender");
+    let runtime = match threads {
+        ONE_THREAD => Builder::new_current_thread().enable_all().build(),
+        _ => Builder::new_multi_thread().enable_all().build(),
+    };
+    runtime.expect("threads can be started").block_on(async {
+        // In a task, so that it runs where its connections' tasks do.
+        let playing = match part {
+            "server" => tokio::spawn(contender.serve()),
+            _ => tokio::spawn(async move { contender.call(&argument).await }),
+        };
+        playing.await.expect("it does not panic");
+    });
+}
+
+fn measure(options: &Options, arguments: &[String]) {
+    let rest = match arguments {
+        [] => String::new(),
+        some => format!(" -- {}", some.join(" ")),
     };
     println!("\n## RPC echo over loopback, Grapevine and others\n");
-    println!(
-        "* Command: `{}`",
-        ["cargo run --release -p rivals --"]
-            .into_iter()
-            .chain(arguments.iter().map(String::as_str))
-            .collect::<Vec<_>>()
-            .join(" ")
-    );
+    println!("* Command: `cargo run --release -p rivals{rest}`");
     println!("* Machine: {}", common::machine());
     println!(
         "* {RUNS} rounds, in each every contender runs for {RUN:?} after a warm-up of {WARM_UP:?}: \
          median (min..max); CPU is user and system time of client and server together"
     );
     let mut pairs = Vec::new();
-    for contender in Contender::ALL.into_iter().filter(asked) {
+    for contender in Contender::ALL
+        .into_iter()
+        .filter(|some| options.asks_for(*some))
+    {
         match contender.absence() {
             Some(reason) => println!("* {} takes no part: {reason}", contender.title()),
-            None => pairs.push(Pair::start(contender)),
+            None => pairs.push(Pair::start(contender, options.threads())),
         }
     }
     let table = Table::new(&[
@@ -131,7 +150,7 @@ fn measure(arguments: &[String]) {
         results.extend(rounds);
     }
     goals::print(&results);
-    if flags.iter().any(|flag| *flag == "--plot") {
+    if options.plot {
         plot::draw(&results);
     }
 }
@@ -152,6 +171,35 @@ fn measure_row(pairs: &mut [Pair], row: Row) -> Vec<Rounds> {
     all
 }
 
+impl Options {
+    fn read(arguments: &[String]) -> Self {
+        let mut options = Self::default();
+        for argument in arguments {
+            match argument.as_str() {
+                "--one-thread" => options.one_thread = true,
+                "--plot" => options.plot = true,
+                flag if flag.starts_with('-') => panic!("there is no flag {flag}"),
+                part => options.filters.push(part.to_owned()),
+            }
+        }
+        options
+    }
+
+    fn asks_for(&self, contender: Contender) -> bool {
+        let asked = |part: &String| contender.id().contains(part);
+        self.filters.is_empty() || self.filters.iter().any(asked)
+    }
+
+    /// What a part is told of its threads.
+    fn threads(&self) -> &'static str {
+        if self.one_thread {
+            ONE_THREAD
+        } else {
+            "a thread for each core"
+        }
+    }
+}
+
 impl Row {
     const fn new(payload: &'static str, bytes: usize, in_flight: usize) -> Self {
         Self {
@@ -163,8 +211,8 @@ impl Row {
 }
 
 impl Pair {
-    fn start(contender: Contender) -> Self {
-        let (server, client) = contender.start();
+    fn start(contender: Contender, threads: &str) -> Self {
+        let (server, client) = contender.start(threads);
         Self {
             contender,
             server,
