@@ -4,7 +4,7 @@
 //! ```text
 //! npm ci --prefix tests/grenache
 //! cargo build --release --examples
-//! cargo bench --bench grenache [-- calls services reach memory start rpc]
+//! cargo bench --bench grenache [-- calls services reach memory start rpc across]
 //! ```
 //!
 //! The grapes are the commands of both, started by the same command line; every figure of both is
@@ -37,10 +37,11 @@ use std::time::{Duration, Instant};
 
 use common::{Process, Spread, Table, cpu_seconds, resident};
 use grapes::{Grape, Maker, network};
+use grapevine::{Node, Role};
 use http::Connection;
 use process::Program;
 use serde_json::{Value, json};
-use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::task::JoinSet;
 
@@ -62,13 +63,22 @@ const SETTLE: Duration = Duration::from_secs(3);
 /// The names that are announced to see when every grape knows them.
 const REACHED: usize = 20;
 
+/// The times that everything is started, and how long that should take.
+const STARTS: usize = 10;
+const START: f64 = 1.5;
+
 const MAKERS: [Maker; 2] = [Maker::Grenache, Maker::Ours];
 
+/// One thread makes the load, so that as much as possible is left for the grapes.
 #[tokio::main(flavor = "current_thread")]
 async fn main() {
     let arguments = common::arguments();
-    if common::part(&arguments).is_some() {
-        return serve_nothing().await;
+    match common::part(&arguments) {
+        Some(("nothing", _)) => return serve_nothing().await,
+        Some(("service", rest)) => return serve(&rest[0]).await,
+        Some(("caller", rest)) => return call_for(&rest[0]).await,
+        Some((other, _)) => panic!("there is no part {other}"),
+        None => {}
     }
     assert!(node::is_here(), "there is nothing to compare with");
     common::raise_open_files();
@@ -91,6 +101,9 @@ async fn main() {
     }
     if wants("rpc") {
         rpc(&arguments).await;
+    }
+    if wants("across") {
+        across(&arguments).await;
     }
 }
 
@@ -326,27 +339,33 @@ async fn start(arguments: &[String]) {
     print_heading("From cold to the first echo", arguments);
     println!(
         "* Two grapes, a service and a client on Node started together, the client asking until it \
-         is answered; {RUNS} starts, in turn: median (min..max)"
+         is answered; {STARTS} starts, in turn: median (min..max). A client that asks before the \
+         service is known remembers that for 10 s"
     );
     let mut took = [const { Vec::new() }; 2];
-    for _ in 0..RUNS {
+    for _ in 0..STARTS {
         for (maker, took) in MAKERS.into_iter().zip(&mut took) {
-            let started = Instant::now();
-            let [one, two] = grapes::start(maker, &[]);
-            let _server = node::start("server.js", &["client1", "0", &one.url()]);
-            let client = ["client1", &two.url(), "ws", "hello", "--until-answered"];
-            let mut client = node::start("client.js", &client);
-            assert_eq!(
-                client.line().await,
-                json!({ "result": "Echo: hello" }).to_string()
-            );
-            took.push(started.elapsed().as_secs_f64());
+            took.push(start_of(maker).await);
         }
     }
-    let table = Table::new(&["grapes of", "s"]);
+    let later = format!("starts that took more than {START} s");
+    let table = Table::new(&["grapes of", "s", &later]);
     for (maker, took) in MAKERS.into_iter().zip(took) {
-        table.row(&[maker.to_string(), format!("{:.2}", Spread::of(took))]);
+        let later = took.iter().filter(|took| **took > START).count();
+        let took = format!("{:.2}", Spread::of(took));
+        table.row(&[maker.to_string(), took, later.to_string()]);
     }
+}
+
+async fn start_of(maker: Maker) -> f64 {
+    let started = Instant::now();
+    let [one, two] = grapes::start(maker, &[]);
+    let _server = node::start("server.js", &["client1", "0", &one.url()]);
+    let client = ["client1", &two.url(), "ws", "hello", "--until-answered"];
+    let mut client = node::start("client.js", &client);
+    let echo = json!({ "result": "Echo: hello" });
+    assert_eq!(client.line().await, echo.to_string());
+    started.elapsed().as_secs_f64()
 }
 
 async fn rpc(arguments: &[String]) {
@@ -387,7 +406,99 @@ async fn rpc(arguments: &[String]) {
     }
 }
 
-/// Lets a client on Node call; returns how many answers a second it had.
+async fn across(arguments: &[String]) {
+    print_heading(
+        "Services on Node and nodes of Grapevine that call each other",
+        arguments,
+    );
+    print_runs();
+    println!(
+        "* Client and server are processes of their own, each at one of two grapes, one of which \
+         carries the requests"
+    );
+    let table = Table::new(&["from", "to", "transport on Node", "in flight", "requests/s"]);
+    for transport in node::TRANSPORTS {
+        let grapes: [Grape; 2] = network(Maker::Ours, &[]).await;
+        let [one, two] = &grapes;
+        let mut service = Process::part("service", &[&one.address()]);
+        service.line();
+        let client = node::start("load.js", &["echo", &two.url(), transport]);
+        let names = ["a client on Node", "a node of Grapevine", transport];
+        across_row(&table, names, client).await;
+
+        let server = ["worker", "0", &one.url(), transport, "--quiet"];
+        let mut server = node::start("server.js", &server);
+        server.line().await;
+        let caller = Process::command("caller", &[&two.address()]);
+        let caller = Program::start_other("caller", caller.into());
+        let names = ["a node of Grapevine", "a service on Node", transport];
+        across_row(&table, names, caller).await;
+    }
+}
+
+async fn across_row(table: &Table, names: [&str; 3], mut client: Program) {
+    for in_flight in IN_FLIGHT {
+        call(&mut client, in_flight, WARM_UP).await;
+        let mut rates = Vec::new();
+        for _ in 0..RUNS {
+            rates.push(call(&mut client, in_flight, RUN).await);
+        }
+        let rate = format!("{:.0}", Spread::of(rates));
+        table.row(&[&names.map(String::from)[..], &[in_flight.to_string(), rate]].concat());
+    }
+}
+
+/// A node of Grapevine that announces `echo` at a grape.
+async fn serve(grape: &str) {
+    let node = grapevine_node(grape).await;
+    let service = node.announce(&"echo".parse().unwrap()).await.unwrap();
+    tokio::spawn(service.serve(|request| async move {
+        let echo = format!("Echo: {}", request.text().unwrap());
+        request.reply(echo);
+    }));
+    println!("announced");
+    tokio::task::spawn_blocking(common::until_released)
+        .await
+        .unwrap();
+}
+
+/// A node of Grapevine that does what `load.js` does, with the service `worker`.
+async fn call_for(grape: &str) {
+    let node = grapevine_node(grape).await;
+    let mut lines = BufReader::new(tokio::io::stdin()).lines();
+    while let Some(line) = lines.next_line().await.unwrap() {
+        let (in_flight, milliseconds) = line.split_once(' ').unwrap();
+        let started = Instant::now();
+        let end = started + Duration::from_millis(milliseconds.parse().unwrap());
+        let mut callers = JoinSet::new();
+        for _ in 0..in_flight.parse().unwrap() {
+            let node = node.clone();
+            callers.spawn(async move {
+                let (name, mut answered) = ("worker".parse().unwrap(), 0);
+                while Instant::now() < end {
+                    let reply = node.request(&name, "hello").await.unwrap();
+                    assert_eq!(reply.text().unwrap(), "Echo: hello");
+                    answered += 1;
+                }
+                answered
+            });
+        }
+        let answered: usize = callers.join_all().await.into_iter().sum();
+        let seconds = started.elapsed().as_secs_f64();
+        println!("{}", json!({ "answered": answered, "seconds": seconds }));
+    }
+}
+
+async fn grapevine_node(grape: &str) -> Node {
+    Node::builder(Role::Peer)
+        .listen(["/ip4/127.0.0.1/tcp/0".parse().unwrap()])
+        .bootstrap([grape.parse().unwrap()])
+        .spawn()
+        .await
+        .unwrap()
+}
+
+/// Lets a client call; returns how many answers a second it had.
 async fn call(client: &mut Program, in_flight: usize, time: Duration) -> f64 {
     client
         .types(&format!("{in_flight} {}", time.as_millis()))

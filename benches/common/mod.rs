@@ -140,9 +140,14 @@ pub(crate) struct Process {
 impl Process {
     /// Starts this program again in another part.
     pub(crate) fn part(part: &str, arguments: &[&str]) -> Self {
+        Self::start(&mut Self::command(part, arguments))
+    }
+
+    /// What starts this program again in another part.
+    pub(crate) fn command(part: &str, arguments: &[&str]) -> Command {
         let mut command = Command::new(own_path());
         command.arg(PART).arg(part).args(arguments);
-        Self::start(&mut command)
+        command
     }
 
     pub(crate) fn start(command: &mut Command) -> Self {

@@ -397,7 +397,7 @@ async fn found_everywhere<const N: usize>(maker: Maker) {
         until_found(&mut apis, number, &format!("early-{number}")).await;
     }
     let mut slowest = Duration::ZERO;
-    for number in 0..N {
+    for number in 0..N.min(5) {
         let took = until_found(&mut apis, number, &format!("service-{number}")).await;
         slowest = slowest.max(took);
     }
