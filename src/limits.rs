@@ -146,6 +146,9 @@ pub struct Limits {
     /// renewal interval, so that announcing peers stay connected to their grapes. A grape of a network
     /// of many hundred saves memory by less: it meets most of the others, and dials who is needed.
     pub idle: Duration,
+    /// How often a node asks its way through the whole network again, so that its routing table
+    /// stays good. Every 5 minutes by default, as libp2p has it; `None`: only when it joins.
+    pub explore: Option<Duration>,
     /// The provider records that a grape keeps.
     pub store: Bounds,
 }
@@ -161,6 +164,7 @@ impl Default for Limits {
             connections_per_peer: 8,
             memory: Some(1 << 30),
             idle: Duration::from_secs(120),
+            explore: Some(Duration::from_secs(300)),
             store: Bounds::default(),
         }
     }

@@ -92,6 +92,8 @@ impl Testnet {
                 // The memory of all the other nodes is this process's too.
                 memory: None,
                 idle: IDLE,
+                // All grapes of hundreds at once would leave the process time for little else.
+                explore: None,
                 ..Default::default()
             })
             .listen([free_address()])

@@ -157,7 +157,8 @@ fn kademlia(settings: &Settings, registry: Arc<Registry>) -> kad::Behaviour<Reco
         .set_provider_publication_interval(None)
         .set_publication_interval(None)
         .set_replication_interval(None)
-        .set_caching(kad::Caching::Disabled);
+        .set_caching(kad::Caching::Disabled)
+        .set_periodic_bootstrap_interval(settings.limits.explore);
     let peer = settings.identity.peer_id();
     let mut kad = kad::Behaviour::with_config(peer, Records(registry), config);
     // Never by libp2p's guess from addresses: a peer that has one is no grape.
