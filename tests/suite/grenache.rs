@@ -369,7 +369,11 @@ async fn a_value_outlives_the_grape_that_took_it() {
         one.program.end().await;
         for grape in [&two, &three] {
             let mut link = node::Link::to(grape);
-            let found = link.does("get", &hash).await;
+            let mut found = link.does("get", &hash).await;
+            // Grenache's grapes may wait for the dead one longer than the client for them.
+            while maker == Maker::Grenache && found["error"] == "ESOCKETTIMEDOUT" {
+                found = link.does("get", &hash).await;
+            }
             assert_eq!(found["result"]["v"], "here to stay", "{found}");
         }
     })
