@@ -10,7 +10,7 @@ use std::borrow::Cow;
 use std::fmt;
 use std::net::SocketAddr;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use axum::Extension;
 use axum::Router;
@@ -23,19 +23,31 @@ use axum::routing::any;
 use serde::Deserialize;
 use serde::de::{Deserializer, Error, IgnoredAny, MapAccess, SeqAccess, Visitor};
 use serde_json::value::RawValue;
+use tokio::time::sleep;
 
 use super::body::{self, BodyError};
 use super::listener::Ends;
 use super::{Config, rpc, values};
-use crate::node::{Directory, Full, Node};
+use crate::node::{Directory, Found, Full, Node};
 
 /// The addresses in the answer to a lookup, as many as Grenache gives.
 const MAX_FOUND: usize = 100;
+
+/// A grape that has just started does not say yet that nobody serves a name: services that start with
+/// it are about to announce themselves, and Grenache's clients remember an empty answer for 10 seconds.
+const YOUNG: Duration = Duration::from_secs(5);
+
+/// How long such an answer is held back: well within the 2.5 seconds that Link 1.0.0 waits.
+const HELD: Duration = Duration::from_millis(1_500);
+
+/// How often a name is looked up meanwhile.
+const RECHECK: Duration = Duration::from_millis(20);
 
 /// What the routes stand on.
 pub(super) struct Api {
     node: Node,
     directory: Directory,
+    started: Instant,
     /// Where the carrier listens, at the address that the client uses.
     carrier_port: u16,
     lease: Duration,
@@ -63,10 +75,24 @@ impl Api {
     pub(super) fn new(node: Node, config: &Config, carrier_port: u16) -> Self {
         Self {
             directory: node.directory(),
+            started: Instant::now(),
             node,
             carrier_port,
             lease: config.lease,
             max_body: config.max_body,
+        }
+    }
+
+    /// Who serves a name. While this grape is young it waits for somebody.
+    async fn find(&self, service: &str) -> Found {
+        let asked = Instant::now();
+        loop {
+            let found = self.directory.lookup(service, MAX_FOUND).await;
+            let is_final = self.started.elapsed() > YOUNG || asked.elapsed() > HELD;
+            if found.peers || !found.workers.is_empty() || is_final {
+                return found;
+            }
+            sleep(RECHECK).await;
         }
     }
 
@@ -118,7 +144,7 @@ async fn lookup(
         .and_then(rpc::text)
         .filter(|service| !service.is_empty());
     let service = service.ok_or(Failure::said("ERR_GRAPE_LOOKUP"))?;
-    let mut found = api.directory.lookup(&service, MAX_FOUND).await;
+    let mut found = api.find(&service).await;
     if found.peers {
         found.workers.truncate(MAX_FOUND - 1);
         let carrier = SocketAddr::new(ends.here, api.carrier_port);
