@@ -2,7 +2,8 @@
 //! ids. Those of a running node say in [`is_retryable`](RequestError::is_retryable) whether the same
 //! call may succeed later without a change.
 
-use std::fmt;
+use std::io::{self, ErrorKind};
+use std::{error, fmt};
 
 use libp2p::{Multiaddr, PeerId};
 use thiserror::Error;
@@ -225,4 +226,37 @@ impl DialFailure {
             Self::OwnAddress => false,
         }
     }
+}
+
+/// What the system said, with the remedy where there is one.
+pub(crate) fn explain(error: &(dyn error::Error + 'static)) -> String {
+    let mut error = error;
+    loop {
+        let io = error.downcast_ref::<io::Error>();
+        match io.map(io::Error::kind) {
+            Some(ErrorKind::AddrInUse) => {
+                return "another program uses this port; stop it or choose another one".into();
+            }
+            Some(ErrorKind::PermissionDenied) => {
+                return "this port needs privileges; choose one above 1023".into();
+            }
+            Some(ErrorKind::AddrNotAvailable) => return "this machine has no such address".into(),
+            _ => {}
+        }
+        // libp2p wraps what the system said in several layers of both kinds.
+        let inner = io.and_then(io::Error::get_ref).map(|inner| inner as _);
+        match inner.or_else(|| error.source()) {
+            Some(inner) => error = inner,
+            None => return error.to_string(),
+        }
+    }
+}
+
+/// The cause that says most: libraries wrap what the system said in several layers.
+pub(crate) fn innermost<'a>(error: &'a (dyn error::Error + 'static)) -> &'a dyn error::Error {
+    let mut error = error;
+    while let Some(source) = error.source() {
+        error = source;
+    }
+    error
 }

@@ -43,7 +43,6 @@ pub(crate) struct Metrics {
     pub(crate) peers: Gauge,
     pub(crate) announced: Gauge,
     pub(crate) stored: Gauge,
-    pub(crate) workers: Gauge,
     pub(crate) evicted: Gauge,
     pub(crate) refused: Gauge,
 }
@@ -81,7 +80,8 @@ pub struct Snapshot {
 }
 
 impl Metrics {
-    pub(crate) fn snapshot(&self) -> Snapshot {
+    /// What has been counted, beside the workers that are kept now.
+    pub(crate) fn snapshot(&self, workers: usize) -> Snapshot {
         Snapshot {
             lookups: self.lookups.count(),
             lookups_found: self.lookups_found.count(),
@@ -93,7 +93,7 @@ impl Metrics {
             peers: self.peers.value(),
             announced: self.announced.value(),
             stored: self.stored.value(),
-            workers: self.workers.value(),
+            workers: workers as u64,
             evicted: self.evicted.value(),
             refused: self.refused.value(),
         }

@@ -29,9 +29,7 @@ use super::body::{self, BodyError};
 use super::listener::Ends;
 use super::{Config, rpc, values};
 use crate::node::{Directory, Found, Full, Node};
-
-/// The addresses in the answer to a lookup, as many as Grenache gives.
-const MAX_FOUND: usize = 100;
+use crate::proto::wire::MAX_FOUND;
 
 /// A grape that has just started does not say yet that nobody serves a name: services that start with
 /// it are about to announce themselves, and Grenache's clients remember an empty answer for 10 seconds.

@@ -24,13 +24,13 @@ mod rpc;
 mod values;
 mod workers;
 
-use std::io;
 use std::net::{Ipv4Addr, SocketAddr};
 use std::time::Duration;
 
 use tokio::sync::watch;
 use tokio::task::JoinSet;
 
+use crate::error::explain;
 use crate::limits::{MAX_REQUEST_TIME, REQUEST_DEADLINE};
 use crate::node::Node;
 use api::Api;
@@ -142,16 +142,7 @@ impl Gateway {
 
 async fn bind(address: SocketAddr) -> Result<Listener, GatewayError> {
     Listener::bind(address).await.map_err(|error| {
-        let reason = match error.kind() {
-            io::ErrorKind::AddrInUse => {
-                "another program uses this port; stop it or choose another one".into()
-            }
-            io::ErrorKind::PermissionDenied => {
-                "this port needs privileges; choose one above 1023".into()
-            }
-            io::ErrorKind::AddrNotAvailable => "this machine has no such address".into(),
-            _ => error.to_string(),
-        };
+        let reason = explain(&error);
         GatewayError::Listen { address, reason }
     })
 }

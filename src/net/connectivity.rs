@@ -13,7 +13,7 @@ use libp2p::{Multiaddr, PeerId, StreamProtocol, identify};
 use tokio::sync::watch;
 
 use super::host;
-use crate::error::DialFailure;
+use crate::error::{DialFailure, innermost};
 use crate::limits::{AGENT, KAD_PROTOCOL, MAX_ADDRESSES};
 use crate::proto::bootstrap::{BootstrapStatus, Bootstraps};
 
@@ -303,7 +303,7 @@ pub(crate) fn describe(error: &DialError, expected: Option<PeerId>) -> DialFailu
             None => DialFailure::Unreachable(format!("the node {obtained} answers there")),
         },
         DialError::Transport(errors) => {
-            let reasons: Vec<_> = errors.iter().map(|(_, error)| innermost(error)).collect();
+            let reasons: Vec<_> = errors.iter().map(|(_, error)| reason(error)).collect();
             DialFailure::Unreachable(reasons.join(", "))
         }
         DialError::Denied { cause } => DialFailure::Unreachable(cause.to_string()),
@@ -311,13 +311,9 @@ pub(crate) fn describe(error: &DialError, expected: Option<PeerId>) -> DialFailu
     }
 }
 
-/// The cause that says most: libp2p wraps what the system said in several layers.
-fn innermost(error: &(dyn std::error::Error + 'static)) -> String {
-    let mut error = error;
-    while let Some(source) = error.source() {
-        error = source;
-    }
-    let reason = error.to_string();
+/// The cause that says most, for a person.
+fn reason(error: &(dyn std::error::Error + 'static)) -> String {
+    let reason = innermost(error).to_string();
     // "(os error 111)" tells a person nothing more.
     match reason.split_once(" (os error") {
         Some((reason, _)) => reason.into(),

@@ -2,8 +2,7 @@
 //! they decide. It holds no logic of its own, and waits nowhere but in its `select!`.
 
 use std::collections::{HashMap, HashSet};
-use std::error::Error;
-use std::io::{self, ErrorKind};
+use std::io;
 use std::net::{IpAddr, SocketAddr};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
@@ -30,7 +29,7 @@ use super::rpc::single::{Requests, Serves};
 use super::swarm::{Behaviour, BehaviourEvent, build};
 use super::values::Values;
 use super::{COMMANDS, Command, Handle, Settings};
-use crate::error::{AnnounceError, LookupError, SpawnError};
+use crate::error::{AnnounceError, LookupError, SpawnError, explain};
 use crate::limits::{
     KEEP_ALIVE_INTERVAL, MAX_ADDRESSES, MAX_ANNOUNCED, MAX_LOOKUPS, SHUTDOWN_DEADLINE,
 };
@@ -201,30 +200,6 @@ fn probe(address: &Multiaddr) -> io::Result<()> {
             socket.bind(&address.into())
         }
         _ => Ok(()),
-    }
-}
-
-/// What the system said, with the remedy where there is one.
-fn explain(error: &(dyn Error + 'static)) -> String {
-    let mut error = error;
-    loop {
-        let io = error.downcast_ref::<io::Error>();
-        match io.map(io::Error::kind) {
-            Some(ErrorKind::AddrInUse) => {
-                return "another program uses this port; stop it or choose another one".into();
-            }
-            Some(ErrorKind::PermissionDenied) => {
-                return "this port needs privileges; choose one above 1023".into();
-            }
-            Some(ErrorKind::AddrNotAvailable) => return "this machine has no such address".into(),
-            _ => {}
-        }
-        // libp2p wraps what the system said in several layers of both kinds.
-        let inner = io.and_then(io::Error::get_ref).map(|inner| inner as _);
-        match inner.or_else(|| error.source()) {
-            Some(inner) => error = inner,
-            None => return error.to_string(),
-        }
     }
 }
 
@@ -575,10 +550,8 @@ impl Driver {
         let known_few = (1..kad::K_VALUE.get()).contains(&known.len());
         let exploration = &mut self.exploration;
         self.grapes.send_if_modified(|before| {
-            let peers = |grapes: &[KnownGrape]| -> Vec<_> {
-                grapes.iter().map(|grape| grape.peer).collect()
-            };
-            let met_another = peers(before) != peers(&known);
+            let peer = |grape: &KnownGrape| grape.peer;
+            let met_another = before.iter().map(peer).ne(known.iter().map(peer));
             if met_another {
                 tracing::debug!(grapes = known.len(), "the known grapes have changed");
                 exploration.on_grapes(known_few, Instant::now());
@@ -594,8 +567,6 @@ impl Driver {
         self.metrics.stored.set(stored.records);
         self.metrics.evicted.set(stored.evicted);
         self.metrics.refused.set(stored.refused);
-        let (own, others) = self.registry.workers().len();
-        self.metrics.workers.set((own + others) as u64);
         let open = self.server.open_requests();
         self.metrics.open_requests.set(open as u64);
         let announced = self.discovery.announcements.len();

@@ -22,7 +22,7 @@ use crate::net::{Carried, Command, KnownGrape, Outcome};
 use crate::proto::bep44::Target;
 use crate::proto::wire::{Batch, BatchReply, Digest, REGISTRY};
 use crate::store::Registry;
-use crate::store::workers::{Full, shorten};
+use crate::store::workers::{Full, draw};
 
 use teller::Teller;
 
@@ -176,9 +176,7 @@ impl Directory {
             found.peers |= workers.is_empty();
             found.workers.extend(workers);
         }
-        found.workers.sort_unstable();
-        found.workers.dedup();
-        shorten(&mut found.workers, limit);
+        draw(&mut found.workers, limit);
         found
     }
 

@@ -95,7 +95,9 @@ impl Node {
 
     /// What this node has done and holds.
     pub fn metrics(&self) -> Snapshot {
-        self.shared.handle.metrics.snapshot()
+        let handle = &self.shared.handle;
+        let (own, others) = handle.registry.workers().len();
+        handle.metrics.snapshot(own + others)
     }
 
     /// Announces a name, and returns when a grape holds it: from then on others find it.

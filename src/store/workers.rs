@@ -38,7 +38,7 @@ const MAX_GRAPES: usize = 4_096;
 const MAX_GONE: usize = 100_000;
 
 /// Leases end within this: nobody announces less often than once an hour.
-pub(crate) const MAX_WORKER_LEASE: Duration = Duration::from_secs(3_600);
+const MAX_WORKER_LEASE: Duration = Duration::from_secs(3_600);
 
 /// A renewal is told to the other grapes once this part of the lease has passed since they were told
 /// last. They keep the worker that much longer, so that they never forget it first.
@@ -200,12 +200,8 @@ impl Workers {
     /// Up to `limit` addresses of live workers of a service, at any grape; of more, any.
     pub(crate) fn sample(&self, service: &Digest, limit: usize, now: Instant) -> Vec<SocketAddr> {
         let mut addresses: Vec<_> = self.live(service, now).map(|worker| worker.at).collect();
-        if addresses.len() > 1 {
-            // One that has announced itself at two grapes counts once.
-            addresses.sort_unstable();
-            addresses.dedup();
-        }
-        shorten(&mut addresses, limit);
+        // One that has announced itself at two grapes counts once.
+        draw(&mut addresses, limit);
         addresses.into_iter().map(SocketAddr::from).collect()
     }
 
@@ -226,9 +222,7 @@ impl Workers {
     /// Up to `limit` other grapes that have a live worker of a service.
     pub(crate) fn grapes(&self, service: &Digest, limit: usize, now: Instant) -> Vec<PeerId> {
         let mut grapes: Vec<_> = self.live(service, now).map(|worker| worker.grape).collect();
-        grapes.sort_unstable();
-        grapes.dedup();
-        shorten(&mut grapes, limit);
+        draw(&mut grapes, limit);
         let grapes = grapes.iter().filter_map(|slot| self.grapes.get(*slot));
         grapes.map(|grape| grape.peer).collect()
     }
@@ -327,13 +321,8 @@ impl Workers {
 
     fn first(&self, service: &Digest) -> Option<u32> {
         let hash = self.hasher.hash_one(service);
-        let first = self.services.find(hash, |slot| self.is_of(*slot, service));
-        first.copied()
-    }
-
-    fn is_of(&self, slot: u32, service: &Digest) -> bool {
-        let worker = self.workers.get(slot);
-        worker.is_some_and(|worker| worker.service == *service)
+        let is_of = is_of(service, &self.workers);
+        self.services.find(hash, is_of).copied()
     }
 
     fn find(&self, service: &Digest, at: At, grape: GrapeSlot) -> Option<u32> {
@@ -399,12 +388,8 @@ impl Workers {
 
     fn unlink(&mut self, service: &Digest, slot: u32, next: u32) {
         let hash = self.hasher.hash_one(service);
-        let workers = &self.workers;
-        let entry = self.services.find_entry(hash, |first| {
-            let worker = workers.get(*first);
-            worker.is_some_and(|worker| worker.service == *service)
-        });
-        let Ok(mut entry) = entry else {
+        let is_of = is_of(service, &self.workers);
+        let Ok(mut entry) = self.services.find_entry(hash, is_of) else {
             return;
         };
         let first = *entry.get();
@@ -516,13 +501,23 @@ impl Workers {
     }
 }
 
+/// Whether a worker is one of the service.
+fn is_of(service: &Digest, workers: &Slab<Worker>) -> impl FnMut(&u32) -> bool {
+    |slot| {
+        let worker = workers.get(*slot);
+        worker.is_some_and(|worker| worker.service == *service)
+    }
+}
+
 /// How long other grapes keep a worker after they were to be told of it.
 fn longer(lease: Nanos) -> Nanos {
     lease + lease / Nanos::from(TOLD_PER_LEASE)
 }
 
-/// Leaves at most `limit` items, any of them.
-pub(crate) fn shorten<T: Copy>(items: &mut Vec<T>, limit: usize) {
+/// Leaves at most `limit` different items, any of them.
+pub(crate) fn draw<T: Copy + Ord>(items: &mut Vec<T>, limit: usize) {
+    items.sort_unstable();
+    items.dedup();
     if items.len() > limit {
         let (any, _) = items.partial_shuffle(&mut rand::rng(), limit);
         *items = any.to_vec();

@@ -1,6 +1,5 @@
 //! Calls to workers that speak Grenache's RPC over HTTP.
 
-use std::error::Error;
 use std::net::SocketAddr;
 use std::time::Duration;
 
@@ -11,6 +10,7 @@ use hyper_util::client::legacy::connect::HttpConnector;
 use hyper_util::rt::{TokioExecutor, TokioTimer};
 
 use super::worker::{CONNECT_DEADLINE, Failed, Missed};
+use crate::error::innermost;
 use crate::gateway::body;
 use crate::gateway::rpc::{self, Answer, MAX_MESSAGE, Rid};
 
@@ -77,13 +77,4 @@ fn not_sent(reason: impl ToString) -> Missed {
 
 fn broken(reason: impl ToString) -> Missed {
     Missed::Failed(Failed::Broken(reason.to_string()))
-}
-
-/// What the system said, below what the layers above it say.
-fn innermost(error: &dyn Error) -> String {
-    let mut error = error;
-    while let Some(source) = error.source() {
-        error = source;
-    }
-    error.to_string()
 }
