@@ -68,10 +68,10 @@ pub const MAX_REQUEST_TIME: Duration = Duration::from_secs(60);
 /// How long a peer may take to send one frame it has begun, or to take one.
 pub const FRAME_DEADLINE: Duration = Duration::from_secs(10);
 
-/// The requests that a node has open to one peer; further ones wait their turn.
-pub const MAX_REQUESTS_PER_PEER: usize = 512;
+/// The requests that a node has open on a kept stream to one peer; further ones wait their turn.
+pub const MAX_PIPELINED_TO_PEER: usize = 512;
 
-/// Those of them that have a stream of their own. Stays below [`MAX_RPC_STREAMS`], over which the
+/// The requests to one peer that have a stream of their own. Stays below [`MAX_RPC_STREAMS`], over which the
 /// remote closes streams without an answer.
 pub const MAX_SINGLE_REQUESTS: usize = 64;
 

@@ -52,8 +52,8 @@ impl ServiceName {
     }
 
     /// The text, without a copy.
-    pub(crate) fn shared(&self) -> Arc<str> {
-        Arc::clone(&self.0)
+    pub(crate) fn shared(&self) -> &Arc<str> {
+        &self.0
     }
 
     /// The key under which Kademlia stores the name's providers: the sha2-256 multihash of its bytes.

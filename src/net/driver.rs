@@ -4,7 +4,7 @@
 use std::collections::{HashMap, HashSet};
 use std::io;
 use std::net::{IpAddr, SocketAddr};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use futures::future::BoxFuture;
@@ -23,7 +23,8 @@ use void::Void;
 use super::connectivity::{Connectivity, KnownGrape, describe};
 use super::discovery::{self, Discovery, Waiter};
 use super::rendezvous::{self, Rendezvous};
-use super::rpc::kept::{KeptStreams, Lane};
+use super::rpc::kept::Kept;
+use super::rpc::link::{Lane, Link};
 use super::rpc::serve::{Inbound, Server};
 use super::rpc::single::{Requests, Serves};
 use super::swarm::{Behaviour, BehaviourEvent, build};
@@ -83,8 +84,7 @@ pub(super) async fn start(settings: Settings) -> Result<Handle, SpawnError> {
     let keep_alive_interval = KEEP_ALIVE_INTERVAL.min(settings.limits.idle * 3 / 8);
     let (sender, commands) = mpsc::channel(COMMANDS);
     let (known_grapes, grapes) = watch::channel(Vec::new());
-    let routes = Arc::new(Mutex::new(Routes::new()));
-    let kept = Arc::new(KeptStreams::default());
+    let routes = Arc::new(Routes::new(now));
     let mut driver = Driver {
         swarm,
         commands,
@@ -99,7 +99,6 @@ pub(super) async fn start(settings: Settings) -> Result<Handle, SpawnError> {
         server: Arc::clone(&server),
         registry: Arc::clone(&registry),
         requests: Requests::default(),
-        kept: Arc::clone(&kept),
         handlers: HashMap::new(),
         publishing: HashMap::new(),
         held: HashSet::new(),
@@ -124,7 +123,6 @@ pub(super) async fn start(settings: Settings) -> Result<Handle, SpawnError> {
         commands: sender,
         status,
         routes,
-        kept,
         server,
         registry,
         grapes,
@@ -220,7 +218,6 @@ struct Driver {
     server: Arc<Server>,
     registry: Arc<Registry>,
     requests: Requests,
-    kept: Arc<KeptStreams>,
     handlers: HashMap<ServiceName, mpsc::Sender<Inbound>>,
     /// Who waits for a name to be published.
     publishing: HashMap<ServiceName, oneshot::Sender<Result<(), AnnounceError>>>,
@@ -233,7 +230,7 @@ struct Driver {
     grapes: watch::Sender<Vec<KnownGrape>>,
     grapes_changed: bool,
     exploration: Exploration,
-    routes: Arc<Mutex<Routes>>,
+    routes: Arc<Routes<Link>>,
     metrics: Arc<Metrics>,
 }
 
@@ -319,11 +316,12 @@ impl Driver {
             Command::Lookup(name, waiter) => self.on_lookup(name, waiter),
             Command::Request(request) => {
                 let (peer, lane) = (request.provider, Lane::of(&request.payload));
+                let link = self.routes.link(peer);
                 let behaviour = self.swarm.behaviour_mut();
                 self.requests.call(&mut behaviour.single, request);
                 if self.connectivity.is_ours(&peer) {
-                    let open = |peer| behaviour.streams.open(peer);
-                    self.kept.keep(peer, lane, open);
+                    let metrics = Arc::clone(&self.metrics);
+                    Kept::keep(link, lane, metrics, || behaviour.streams.open(peer));
                 }
             }
             Command::Carry { key, done } => {
@@ -599,7 +597,7 @@ impl Driver {
                 self.requests.ask_serves(&mut behaviour.single, peer, name);
             }
             Step::Found(name, provider) => {
-                self.routes().found(&name, provider, now);
+                self.routes.found(&name, provider, now);
                 self.discovery.on_found(&name, provider);
             }
             Step::Done(name, outcome) => {
@@ -608,7 +606,7 @@ impl Driver {
                     _ => &[],
                 };
                 self.metrics.lookups_found.add(u64::from(!live.is_empty()));
-                self.routes().looked_up(&name, live, now);
+                self.routes.looked_up(&name, live, now);
                 match outcome {
                     // A grape alone knows all there is to know.
                     Outcome::Unanswered if !self.registrar => {
@@ -746,10 +744,6 @@ impl Driver {
         let addresses = self.swarm.external_addresses().cloned().collect();
         self.rendezvous.on_addresses(addresses);
     }
-
-    fn routes(&self) -> MutexGuard<'_, Routes> {
-        self.routes.lock().unwrap_or_else(PoisonError::into_inner)
-    }
 }
 
 /// Routing what the Swarm tells.
@@ -817,7 +811,7 @@ impl Driver {
             self.metrics
                 .peers
                 .set(self.swarm.network_info().num_peers() as u64);
-            self.routes().on_connected(peer);
+            self.routes.on_connected(peer);
             self.grapes_changed = true;
         }
         if change.bootstrap {
@@ -835,7 +829,7 @@ impl Driver {
             self.metrics
                 .peers
                 .set(self.swarm.network_info().num_peers() as u64);
-            self.routes().on_disconnected(&peer);
+            self.routes.on_disconnected(&peer);
             self.rendezvous.on_disconnected(&peer);
             self.records.forget(&peer);
             self.puts.forget(&peer);

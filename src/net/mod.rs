@@ -15,7 +15,7 @@ mod swarm;
 mod values;
 
 use std::net::IpAddr;
-use std::sync::{Arc, Mutex};
+use std::sync::Arc;
 
 use libp2p::multiaddr::Protocol;
 use libp2p::{Multiaddr, PeerId};
@@ -25,8 +25,10 @@ pub(crate) use connectivity::KnownGrape;
 pub use connectivity::Status;
 pub(crate) use discovery::Waiter;
 pub(crate) use rpc::Outcome;
-pub(crate) use rpc::kept::{KeptStreams, Lane, Outgoing};
-pub(crate) use rpc::serve::{Carried, Inbound, Responder, Server};
+pub(crate) use rpc::kept::Question;
+pub(crate) use rpc::link::{Lane, Link};
+pub(crate) use rpc::replies::Responder;
+pub(crate) use rpc::serve::{Carried, Inbound, Server};
 pub(crate) use rpc::single::Outbound;
 
 use crate::error::{AnnounceError, SpawnError};
@@ -113,8 +115,7 @@ pub(crate) enum Command {
 pub(crate) struct Handle {
     pub(crate) commands: mpsc::Sender<Command>,
     pub(crate) status: watch::Receiver<Status>,
-    pub(crate) routes: Arc<Mutex<Routes>>,
-    pub(crate) kept: Arc<KeptStreams>,
+    pub(crate) routes: Arc<Routes<Link>>,
     pub(crate) server: Arc<Server>,
     pub(crate) registry: Arc<Registry>,
     /// The other grapes that this node knows.

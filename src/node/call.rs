@@ -2,18 +2,18 @@
 
 use std::str::Utf8Error;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
+use bytes::Bytes;
 use libp2p::PeerId;
 use tokio::sync::oneshot;
-use tokio::time::timeout;
+use tokio::time::{Instant, timeout_at};
 
 use super::{Closed, Node};
-use crate::error::RequestError;
+use crate::error::{LookupError, RequestError};
 use crate::limits::{MAX_REQUEST_TIME, REQUEST_DEADLINE};
 use crate::name::ServiceName;
-use crate::net::{Command, Lane, Outbound, Outcome, Outgoing, Waiter};
-use crate::proto::routes::{Pick, Slots};
+use crate::net::{Command, Lane, Link, Outbound, Outcome, Question, Waiter};
 use crate::proto::wire::{ErrorCode, MAX_PAYLOAD, RemoteError};
 
 /// How a request is made.
@@ -68,8 +68,10 @@ impl Reply {
 /// What is sent to one provider after another.
 struct Message<'a> {
     node: &'a Node,
-    service: Arc<str>,
-    payload: Arc<[u8]>,
+    service: &'a Arc<str>,
+    payload: Bytes,
+    begun: Instant,
+    deadline: Instant,
 }
 
 /// A call under way.
@@ -78,7 +80,9 @@ struct Call<'a> {
     name: &'a ServiceName,
     message: Message<'a>,
     delivery: Delivery,
+    /// The providers that have failed, and the last one that was asked.
     tried: Vec<PeerId>,
+    asked: Option<PeerId>,
     /// What the last attempt that failed has to say.
     failure: Option<RequestError>,
 }
@@ -96,11 +100,11 @@ pub(super) async fn request(
     payload: Vec<u8>,
     options: RequestOptions,
 ) -> Result<Reply, RequestError> {
-    let mut call = Call::new(node, name, payload, options.delivery)?;
-    let result = within(name, options.deadline, call.run()).await;
-    if let (Err(RequestError::TimedOut(_)), Some(silent)) = (&result, call.tried.last()) {
+    let mut call = Call::new(node, name, payload, options)?;
+    let result = call.run().await;
+    if let (Err(RequestError::TimedOut(_)), Some(silent)) = (&result, call.asked) {
         // It may be gone without a word: the next request looks first.
-        node.routes().forget(name, silent);
+        node.routes().forget(name, &silent);
     }
     result
 }
@@ -112,34 +116,16 @@ pub(super) async fn request_to(
     payload: Vec<u8>,
     options: RequestOptions,
 ) -> Result<Reply, RequestError> {
-    let mut call = Call::new(node, name, payload, options.delivery)?;
-    let attempt = async {
-        if !node.routes().is_connected(&provider) {
-            // Dials it, if it still announces the name.
-            node.wait_for(name, Waiter::All).await?;
-        }
-        let slots = node.routes().slots(provider);
-        let pick = Pick {
-            provider,
-            slots,
-            stale: false,
-        };
-        match call.attempt(pick).await {
-            Verdict::Over(result) => result,
-            Verdict::Next(error) => Err(error),
-        }
-    };
-    within(name, options.deadline, attempt).await
-}
-
-async fn within<T>(
-    name: &ServiceName,
-    deadline: Duration,
-    call: impl Future<Output = Result<T, RequestError>>,
-) -> Result<T, RequestError> {
-    timeout(deadline.min(MAX_REQUEST_TIME), call)
-        .await
-        .unwrap_or_else(|_| Err(RequestError::TimedOut(name.clone())))
+    let mut call = Call::new(node, name, payload, options)?;
+    if !node.routes().is_connected(&provider) {
+        // Dials it, if it still announces the name.
+        call.look_up(Waiter::All).await?;
+    }
+    let link = node.routes().link(provider);
+    match call.attempt(provider, &link).await {
+        Verdict::Over(result) => result,
+        Verdict::Next(error) => Err(error),
+    }
 }
 
 /// Calls a service of one peer that is no name: one of the protocol's own.
@@ -148,41 +134,65 @@ pub(super) async fn call_peer(
     peer: PeerId,
     service: &str,
     payload: Vec<u8>,
-    deadline: Duration,
+    time: Duration,
 ) -> Outcome {
-    let message = Message {
-        node,
-        service: service.into(),
-        payload: payload.into(),
-    };
-    let slots = node.routes().slots(peer);
-    match timeout(deadline, message.send(peer, &slots)).await {
-        Ok(Ok(outcome)) => outcome,
-        Ok(Err(Closed)) => Outcome::NotSent("this node is shut down".into()),
-        Err(_) => Outcome::Broken("it did not answer in time".into()),
+    let service = service.into();
+    let message = Message::new(node, &service, payload, time);
+    let link = node.routes().link(peer);
+    match message.send(peer, &link).await {
+        Ok(Outcome::TimedOut) => Outcome::Broken("it did not answer in time".into()),
+        Ok(outcome) => outcome,
+        Err(Closed) => Outcome::NotSent("this node is shut down".into()),
     }
 }
 
-impl Message<'_> {
+impl<'a> Message<'a> {
+    fn new(node: &'a Node, service: &'a Arc<str>, payload: Vec<u8>, time: Duration) -> Self {
+        let begun = Instant::now();
+        Self {
+            node,
+            service,
+            payload: payload.into(),
+            begun,
+            deadline: begun + time,
+        }
+    }
+
     /// Sends it to a peer when there is a slot for it: over a stream that is kept open if there is
-    /// one, and otherwise over one of its own.
-    async fn send(&self, provider: PeerId, slots: &Slots) -> Result<Outcome, Closed> {
-        let _slot = slots.all.acquire().await.map_err(|_| Closed)?;
-        self.node.count_request();
-        if let Some(outcome) = self.over_kept_stream(provider).await {
+    /// one, and otherwise over one of its own. Ends by the deadline.
+    async fn send(&self, provider: PeerId, link: &Link) -> Result<Outcome, Closed> {
+        if let Some(outcome) = self.over_kept_stream(link).await {
             return Ok(outcome);
         }
-        let slot = Arc::clone(&slots.single).acquire_owned().await;
+        let sent = self.over_single_stream(provider, link);
+        // Not in this function's own state, which most requests do not need.
+        let sent = Box::pin(self.wait(sent)).await;
+        sent.unwrap_or(Ok(Outcome::TimedOut))
+    }
+
+    /// `None` if there is no such stream, or it ended before the request was written to it.
+    async fn over_kept_stream(&self, link: &Link) -> Option<Outcome> {
+        let question = Question {
+            service: self.service,
+            payload: &self.payload,
+            deadline: self.deadline,
+        };
+        link.lane(Lane::of(&self.payload)).ask(question).await
+    }
+
+    async fn over_single_stream(&self, provider: PeerId, link: &Link) -> Result<Outcome, Closed> {
+        let slot = Arc::clone(link.single()).acquire_owned().await;
         let slot = slot.map_err(|_| Closed)?;
-        // One may have been opened while this waited.
-        if let Some(outcome) = self.over_kept_stream(provider).await {
+        // A kept one may have been opened while this waited.
+        if let Some(outcome) = self.over_kept_stream(link).await {
             return Ok(outcome);
         }
+        self.node.count_request();
         let (sender, outcome) = oneshot::channel();
         let command = Command::Request(Outbound {
             provider,
-            service: Arc::clone(&self.service),
-            payload: Arc::clone(&self.payload),
+            service: Arc::clone(self.service),
+            payload: self.payload.clone(),
             outcome: sender,
             slot,
         });
@@ -190,21 +200,9 @@ impl Message<'_> {
         outcome.await.map_err(|_| Closed)
     }
 
-    /// `None` if there is no such stream, or it ended before the request was written to it.
-    async fn over_kept_stream(&self, provider: PeerId) -> Option<Outcome> {
-        let lane = Lane::of(&self.payload);
-        let queue = self.node.kept_stream(provider, lane)?;
-        let (sender, outcome) = oneshot::channel();
-        let request = Outgoing {
-            service: Arc::clone(&self.service),
-            payload: Arc::clone(&self.payload),
-            outcome: sender,
-        };
-        queue.send(request).await.ok()?;
-        match outcome.await {
-            Ok(Outcome::NotSent(_)) | Err(_) => None,
-            Ok(outcome) => Some(outcome),
-        }
+    /// Waits for something until the deadline.
+    async fn wait<T>(&self, something: impl Future<Output = T>) -> Option<T> {
+        timeout_at(self.deadline, something).await.ok()
     }
 }
 
@@ -213,23 +211,21 @@ impl<'a> Call<'a> {
         node: &'a Node,
         name: &'a ServiceName,
         payload: Vec<u8>,
-        delivery: Delivery,
+        options: RequestOptions,
     ) -> Result<Self, RequestError> {
         let (len, max) = (payload.len(), MAX_PAYLOAD);
         if len > max {
             return Err(RequestError::TooLarge { len, max });
         }
-        let message = Message {
-            node,
-            service: name.shared(),
-            payload: payload.into(),
-        };
+        let time = options.deadline.min(MAX_REQUEST_TIME);
+        let message = Message::new(node, name.shared(), payload, time);
         Ok(Self {
             node,
             name,
             message,
-            delivery,
+            delivery: options.delivery,
             tried: Vec::new(),
+            asked: None,
             failure: None,
         })
     }
@@ -240,14 +236,14 @@ impl<'a> Call<'a> {
             return result;
         }
         if self.tried.is_empty() {
-            self.node.wait_for(self.name, Waiter::First).await?;
+            self.look_up(Waiter::First).await?;
         } else {
             // Those known have failed: all others count, not just the first to answer.
-            match self.node.wait_for(self.name, Waiter::All).await {
+            match self.look_up(Waiter::All).await {
                 // Those that are live now may be tried again: what failed has not run, or may run
                 // twice.
                 Ok(_) => self.tried.clear(),
-                Err(error) => return Err(self.failure.take().unwrap_or(error.into())),
+                Err(error) => return Err(self.failure.take().unwrap_or(error)),
             }
         }
         if let Some(result) = self.try_known().await {
@@ -261,18 +257,19 @@ impl<'a> Call<'a> {
 
     async fn try_known(&mut self) -> Option<Result<Reply, RequestError>> {
         loop {
-            let pick = self
-                .node
-                .routes()
-                .pick(self.name, &self.tried, Instant::now());
-            let pick = pick?;
+            // As old as the call, which saves a look at the clock.
+            let now = self.message.begun.into_std();
+            let pick = self.node.routes().pick(self.name, &self.tried, now)?;
             if pick.stale {
                 self.refresh();
             }
-            self.tried.push(pick.provider);
-            match self.attempt(pick).await {
+            self.asked = Some(pick.provider);
+            match self.attempt(pick.provider, &pick.link).await {
                 Verdict::Over(result) => return Some(result),
-                Verdict::Next(error) => self.failure = Some(error),
+                Verdict::Next(error) => {
+                    self.tried.push(pick.provider);
+                    self.failure = Some(error);
+                }
             }
         }
     }
@@ -286,9 +283,21 @@ impl<'a> Call<'a> {
         });
     }
 
-    async fn attempt(&mut self, pick: Pick) -> Verdict {
-        match self.message.send(pick.provider, &pick.slots).await {
-            Ok(outcome) => self.judge(pick.provider, outcome),
+    /// Looks the name up, until the deadline.
+    async fn look_up<T>(
+        &self,
+        waiter: impl FnOnce(oneshot::Sender<Result<T, LookupError>>) -> Waiter,
+    ) -> Result<T, RequestError> {
+        let looked_up = Box::pin(self.node.wait_for(self.name, waiter));
+        match self.message.wait(looked_up).await {
+            Some(result) => Ok(result?),
+            None => Err(RequestError::TimedOut(self.name.clone())),
+        }
+    }
+
+    async fn attempt(&mut self, provider: PeerId, link: &Link) -> Verdict {
+        match self.message.send(provider, link).await {
+            Ok(outcome) => self.judge(provider, outcome),
             Err(Closed) => Verdict::Over(Err(RequestError::Closed)),
         }
     }
@@ -297,6 +306,7 @@ impl<'a> Call<'a> {
         match outcome {
             Outcome::Answered(Ok(payload)) => Verdict::Over(Ok(Reply { provider, payload })),
             Outcome::Answered(Err(error)) => self.judge_error(provider, error),
+            Outcome::TimedOut => Verdict::Over(Err(RequestError::TimedOut(self.name.clone()))),
             Outcome::NotSent(reason) => {
                 self.node.routes().forget(self.name, &provider);
                 Verdict::Next(self.unreachable(&reason))

@@ -6,11 +6,11 @@ mod call;
 mod directory;
 mod service;
 
-use std::sync::{Arc, MutexGuard, PoisonError};
+use std::sync::Arc;
 
 use futures::stream::{FuturesUnordered, Stream, StreamExt};
 use libp2p::{Multiaddr, PeerId};
-use tokio::sync::{Semaphore, mpsc, oneshot, watch};
+use tokio::sync::{Semaphore, oneshot, watch};
 use tokio::time::timeout;
 
 pub use builder::{Builder, Role};
@@ -28,7 +28,7 @@ use crate::error::{AnnounceError, LookupError, RequestError};
 use crate::limits::{LOOKUP_DEADLINE, MAX_LOOKUPS, SHUTDOWN_DEADLINE};
 use crate::metrics::Snapshot;
 use crate::name::ServiceName;
-use crate::net::{Command, Handle, Lane, Outgoing, Status, Waiter};
+use crate::net::{Command, Handle, Link, Status, Waiter};
 use crate::proto::routes::Routes;
 
 /// A member of the network: it announces names, looks names up and calls them.
@@ -253,13 +253,8 @@ impl Node {
         commands.send(command).await.map_err(|_| Closed)
     }
 
-    pub(crate) fn routes(&self) -> MutexGuard<'_, Routes> {
-        let routes = self.shared.handle.routes.lock();
-        routes.unwrap_or_else(PoisonError::into_inner)
-    }
-
-    pub(crate) fn kept_stream(&self, peer: PeerId, lane: Lane) -> Option<mpsc::Sender<Outgoing>> {
-        self.shared.handle.kept.get(peer, lane)
+    pub(crate) fn routes(&self) -> &Routes<Link> {
+        &self.shared.handle.routes
     }
 
     pub(crate) fn count_request(&self) {

@@ -1,5 +1,7 @@
 //! The serving side: a [`Service`] yields the [`Request`]s for an announced name.
 
+use std::collections::VecDeque;
+use std::iter;
 use std::str::Utf8Error;
 
 use futures::FutureExt;
@@ -16,6 +18,9 @@ use crate::proto::wire::{ErrorCode, RemoteError};
 /// open requests comes first by default.
 const QUEUE: usize = 1_024;
 
+/// The requests that are taken from the queue together.
+const TOGETHER: usize = 64;
+
 /// A name that this node announces and serves.
 ///
 /// Dropping it takes the name back: requests that come then are answered `unknown-service`, and
@@ -25,6 +30,8 @@ const QUEUE: usize = 1_024;
 pub struct Service {
     name: ServiceName,
     requests: mpsc::Receiver<Inbound>,
+    /// Those that were taken from the channel together.
+    waiting: VecDeque<Inbound>,
     node: Node,
 }
 
@@ -45,6 +52,7 @@ impl Service {
         let service = Self {
             name,
             requests,
+            waiting: VecDeque::new(),
             node,
         };
         (service, handler)
@@ -57,7 +65,12 @@ impl Service {
 
     /// The next request; `None` once the node is shut down. Cancel-safe.
     pub async fn next(&mut self) -> Option<Request> {
-        self.requests.recv().await.map(Into::into)
+        if self.waiting.is_empty() {
+            let mut together = Vec::from(std::mem::take(&mut self.waiting));
+            self.requests.recv_many(&mut together, TOGETHER).await;
+            self.waiting = together.into();
+        }
+        self.waiting.pop_front().map(Into::into)
     }
 
     /// Runs a handler for every request, each in a task of its own, so that a slow one delays no
@@ -97,7 +110,9 @@ impl Drop for Service {
     fn drop(&mut self) {
         // Requests in the queue have not run: their callers may go on to the next provider.
         self.requests.close();
-        while let Some(Some(inbound)) = self.requests.recv().now_or_never() {
+        let waiting = std::mem::take(&mut self.waiting).into_iter();
+        let queued = iter::from_fn(|| self.requests.recv().now_or_never().flatten());
+        for inbound in waiting.chain(queued) {
             let message = "not served any more";
             let error = RemoteError::new(ErrorCode::UnknownService, message);
             inbound.responder.answer(Err(error));

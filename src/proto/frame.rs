@@ -120,11 +120,25 @@ where
     io.flush().await
 }
 
-/// Appends `body` as one frame to what is to be written.
-pub fn append_frame(out: &mut Vec<u8>, body: &[u8]) {
+/// Appends the frame whose content `append` writes; after an error, nothing.
+pub fn append_frame_with<E>(
+    out: &mut Vec<u8>,
+    append: impl FnOnce(&mut Vec<u8>) -> Result<(), E>,
+) -> Result<(), E> {
+    let begin = out.len();
+    // Room for the length of a small frame; a longer one moves the content.
+    out.push(0);
+    if let Err(error) = append(out) {
+        out.truncate(begin);
+        return Err(error);
+    }
     let mut buffer = encode::usize_buffer();
-    out.extend_from_slice(encode::usize(body.len(), &mut buffer));
-    out.extend_from_slice(body);
+    let prefix = encode::usize(out.len() - begin - 1, &mut buffer);
+    match *prefix {
+        [len] => out[begin] = len,
+        _ => drop(out.splice(begin..=begin, prefix.iter().copied())),
+    }
+    Ok(())
 }
 
 /// Reads frames that follow each other on a stream, many of them with one read.
@@ -186,6 +200,19 @@ impl<R: AsyncRead + Unpin> FrameReader<R> {
             (body, true) => body,
             _ => timeout(deadline, self.complete(max)).await??,
         };
+        self.begin = body.end;
+        Ok(Some(&self.buffer[body]))
+    }
+
+    /// The body of the next frame, at most `max` bytes, if all of it has arrived; reads nothing.
+    pub fn arrived(&mut self, max: usize) -> Result<Option<&[u8]>, FrameError> {
+        if self.begin == self.end {
+            return Ok(None);
+        }
+        let (body, is_whole) = self.body(max)?;
+        if !is_whole {
+            return Ok(None);
+        }
         self.begin = body.end;
         Ok(Some(&self.buffer[body]))
     }
@@ -292,71 +319,6 @@ impl<R: AsyncRead + Unpin> FrameReader<R> {
             left -= chunk;
         }
         Ok(FrameError::NoRoom { len, head })
-    }
-}
-
-/// Writes frames that follow each other on a stream, many of them with one write.
-#[derive(Debug)]
-pub struct FrameWriter<W> {
-    io: W,
-    /// How long the remote may take to take what is written at once.
-    deadline: Duration,
-    /// Frames to be written.
-    buffer: Vec<u8>,
-    /// The content of the frame that is being added.
-    content: Vec<u8>,
-}
-
-/// What is written at once, so that a large frame is not copied into a larger buffer.
-const WRITE_LEN: usize = 64 * 1024;
-
-impl<W: AsyncWrite + Unpin> FrameWriter<W> {
-    /// Begins to write.
-    pub fn new(io: W, deadline: Duration) -> Self {
-        Self {
-            io,
-            deadline,
-            buffer: Vec::new(),
-            content: Vec::new(),
-        }
-    }
-
-    /// Adds the frame whose content `append` writes. It is sent with [`flush`](Self::flush), or
-    /// before, when enough is together.
-    pub async fn add<E>(
-        &mut self,
-        append: impl FnOnce(&mut Vec<u8>) -> Result<(), E>,
-    ) -> io::Result<()>
-    where
-        E: std::error::Error + Send + Sync + 'static,
-    {
-        self.content.clear();
-        append(&mut self.content).map_err(io::Error::other)?;
-        append_frame(&mut self.buffer, &self.content);
-        if self.buffer.len() >= WRITE_LEN {
-            timeout(self.deadline, self.io.write_all(&self.buffer)).await??;
-            self.buffer.clear();
-        }
-        Ok(())
-    }
-
-    /// Sends every frame that was added.
-    pub async fn flush(&mut self) -> io::Result<()> {
-        let rest = async {
-            self.io.write_all(&self.buffer).await?;
-            self.io.flush().await
-        };
-        timeout(self.deadline, rest).await??;
-        self.buffer.clear();
-        if self.content.capacity() > WRITE_LEN {
-            (self.buffer, self.content) = (Vec::new(), Vec::new());
-        }
-        Ok(())
-    }
-
-    /// Ends the stream.
-    pub async fn close(&mut self) -> io::Result<()> {
-        timeout(self.deadline, self.io.close()).await?
     }
 }
 

@@ -12,6 +12,7 @@
 
 mod chat;
 mod map;
+mod plain;
 mod registry;
 mod rpc;
 

@@ -4,6 +4,8 @@
 //! dropping it is as abrupt as a crash.
 
 use std::collections::HashMap;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU8, Ordering};
 use std::time::Duration;
 
 use futures::StreamExt;
@@ -764,47 +766,84 @@ async fn one_port_serves_both_families() {
     .await;
 }
 
+/// The payload of one of a million requests: its number, and for some a lot more.
+fn numbered(number: u32) -> Vec<u8> {
+    let len = match number {
+        _ if number.is_multiple_of(20_000) => 100 * 1024,
+        _ if number.is_multiple_of(500) => 8 * 1024,
+        _ => 8,
+    };
+    let mut payload = vec![0; len];
+    payload[..4].copy_from_slice(&number.to_le_bytes());
+    payload
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn requests_under_random_cancellation_get_their_own_reply_and_no_other() {
-    in_time(async {
+async fn of_a_million_requests_none_is_lost_or_run_twice_whoever_is_cancelled() {
+    const REQUESTS: u32 = 1_000_000;
+    let scenario = async {
         let grape = on(Role::Grape, TCP, &[]).spawn().await.unwrap();
         let server = on(Role::Peer, TCP, &[&grape]).spawn().await.unwrap();
         let client = on(Role::Peer, TCP, &[&grape]).spawn().await.unwrap();
         let service = server.announce(&name("client1")).await.unwrap();
-        tokio::spawn(service.serve(|request| async move {
-            let payload = request.payload().to_vec();
-            // Replies overtake each other.
-            if payload[0] % 3 == 0 {
-                tokio::task::yield_now().await;
-            }
-            request.reply(payload);
-        }));
-        let requests = (0..20_000_u32).map(|number| {
-            let client = client.clone();
+        let runs: Arc<[AtomicU8]> = (0..REQUESTS).map(|_| AtomicU8::new(0)).collect();
+        let counted = Arc::clone(&runs);
+        tokio::spawn(service.serve(move |request| {
+            let counted = Arc::clone(&counted);
             async move {
-                let payload = number.to_le_bytes();
-                let name = name("client1");
-                let request = client.request(&name, payload);
-                if number % 4 == 0 {
-                    // Dropped at some point of its way.
-                    let _ = timeout(Duration::from_micros(number.into()), request).await;
-                    return 0;
+                let payload = request.payload().to_vec();
+                let number = u32::from_le_bytes(payload[..4].try_into().unwrap());
+                counted[number as usize].fetch_add(1, Ordering::Relaxed);
+                // Replies overtake each other.
+                if number.is_multiple_of(3) {
+                    tokio::task::yield_now().await;
                 }
-                assert_eq!(request.await.unwrap().payload, payload);
-                1
+                request.reply(payload);
             }
+        }));
+        let is_cancelled = |number: u32| number % 4 == 1;
+        let callers = (0..4).map(|caller| {
+            let client = client.clone();
+            let requests = (caller..REQUESTS).step_by(4).map(move |number| {
+                let client = client.clone();
+                // Other callers are cancelled at other times.
+                let number = number ^ (number >> 2 & 3);
+                async move {
+                    let (name, payload) = (name("client1"), numbered(number));
+                    let request = client.request(&name, payload.clone());
+                    if is_cancelled(number) {
+                        // Dropped at some point of its way.
+                        let time = Duration::from_micros((number % 2_000).into());
+                        let _ = timeout(time, request).await;
+                    } else {
+                        assert_eq!(request.await.unwrap().payload, payload);
+                    }
+                }
+            });
+            tokio::spawn(
+                futures::stream::iter(requests)
+                    .buffer_unordered(64)
+                    .collect::<()>(),
+            )
         });
-        let answered: u32 = futures::stream::iter(requests)
-            .buffer_unordered(200)
-            .fold(0, |sum, answered| async move { sum + answered })
-            .await;
-        assert_eq!(answered, 15_000);
+        for caller in callers.collect::<Vec<_>>() {
+            caller.await.unwrap();
+        }
         // What was cancelled gives its place back as well.
         while server.metrics().open_requests > 0 {
             tokio::time::sleep(Duration::from_millis(10)).await;
         }
-    })
-    .await;
+        for (number, runs) in (0..).zip(runs.iter()) {
+            let runs = runs.load(Ordering::Relaxed);
+            assert!(
+                runs == 1 || runs == 0 && is_cancelled(number),
+                "{number} ran {runs} times"
+            );
+        }
+    };
+    timeout(Duration::from_secs(300), scenario)
+        .await
+        .expect("the scenario hangs");
 }
 
 #[tokio::test]

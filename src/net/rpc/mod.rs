@@ -1,16 +1,22 @@
 //! Requests and replies.
 //!
 //! * [`serve`]: the requests of others. A stream may carry one or many; each is served by the same
-//!   handlers within one budget.
+//!   handlers within one [`budget`], and its [`replies`] leave as they come.
+//! * [`link`]: the way to one peer, which all requests to it share.
 //! * [`kept`]: requests to a peer, pipelined over a stream that stays open. Used once it is known
 //!   that the peer is one of ours, which serves such streams.
 //! * [`single`]: a stream for each request, as every libp2p implementation can; the first requests
 //!   to a peer, and all to a foreign one.
+//! * [`outbox`]: the frames that wait to be written to a stream of either side.
 //! * [`streams`]: opens and accepts the streams, and knows nothing of what they carry.
 //!
 //! Only opening a stream takes the Swarm's task; reading, decoding, handling and writing do not.
 
+mod budget;
 pub(crate) mod kept;
+pub(crate) mod link;
+mod outbox;
+pub(crate) mod replies;
 pub(crate) mod serve;
 pub(crate) mod single;
 pub(crate) mod streams;
@@ -24,4 +30,6 @@ pub(crate) enum Outcome {
     NotSent(String),
     /// It was sent, and may have run.
     Broken(String),
+    /// Its deadline has passed; it may have run, and may still.
+    TimedOut,
 }

@@ -1,38 +1,32 @@
 //! Serves the requests of others, each stream in a task of its own.
 //!
-//! A request takes a *place* in a budget of count and bytes, and keeps it until its reply has left
-//! or the stream has failed: neither slow handlers nor slow readers make memory grow. Beyond the
+//! A request takes its part of the [budget](super::budget) before it goes to its handler. Beyond the
 //! budget the answer is `busy` or, when a reply finds no room after its handler has run, `too-large`.
-//! One peer gets three quarters of it at most. A stream that has [`MAX_PIPELINED`] requests open is
-//! not read further.
-//!
-//! Requests that are still arriving have a budget of as many bytes, so that frames that never end
-//! neither make memory grow nor take the places of those that do.
+//! A stream that has [`MAX_PIPELINED`](crate::limits::MAX_PIPELINED) requests open is not read further.
 
 use std::collections::HashMap;
 use std::error::Error;
 use std::io;
 use std::net::IpAddr;
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, OnceLock, PoisonError, RwLock, Weak};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, OnceLock, PoisonError, RwLock};
 use std::time::{Duration, Instant};
 
 use futures::future::{Either, select};
 use futures::io::{AsyncRead, AsyncReadExt, AsyncWrite};
 use libp2p::PeerId;
+use tokio::sync::mpsc;
 use tokio::sync::mpsc::error::TrySendError;
-use tokio::sync::mpsc::{self, OwnedPermit};
-use tokio::sync::{Notify, OwnedSemaphorePermit, Semaphore};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
-use crate::limits::{FRAME_DEADLINE, Limits, MAX_PIPELINED, MAX_SERVED_STREAMS};
+use super::budget::Budget;
+use super::replies::{Replies, Responder};
+use crate::limits::{FRAME_DEADLINE, Limits, MAX_SERVED_STREAMS};
 use crate::metrics::Metrics;
 use crate::name::ServiceName;
-use crate::proto::frame::{FrameError, FrameReader, FrameWriter};
-use crate::proto::wire::{self, Batch, DecodeError, ErrorCode, RemoteError, ReplyRef, Request};
+use crate::proto::frame::{FrameError, FrameReader};
+use crate::proto::wire::{self, Batch, DecodeError, ErrorCode, RemoteError, Request, RequestRef};
 use crate::store::Registry;
-
-/// The replies that are taken from the queue for one write.
-const WRITE_BATCH: usize = 256;
 
 /// What is said to whoever calls a name that nobody serves here.
 const NOT_SERVED: &str = "not served here";
@@ -41,16 +35,14 @@ const NOT_SERVED: &str = "not served here";
 #[derive(Debug)]
 pub(crate) struct Server {
     services: RwLock<HashMap<ServiceName, mpsc::Sender<Inbound>>>,
-    peers: Mutex<HashMap<PeerId, Weak<Usage>>>,
-    total: Usage,
-    max_requests: usize,
-    max_bytes: usize,
+    /// How often they have changed.
+    changes: AtomicU64,
+    budget: Arc<Budget>,
     /// How long a stream may rest between two requests.
     rest: Duration,
     /// One permit for each stream that is served.
     streams: Arc<Semaphore>,
     stopping: AtomicBool,
-    idle: Notify,
     /// The tables of a grape.
     registry: OnceLock<Arc<Registry>>,
     /// Where requests for this grape's workers go.
@@ -58,21 +50,31 @@ pub(crate) struct Server {
     metrics: Arc<Metrics>,
 }
 
-/// Where a request goes.
+/// Where requests for a service go.
+#[derive(Clone, Debug)]
 enum Route {
     Handler(mpsc::Sender<Inbound>),
     Carrier(ServiceName, mpsc::Sender<Carried>),
 }
 
+/// The route of a stream's last request, which most often is that of the next one too.
+#[derive(Debug)]
+struct LastRoute {
+    service: String,
+    route: Route,
+    /// How often the services had changed before.
+    changes: u64,
+}
+
 impl Route {
-    fn send(self, inbound: Inbound) -> Result<(), TrySendError<Inbound>> {
+    fn send(&self, inbound: Inbound) -> Result<(), TrySendError<Inbound>> {
         let (name, carrier) = match self {
             Self::Handler(handler) => return handler.try_send(inbound),
             Self::Carrier(name, carrier) => (name, carrier),
         };
         match carrier.try_reserve() {
             Ok(place) => {
-                place.send(Carried::Call(name, inbound));
+                place.send(Carried::Call(name.clone(), inbound));
                 Ok(())
             }
             Err(TrySendError::Full(())) => Err(TrySendError::Full(inbound)),
@@ -92,28 +94,19 @@ pub(crate) struct Remote {
 #[derive(Debug)]
 pub(crate) enum Carried {
     /// Whether a live one serves the name.
-    Asks(ServiceName, Question),
+    Asks(ServiceName, ServesQuestion),
     /// To serve a request for the name.
     Call(ServiceName, Inbound),
 }
 
 /// Whether a name is served. Dropping it says that nobody knows.
 #[derive(Debug)]
-pub(crate) struct Question(Responder);
+pub(crate) struct ServesQuestion(Responder);
 
-impl Question {
+impl ServesQuestion {
     pub(crate) fn answer(self, serves: bool) {
         self.0.answer(Ok(vec![u8::from(serves)]));
     }
-}
-
-/// What is used of the budget, by all or by one peer.
-#[derive(Debug)]
-struct Usage {
-    requests: AtomicUsize,
-    bytes: AtomicUsize,
-    /// The bytes that frames still arriving may take.
-    arriving: Arc<Semaphore>,
 }
 
 /// A request on its way to a handler.
@@ -124,43 +117,15 @@ pub(crate) struct Inbound {
     pub(crate) responder: Responder,
 }
 
-/// Answers one request, exactly once: dropping it answers `handler-failed`.
-#[derive(Debug)]
-pub(crate) struct Responder {
-    id: u64,
-    place: Option<Place>,
-    /// Room in the stream's queue of replies.
-    permit: Option<OwnedPermit<Answer>>,
-}
-
-#[derive(Debug)]
-struct Answer {
-    id: u64,
-    outcome: Result<Vec<u8>, RemoteError>,
-    /// Given back when the reply has left.
-    _place: Option<Place>,
-}
-
-/// A place in the budget; dropping it gives it back.
-#[derive(Debug)]
-struct Place {
-    server: Arc<Server>,
-    of_peer: Arc<Usage>,
-    bytes: usize,
-}
-
 impl Server {
     pub(crate) fn new(limits: &Limits, metrics: Arc<Metrics>) -> Arc<Self> {
         Arc::new(Self {
             services: RwLock::default(),
-            peers: Mutex::default(),
-            total: Usage::new(limits.inbound_bytes),
-            max_requests: limits.inbound_requests,
-            max_bytes: limits.inbound_bytes,
+            changes: AtomicU64::new(0),
+            budget: Arc::new(Budget::new(limits)),
             rest: limits.idle,
             streams: Arc::new(Semaphore::new(MAX_SERVED_STREAMS)),
             stopping: AtomicBool::new(false),
-            idle: Notify::new(),
             registry: OnceLock::new(),
             carrier: OnceLock::new(),
             metrics,
@@ -185,6 +150,7 @@ impl Server {
             .write()
             .unwrap_or_else(PoisonError::into_inner);
         services.insert(name, handler);
+        self.changes.fetch_add(1, Ordering::Release);
     }
 
     /// The name is not served any more.
@@ -194,6 +160,7 @@ impl Server {
             .write()
             .unwrap_or_else(PoisonError::into_inner);
         services.remove(name);
+        self.changes.fetch_add(1, Ordering::Release);
     }
 
     /// Refuses new requests from now on.
@@ -203,18 +170,12 @@ impl Server {
 
     /// How many requests are open.
     pub(crate) fn open_requests(&self) -> usize {
-        self.total.requests.load(Ordering::Acquire)
+        self.budget.open_requests()
     }
 
     /// Returns when no request is open.
     pub(crate) async fn idle(&self) {
-        loop {
-            let idle = self.idle.notified();
-            if self.open_requests() == 0 {
-                return;
-            }
-            idle.await;
-        }
+        self.budget.idle().await;
     }
 
     /// A place for one more stream, if there is one.
@@ -227,7 +188,25 @@ impl Server {
         services.get(service).cloned()
     }
 
-    /// Where requests for a service go.
+    /// Where requests for a service go, if anywhere; `last` is what this said last.
+    fn route_after<'a>(&self, last: &'a mut Option<LastRoute>, service: &str) -> Option<&'a Route> {
+        // Read first, so that a change that comes meanwhile makes the route old.
+        let changes = self.changes.load(Ordering::Acquire);
+        let is_still_so = |last: &LastRoute| {
+            // Whether this grape has a worker can change without a change of the services.
+            let by_handler = matches!(last.route, Route::Handler(_));
+            by_handler && last.changes == changes && last.service == service
+        };
+        if !last.as_ref().is_some_and(is_still_so) {
+            *last = self.route(service).map(|route| LastRoute {
+                service: service.to_owned(),
+                route,
+                changes,
+            });
+        }
+        last.as_ref().map(|last| &last.route)
+    }
+
     fn route(&self, service: &str) -> Option<Route> {
         if let Some(handler) = self.handler(service) {
             return Some(Route::Handler(handler));
@@ -235,32 +214,6 @@ impl Server {
         let name = ServiceName::from_wire(service).ok()?;
         let carrier = self.carrier_for(&name)?.clone();
         Some(Route::Carrier(name, carrier))
-    }
-
-    /// What a peer uses, all its streams together.
-    fn usage_of(&self, peer: PeerId) -> Arc<Usage> {
-        let mut peers = self.peers.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(usage) = peers.get(&peer).and_then(Weak::upgrade) {
-            return usage;
-        }
-        peers.retain(|_, usage| usage.strong_count() > 0);
-        let usage = Arc::new(Usage::new(share(self.max_bytes)));
-        peers.insert(peer, Arc::downgrade(&usage));
-        usage
-    }
-
-    /// A place for a request, if there is one.
-    fn place(self: &Arc<Self>, of_peer: &Arc<Usage>, payload: usize) -> Option<Place> {
-        // Counted first, so that two streams cannot both take the last place.
-        let open = self.total.requests.fetch_add(1, Ordering::AcqRel);
-        let of_peer_open = of_peer.requests.fetch_add(1, Ordering::AcqRel);
-        let mut place = Place {
-            server: Arc::clone(self),
-            of_peer: Arc::clone(of_peer),
-            bytes: 0,
-        };
-        let fits = open < self.max_requests && of_peer_open < share(self.max_requests);
-        (fits && place.take(payload)).then_some(place)
     }
 
     /// Answers whether a name is served here, by this node or by a worker of this grape's.
@@ -271,15 +224,15 @@ impl Server {
             return responder.answer(Err(RemoteError::new(ErrorCode::BadRequest, message)));
         };
         if self.stopping.load(Ordering::Relaxed) {
-            return Question(responder).answer(false);
+            return ServesQuestion(responder).answer(false);
         }
         if self.handler(name.as_ref()).is_some() {
-            return Question(responder).answer(true);
+            return ServesQuestion(responder).answer(true);
         }
         match self.carrier_for(&name) {
             // A full queue drops the question, and with it answers that nobody knows.
-            Some(carrier) => drop(carrier.try_send(Carried::Asks(name, Question(responder)))),
-            None => Question(responder).answer(false),
+            Some(carrier) => drop(carrier.try_send(Carried::Asks(name, ServesQuestion(responder)))),
+            None => ServesQuestion(responder).answer(false),
         }
     }
 
@@ -302,93 +255,6 @@ impl Server {
     }
 }
 
-impl Usage {
-    fn new(max_bytes: usize) -> Self {
-        let arriving = Semaphore::new(max_bytes.min(Semaphore::MAX_PERMITS));
-        Self {
-            requests: AtomicUsize::new(0),
-            bytes: AtomicUsize::new(0),
-            arriving: Arc::new(arriving),
-        }
-    }
-}
-
-impl Place {
-    /// Takes room for a payload; `false`, and nothing taken, if there is none.
-    fn take(&mut self, payload: usize) -> bool {
-        let bytes = weight(payload);
-        let held = self.server.total.bytes.fetch_add(bytes, Ordering::AcqRel);
-        let of_peer = self.of_peer.bytes.fetch_add(bytes, Ordering::AcqRel);
-        let max = self.server.max_bytes;
-        let fits = bytes == 0 || held + bytes <= max && of_peer + bytes <= share(max);
-        if fits {
-            self.bytes += bytes;
-        } else {
-            self.server.total.bytes.fetch_sub(bytes, Ordering::AcqRel);
-            self.of_peer.bytes.fetch_sub(bytes, Ordering::AcqRel);
-        }
-        fits
-    }
-}
-
-impl Drop for Place {
-    fn drop(&mut self) {
-        let total = &self.server.total;
-        total.bytes.fetch_sub(self.bytes, Ordering::AcqRel);
-        self.of_peer.bytes.fetch_sub(self.bytes, Ordering::AcqRel);
-        self.of_peer.requests.fetch_sub(1, Ordering::AcqRel);
-        if total.requests.fetch_sub(1, Ordering::AcqRel) == 1 {
-            self.server.idle.notify_waiters();
-        }
-    }
-}
-
-/// What a payload takes of the budget of bytes: a small one nothing, so that short messages go on
-/// while slow readers hold all of it. The budget of requests bounds those.
-fn weight(payload: usize) -> usize {
-    const SMALL: usize = 4 * 1024;
-    if payload <= SMALL { 0 } else { payload }
-}
-
-/// What one peer may use of a budget.
-fn share(budget: usize) -> usize {
-    (budget - budget / 4).max(1)
-}
-
-impl Responder {
-    pub(crate) fn answer(mut self, outcome: Result<Vec<u8>, RemoteError>) {
-        self.send(outcome);
-    }
-
-    fn send(&mut self, outcome: Result<Vec<u8>, RemoteError>) {
-        let Some(permit) = self.permit.take() else {
-            return;
-        };
-        let mut place = self.place.take();
-        let len = outcome.as_ref().map_or(0, Vec::len);
-        let outcome = if place.as_mut().is_none_or(|place| place.take(len)) {
-            outcome
-        } else {
-            let message = "too many replies wait to be read";
-            Err(RemoteError::new(ErrorCode::TooLarge, message))
-        };
-        permit.send(Answer {
-            id: self.id,
-            outcome,
-            _place: place,
-        });
-    }
-}
-
-impl Drop for Responder {
-    fn drop(&mut self) {
-        if self.permit.is_some() {
-            let message = "the handler gave no answer";
-            self.send(Err(RemoteError::new(ErrorCode::HandlerFailed, message)));
-        }
-    }
-}
-
 /// Serves one stream until the remote has closed its side and every reply has left, or it fails.
 pub(crate) async fn serve(
     server: Arc<Server>,
@@ -396,83 +262,85 @@ pub(crate) async fn serve(
     stream: impl AsyncRead + AsyncWrite + Unpin,
 ) {
     let (reader, writer) = stream.split();
-    let (replies, mut queue) = mpsc::channel(MAX_PIPELINED);
     let peer = remote.peer;
-    let usage = server.usage_of(peer);
-    let budgets = [&server.total, &*usage].map(|usage| Arc::clone(&usage.arriving));
-    let frames = FrameReader::new(reader, budgets.into());
+    let of_peer = server.budget.usage_of(peer);
+    let frames = FrameReader::new(reader, server.budget.arriving(&of_peer));
+    let replies = Replies::new(Arc::clone(&server.budget), of_peer);
     let ended = {
-        let reading = std::pin::pin!(read(&server, remote, &usage, frames, replies));
-        let writing = std::pin::pin!(write(FrameWriter::new(writer, FRAME_DEADLINE), &mut queue));
+        let reading = std::pin::pin!(read(&server, remote, frames, &replies));
+        let writing = std::pin::pin!(replies.write(writer));
         match select(reading, writing).await {
-            Either::Left((Ok(()), writing)) => writing.await,
-            Either::Left((Err(error), writing)) => {
-                // What was asked before the fault is still answered.
-                let _ = writing.await;
-                Err(error)
+            Either::Left((result, writing)) => {
+                replies.drain();
+                // What was asked before a fault is still answered.
+                let written = writing.await;
+                result.and(written)
             }
             Either::Right((result, _)) => result,
         }
     };
-    // What handlers still answer gives its places back at once: nobody will read it.
-    queue.close();
+    replies.close();
     if let Err(error) = ended {
         tracing::debug!(%peer, %error, "an RPC stream has failed");
     }
-    while queue.recv().await.is_some() {}
 }
 
 async fn read<R: AsyncRead + Unpin>(
     server: &Arc<Server>,
     remote: Remote,
-    usage: &Arc<Usage>,
     mut frames: FrameReader<R>,
-    replies: mpsc::Sender<Answer>,
+    replies: &Arc<Replies>,
 ) -> io::Result<()> {
+    let refuse = |id, code, error: &dyn Error| {
+        server.metrics.requests_refused.add(1);
+        let (responder, has_room) = replies.expect(id);
+        responder.answer(Err(RemoteError::new(code, error.to_string())));
+        has_room
+    };
+    let mut last_route = None;
+    // The first request of a stream is on its way already.
     let mut patience = FRAME_DEADLINE;
     loop {
-        let Ok(permit) = replies.clone().reserve_owned().await else {
-            return Ok(());
-        };
-        let refuse = |permit: OwnedPermit<Answer>, id, code, error: &dyn Error| {
-            server.metrics.requests_refused.add(1);
-            permit.send(Answer {
-                id,
-                outcome: Err(RemoteError::new(code, error.to_string())),
-                _place: None,
-            });
-        };
         let frame = match frames.next(wire::MAX_FRAME, patience, FRAME_DEADLINE).await {
             Ok(Some(frame)) => frame,
             Ok(None) => return Ok(()),
             Err(FrameError::NoRoom { len, head }) => {
                 let id = wire::salvage_id(&head).unwrap_or_default();
-                refuse(
-                    permit,
-                    id,
-                    ErrorCode::Busy,
-                    &FrameError::NoRoom { len, head },
-                );
+                let error = FrameError::NoRoom { len, head };
+                if !refuse(id, ErrorCode::Busy, &error) {
+                    replies.room().await;
+                }
                 continue;
             }
             Err(error @ FrameError::TooLarge { .. }) => {
-                refuse(permit, 0, ErrorCode::TooLarge, &error);
+                refuse(0, ErrorCode::TooLarge, &error);
                 return Ok(());
             }
             Err(error) => return Err(error.into()),
         };
-        match Request::decode(frame) {
-            Ok(request) => dispatch(server, remote, usage, request, permit),
-            Err(error) => {
-                let code = match error {
-                    DecodeError::TooLarge { .. } => ErrorCode::TooLarge,
-                    _ => ErrorCode::BadRequest,
-                };
-                let id = wire::salvage_id(frame).unwrap_or_default();
-                refuse(permit, id, code, &error);
-                // Who sends what is no request is not listened to any further.
-                return Ok(());
-            }
+        let decoded;
+        let request = if let Some(request) = RequestRef::peek(frame) {
+            request
+        } else {
+            decoded = match Request::decode(frame) {
+                Ok(request) => request,
+                Err(error) => {
+                    let code = match error {
+                        DecodeError::TooLarge { .. } => ErrorCode::TooLarge,
+                        _ => ErrorCode::BadRequest,
+                    };
+                    let id = wire::salvage_id(frame).unwrap_or_default();
+                    refuse(id, code, &error);
+                    // Who sends what is no request is not listened to any further.
+                    return Ok(());
+                }
+            };
+            decoded.as_ref()
+        };
+        let (responder, has_room) = replies.expect(request.id);
+        dispatch(server, remote, &mut last_route, request, responder);
+        if !has_room {
+            replies.room().await;
         }
         // A stream that has carried a request may rest before the next one.
         patience = server.rest;
@@ -481,20 +349,15 @@ async fn read<R: AsyncRead + Unpin>(
 
 /// Hands a request to its handler, or answers why not.
 fn dispatch(
-    server: &Arc<Server>,
+    server: &Server,
     remote: Remote,
-    usage: &Arc<Usage>,
-    request: Request,
-    permit: OwnedPermit<Answer>,
+    last_route: &mut Option<LastRoute>,
+    request: RequestRef<'_>,
+    mut responder: Responder,
 ) {
-    let mut responder = Responder {
-        id: request.id,
-        place: None,
-        permit: Some(permit),
-    };
-    match request.service.as_str() {
-        wire::SERVES => return server.on_serves(&request.payload, responder),
-        wire::REGISTRY => return responder.answer(server.on_batch(remote, &request.payload)),
+    match request.service {
+        wire::SERVES => return server.on_serves(request.payload, responder),
+        wire::REGISTRY => return responder.answer(server.on_batch(remote, request.payload)),
         _ => {}
     }
     let refuse = |responder: Responder, code, message: &str| {
@@ -508,17 +371,15 @@ fn dispatch(
             "this node is shutting down",
         );
     }
-    let name = request.service;
-    let Some(route) = server.route(&name) else {
+    let Some(route) = server.route_after(last_route, request.service) else {
         return refuse(responder, ErrorCode::UnknownService, NOT_SERVED);
     };
-    responder.place = server.place(usage, request.payload.len());
-    if responder.place.is_none() {
+    if !responder.admit(request.payload.len()) {
         return refuse(responder, ErrorCode::Busy, "too many requests are open");
     }
     let inbound = Inbound {
         from: remote.peer,
-        payload: request.payload,
+        payload: request.payload.to_vec(),
         responder,
     };
     match route.send(inbound) {
@@ -533,35 +394,14 @@ fn dispatch(
     }
 }
 
-/// Writes replies as they come, those that wait together in one go.
-async fn write<W: AsyncWrite + Unpin>(
-    mut frames: FrameWriter<W>,
-    queue: &mut mpsc::Receiver<Answer>,
-) -> io::Result<()> {
-    let mut batch = Vec::new();
-    while queue.recv_many(&mut batch, WRITE_BATCH).await > 0 {
-        for answer in &batch {
-            let reply = ReplyRef {
-                id: answer.id,
-                outcome: answer.outcome.as_deref(),
-            };
-            frames.add(|content| reply.append_to(content)).await?;
-        }
-        frames.flush().await?;
-        // Gives the places back.
-        batch.clear();
-    }
-    frames.close().await
-}
-
 #[cfg(test)]
 mod tests {
     use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _, DuplexStream, duplex};
     use tokio_util::compat::TokioAsyncReadCompatExt;
 
     use super::*;
-    use crate::proto::frame::append_frame;
-    use crate::proto::wire::{Reply, RequestRef};
+    use crate::proto::frame::append_frame_with;
+    use crate::proto::wire::Reply;
 
     /// A client's end of a stream that is served.
     struct Client {
@@ -585,15 +425,14 @@ mod tests {
         }
 
         async fn ask(&mut self, id: u64, service: &str, payload: &[u8]) {
-            let (mut frame, mut framed) = (Vec::new(), Vec::new());
+            let mut frame = Vec::new();
             let request = RequestRef {
                 id,
                 service,
                 payload,
             };
-            request.append_to(&mut frame).unwrap();
-            append_frame(&mut framed, &frame);
-            self.stream.write_all(&framed).await.unwrap();
+            append_frame_with(&mut frame, |frame| request.append_to(frame)).unwrap();
+            self.stream.write_all(&frame).await.unwrap();
         }
 
         /// The next reply; all of these tests have short ones.
@@ -684,7 +523,7 @@ mod tests {
         drop(client);
         held.responder.answer(Ok(vec![0; 10_000]));
         server.idle().await;
-        assert_eq!(server.total.bytes.load(Ordering::Acquire), 0);
+        assert_eq!(server.budget.held_bytes(), 0);
     }
 
     #[tokio::test]

@@ -8,6 +8,7 @@ use std::io;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
+use bytes::Bytes;
 use futures::io::{AsyncRead, AsyncWrite};
 use libp2p::request_response::{self, Message, OutboundFailure, OutboundRequestId};
 use libp2p::{PeerId, StreamProtocol};
@@ -30,7 +31,7 @@ type Event = request_response::Event<Call, Reply>;
 pub(crate) struct Outbound {
     pub(crate) provider: PeerId,
     pub(crate) service: Arc<str>,
-    pub(crate) payload: Arc<[u8]>,
+    pub(crate) payload: Bytes,
     pub(crate) outcome: oneshot::Sender<Outcome>,
     /// Held while the stream is open, even if the caller goes away.
     pub(crate) slot: OwnedSemaphorePermit,
@@ -82,7 +83,7 @@ impl Requests {
         peer: PeerId,
         name: ServiceName,
     ) {
-        let payload = name.as_ref().as_bytes().into();
+        let payload = Bytes::copy_from_slice(name.as_ref().as_bytes());
         let call = self.outgoing(wire::SERVES.into(), payload, Arc::default());
         let id = behaviour.send_request(&peer, call);
         self.open.insert(id, Open::Serves(peer, name));
@@ -90,7 +91,7 @@ impl Requests {
 
     /// Asks a peer something, so that neither side takes the connection for idle.
     pub(crate) fn keep_alive(&mut self, behaviour: &mut Behaviour, peer: PeerId) {
-        let payload = b"keep-alive".as_slice().into();
+        let payload = Bytes::from_static(b"keep-alive");
         let call = self.outgoing(wire::SERVES.into(), payload, Arc::default());
         // Nobody waits for the answer.
         behaviour.send_request(&peer, call);
@@ -118,7 +119,7 @@ impl Requests {
         }
     }
 
-    fn outgoing(&mut self, service: Arc<str>, payload: Arc<[u8]>, sent: Arc<AtomicBool>) -> Call {
+    fn outgoing(&mut self, service: Arc<str>, payload: Bytes, sent: Arc<AtomicBool>) -> Call {
         self.last_id += 1;
         Call {
             id: self.last_id,
@@ -159,7 +160,7 @@ impl Requests {
                     Outcome::Answered(Err(error)) if error.code == ErrorCode::UnknownService => {
                         Some(true)
                     }
-                    Outcome::Answered(Err(_)) | Outcome::NotSent(_) | Outcome::Broken(_) => None,
+                    _ => None,
                 };
                 Some(Serves(peer, name, serves))
             }
@@ -172,7 +173,7 @@ impl Requests {
 pub(crate) struct Call {
     id: u64,
     service: Arc<str>,
-    payload: Arc<[u8]>,
+    payload: Bytes,
     /// Set when the first byte is about to be written.
     sent: Arc<AtomicBool>,
 }

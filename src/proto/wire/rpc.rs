@@ -11,6 +11,7 @@ use super::{
     DecodeError, EncodeError, MAX_FRAME, MAX_PAYLOAD, append, check_len, check_sendable, decode,
     decode_into, floor_char_boundary, malformed,
     map::{Bytes, Draft, Nested, Text, require, set, unknown_key},
+    plain,
 };
 use crate::text::sanitise_line;
 
@@ -26,7 +27,7 @@ pub const MAX_MESSAGE: usize = 1024;
 /// The longest error code, in bytes; the longest of the protocol's own has 15.
 pub const MAX_CODE: usize = 64;
 
-/// The bytes of a request or reply beyond its payload and texts, at most.
+/// The bytes of an error beyond its texts, at most.
 const OVERHEAD: usize = 48;
 
 /// A call of a service, as a server holds it.
@@ -106,6 +107,14 @@ pub struct OtherCode(String);
 impl Request {
     /// Reads a frame's content, which must be one request and nothing else.
     pub fn decode(frame: &[u8]) -> Result<Self, DecodeError> {
+        match plain::request(frame) {
+            Some(request) => Ok(request.to_owned()),
+            None => Self::decode_any(frame),
+        }
+    }
+
+    /// As [`decode`](Self::decode), by the library.
+    pub(super) fn decode_any(frame: &[u8]) -> Result<Self, DecodeError> {
         check_len("frame", frame.len(), MAX_FRAME)?;
         let draft: RequestDraft<'_> = decode(frame)?;
         let what = RequestDraft::WHAT;
@@ -131,7 +140,22 @@ impl Request {
     }
 }
 
-impl RequestRef<'_> {
+impl<'a> RequestRef<'a> {
+    /// Reads a frame's content in place, if it has the form in which [`encode`](Self::encode) writes
+    /// it. One that has not may be a request all the same: that [`Request::decode`] tells.
+    pub fn peek(frame: &'a [u8]) -> Option<Self> {
+        plain::request(frame)
+    }
+
+    /// The same request, with everything copied.
+    pub fn to_owned(self) -> Request {
+        Request {
+            id: self.id,
+            service: self.service.into(),
+            payload: self.payload.into(),
+        }
+    }
+
     /// Writes a frame's content.
     pub fn encode(&self) -> Result<Vec<u8>, EncodeError> {
         let mut frame = Vec::new();
@@ -143,22 +167,23 @@ impl RequestRef<'_> {
     pub fn append_to(&self, out: &mut Vec<u8>) -> Result<(), EncodeError> {
         check_sendable("service", self.service.len(), MAX_SERVICE)?;
         check_sendable("payload", self.payload.len(), MAX_PAYLOAD)?;
-        let shape = RequestShape {
-            id: self.id,
-            service: self.service,
-            payload: self.payload,
-        };
-        append(
-            &shape,
-            OVERHEAD + self.service.len() + self.payload.len(),
-            out,
-        )
+        plain::append_request(self, out);
+        Ok(())
     }
 }
 
 impl Reply {
     /// Reads a frame's content, which must be one reply and nothing else.
     pub fn decode(frame: &[u8]) -> Result<Self, DecodeError> {
+        let Some((id, payload)) = plain::reply(frame) else {
+            return Self::decode_any(frame);
+        };
+        let outcome = Ok(payload.into());
+        Ok(Self { id, outcome })
+    }
+
+    /// As [`decode`](Self::decode), by the library.
+    pub(super) fn decode_any(frame: &[u8]) -> Result<Self, DecodeError> {
         check_len("frame", frame.len(), MAX_FRAME)?;
         let draft: ReplyDraft<'_> = decode(frame)?;
         let id = require(draft.id, "id", ReplyDraft::WHAT)?;
@@ -195,17 +220,18 @@ impl ReplyRef<'_> {
 
     /// Writes a frame's content behind what is in `out` already.
     pub fn append_to(&self, out: &mut Vec<u8>) -> Result<(), EncodeError> {
-        let (ok, error) = match self.outcome {
-            Ok(payload) => (Some(serde_bytes::Bytes::new(payload)), None),
-            Err(error) => (None, Some(ErrorShape::of(error))),
-        };
-        let len = match self.outcome {
-            Ok(payload) => payload.len(),
-            Err(error) => error.code.as_str().len() + error.message.len().min(MAX_MESSAGE),
-        };
-        check_sendable("payload", len, MAX_PAYLOAD)?;
-        let id = self.id;
-        append(&ReplyShape { id, ok, error }, OVERHEAD + len, out)
+        match self.outcome {
+            Ok(payload) => {
+                check_sendable("payload", payload.len(), MAX_PAYLOAD)?;
+                plain::append_reply(self.id, payload, out);
+                Ok(())
+            }
+            Err(error) => {
+                let (id, error) = (self.id, ErrorShape::of(error));
+                let len = error.code.len() + error.message.len();
+                append(&RefusalShape { id, error }, OVERHEAD + len, out)
+            }
+        }
     }
 }
 
@@ -281,20 +307,9 @@ pub fn salvage_id(frame: &[u8]) -> Option<u64> {
 }
 
 #[derive(Serialize)]
-struct RequestShape<'a> {
+struct RefusalShape<'a> {
     id: u64,
-    service: &'a str,
-    #[serde(with = "serde_bytes")]
-    payload: &'a [u8],
-}
-
-#[derive(Serialize)]
-struct ReplyShape<'a> {
-    id: u64,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    ok: Option<&'a serde_bytes::Bytes>,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    error: Option<ErrorShape<'a>>,
+    error: ErrorShape<'a>,
 }
 
 #[derive(Serialize)]

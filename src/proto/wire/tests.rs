@@ -623,6 +623,8 @@ fn mutate(mut bytes: Vec<u8>, mutations: Vec<Mutation>) -> Vec<u8> {
 /// Whatever can be decoded encodes to something equal.
 fn holds_together(bytes: &[u8]) {
     let _ = salvage_id(bytes);
+    assert_eq!(Request::decode(bytes), Request::decode_any(bytes));
+    assert_eq!(Reply::decode(bytes), Reply::decode_any(bytes));
     if let Ok(request) = Request::decode(bytes) {
         assert_eq!(salvage_id(bytes), Some(request.id));
         let again = request.as_ref().encode().expect("encodes");

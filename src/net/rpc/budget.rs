@@ -1,0 +1,185 @@
+//! What a node takes on at once of others' requests: their number and their bytes.
+//!
+//! A request that is admitted *holds* its part until its reply has left or the stream has failed, so
+//! that neither slow handlers nor slow readers make memory grow. One peer gets three quarters of
+//! everything at most.
+//!
+//! Requests that are still arriving have a budget of as many bytes, so that frames that never end
+//! neither make memory grow nor take the places of those that do.
+
+use std::collections::HashMap;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, PoisonError, Weak};
+
+use libp2p::PeerId;
+use tokio::sync::{Notify, Semaphore};
+
+use crate::limits::Limits;
+
+#[derive(Debug)]
+pub(super) struct Budget {
+    max_requests: usize,
+    max_bytes: usize,
+    total: Usage,
+    peers: Mutex<HashMap<PeerId, Weak<Usage>>>,
+    idle: Notify,
+}
+
+/// What is used of the budget, by all or by one peer.
+#[derive(Debug)]
+pub(super) struct Usage {
+    requests: AtomicUsize,
+    bytes: AtomicUsize,
+    /// The bytes that frames still arriving may take.
+    arriving: Arc<Semaphore>,
+}
+
+/// A part of the budget, to be [given back](Budget::give_back).
+#[derive(Debug, Default)]
+#[must_use = "what is not given back is lost"]
+pub(super) struct Held {
+    requests: usize,
+    bytes: usize,
+}
+
+impl Budget {
+    pub(super) fn new(limits: &Limits) -> Self {
+        Self {
+            max_requests: limits.inbound_requests,
+            max_bytes: limits.inbound_bytes,
+            total: Usage::new(limits.inbound_bytes),
+            peers: Mutex::default(),
+            idle: Notify::new(),
+        }
+    }
+
+    /// How many requests are open.
+    pub(super) fn open_requests(&self) -> usize {
+        self.total.requests.load(Ordering::Acquire)
+    }
+
+    /// Returns when no request is open.
+    pub(super) async fn idle(&self) {
+        loop {
+            let idle = self.idle.notified();
+            if self.open_requests() == 0 {
+                return;
+            }
+            idle.await;
+        }
+    }
+
+    /// What a peer uses, all its streams together.
+    pub(super) fn usage_of(&self, peer: PeerId) -> Arc<Usage> {
+        let mut peers = self.peers.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(usage) = peers.get(&peer).and_then(Weak::upgrade) {
+            return usage;
+        }
+        peers.retain(|_, usage| usage.strong_count() > 0);
+        let usage = Arc::new(Usage::new(share(self.max_bytes)));
+        peers.insert(peer, Arc::downgrade(&usage));
+        usage
+    }
+
+    /// The budgets of bytes that are still arriving from a peer.
+    pub(super) fn arriving(&self, of_peer: &Usage) -> Vec<Arc<Semaphore>> {
+        [&self.total, of_peer]
+            .map(|usage| Arc::clone(&usage.arriving))
+            .into()
+    }
+
+    /// Takes a request with such a payload in; `None` if there is no room.
+    pub(super) fn admit(&self, of_peer: &Usage, payload: usize) -> Option<Held> {
+        // Counted first, so that two streams cannot both take the last place.
+        let open = self.total.requests.fetch_add(1, Ordering::AcqRel);
+        let of_peer_open = of_peer.requests.fetch_add(1, Ordering::AcqRel);
+        let mut held = Held {
+            requests: 1,
+            bytes: 0,
+        };
+        let fits = open < self.max_requests && of_peer_open < share(self.max_requests);
+        if fits && self.grow(of_peer, &mut held, payload) {
+            return Some(held);
+        }
+        self.give_back(of_peer, held);
+        None
+    }
+
+    /// Takes room for a further payload of a request that was admitted; `false`, and nothing taken,
+    /// if there is none.
+    pub(super) fn grow(&self, of_peer: &Usage, held: &mut Held, payload: usize) -> bool {
+        let bytes = weight(payload);
+        if bytes == 0 {
+            return true;
+        }
+        let total = self.total.bytes.fetch_add(bytes, Ordering::AcqRel);
+        let of_peer_total = of_peer.bytes.fetch_add(bytes, Ordering::AcqRel);
+        let max = self.max_bytes;
+        let fits = total + bytes <= max && of_peer_total + bytes <= share(max);
+        if fits {
+            held.bytes += bytes;
+        } else {
+            self.total.bytes.fetch_sub(bytes, Ordering::AcqRel);
+            of_peer.bytes.fetch_sub(bytes, Ordering::AcqRel);
+        }
+        fits
+    }
+
+    pub(super) fn give_back(&self, of_peer: &Usage, held: Held) {
+        let Held { requests, bytes } = held;
+        if bytes > 0 {
+            self.total.bytes.fetch_sub(bytes, Ordering::AcqRel);
+            of_peer.bytes.fetch_sub(bytes, Ordering::AcqRel);
+        }
+        if requests > 0 {
+            of_peer.requests.fetch_sub(requests, Ordering::AcqRel);
+            if self.total.requests.fetch_sub(requests, Ordering::AcqRel) == requests {
+                self.idle.notify_waiters();
+            }
+        }
+    }
+
+    #[cfg(test)]
+    pub(super) fn held_bytes(&self) -> usize {
+        self.total.bytes.load(Ordering::Acquire)
+    }
+}
+
+impl Usage {
+    fn new(max_bytes: usize) -> Self {
+        let arriving = Semaphore::new(max_bytes.min(Semaphore::MAX_PERMITS));
+        Self {
+            requests: AtomicUsize::new(0),
+            bytes: AtomicUsize::new(0),
+            arriving: Arc::new(arriving),
+        }
+    }
+}
+
+impl Held {
+    /// Whether a request was admitted.
+    pub(super) fn is_some(&self) -> bool {
+        self.requests > 0
+    }
+
+    /// Holds what another one holds as well.
+    pub(super) fn merge(&mut self, other: Self) {
+        self.requests += other.requests;
+        self.bytes += other.bytes;
+    }
+}
+
+/// What a payload takes of the budget of bytes: a small one nothing, so that short messages go on
+/// while slow readers hold all of it. The budget of requests bounds those.
+fn weight(payload: usize) -> usize {
+    if payload <= super::outbox::SMALL {
+        0
+    } else {
+        payload
+    }
+}
+
+/// What one peer may use of a budget.
+fn share(budget: usize) -> usize {
+    (budget - budget / 4).max(1)
+}

@@ -1,0 +1,81 @@
+//! The way to one peer: what all requests to it share.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use tokio::sync::Semaphore;
+
+use super::kept::Kept;
+use crate::limits::MAX_SINGLE_REQUESTS;
+use crate::proto::routes;
+
+/// Payloads from this size on go over a stream of their own, so that small ones need not wait for
+/// them: about what a millisecond of encryption is worth.
+const LARGE: usize = 64 * 1024;
+
+#[derive(Debug)]
+pub(crate) struct Link {
+    connected: AtomicBool,
+    /// One permit for each request that may have a stream of its own.
+    single: Arc<Semaphore>,
+    small: Kept,
+    large: Kept,
+}
+
+/// Which of a peer's streams a payload goes over.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Lane {
+    Small,
+    Large,
+}
+
+impl Lane {
+    pub(crate) fn of(payload: &[u8]) -> Self {
+        if payload.len() < LARGE {
+            Self::Small
+        } else {
+            Self::Large
+        }
+    }
+}
+
+impl Link {
+    /// The slots for requests that have a stream of their own, never closed.
+    pub(crate) fn single(&self) -> &Arc<Semaphore> {
+        &self.single
+    }
+
+    /// The kept stream for payloads of a lane.
+    pub(crate) fn lane(&self, lane: Lane) -> &Kept {
+        match lane {
+            Lane::Small => &self.small,
+            Lane::Large => &self.large,
+        }
+    }
+}
+
+impl Default for Link {
+    fn default() -> Self {
+        Self {
+            connected: AtomicBool::new(false),
+            single: Arc::new(Semaphore::new(MAX_SINGLE_REQUESTS)),
+            small: Kept::default(),
+            large: Kept::default(),
+        }
+    }
+}
+
+impl routes::Link for Link {
+    fn is_connected(&self) -> bool {
+        self.connected.load(Ordering::Acquire)
+    }
+
+    fn set_connected(&self, connected: bool) {
+        self.connected.store(connected, Ordering::Release);
+    }
+
+    fn load(&self) -> usize {
+        let single = MAX_SINGLE_REQUESTS - self.single.available_permits();
+        self.small.load() + self.large.load() + single
+    }
+}
