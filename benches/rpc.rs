@@ -20,13 +20,19 @@ const RUN: Duration = Duration::from_secs(1);
 const WARM_UP: Duration = Duration::from_millis(500);
 const PAYLOADS: [(&str, usize); 2] = [("64 B", 64), ("16 KiB", 16 << 10)];
 const IN_FLIGHT: [usize; 3] = [1, 64, 256];
+/// What one caller has in flight that floods.
+const FLOOD: usize = 1_024;
 
 #[tokio::main]
 async fn main() {
     let arguments = common::arguments();
     match common::part(&arguments) {
-        Some(_) => serve().await,
-        None => measure(&arguments).await,
+        Some(("server", _)) => serve().await,
+        Some((_, addresses)) => flood(addresses).await,
+        None => {
+            measure(&arguments).await;
+            measure_beside_flood(&arguments).await;
+        }
     }
 }
 
@@ -68,11 +74,7 @@ async fn measure(arguments: &[String]) {
     ]);
     for (transport, part) in [("TCP", "/tcp/"), ("QUIC", "/quic-v1")] {
         let matching = addresses.iter().filter(|a| a.to_string().contains(part));
-        let client = Node::builder(Role::Peer)
-            .bootstrap(matching.cloned())
-            .spawn()
-            .await
-            .expect("a client needs no address");
+        let client = client(matching.cloned()).await;
         for (size, bytes) in PAYLOADS {
             for in_flight in IN_FLIGHT {
                 run(&client, bytes, in_flight, WARM_UP).await;
@@ -95,6 +97,57 @@ async fn measure(arguments: &[String]) {
         }
         client.shutdown().await;
     }
+}
+
+/// Sends as many small requests as the node lets a caller have under way, until it is released.
+async fn flood(addresses: &[String]) {
+    let client = client(addresses.iter().map(|one| address(one))).await;
+    run(&client, 64, 1, WARM_UP).await;
+    println!("ready");
+    tokio::spawn(async move {
+        loop {
+            run(&client, 64, FLOOD, RUN).await;
+        }
+    });
+    let released = tokio::task::spawn_blocking(common::until_released);
+    released.await.expect("waiting does not fail");
+}
+
+async fn measure_beside_flood(arguments: &[String]) {
+    let mut server = Process::part("server", &[]);
+    let addresses = server.addresses();
+    let over_tcp = |address: &&Multiaddr| address.to_string().contains("/tcp/");
+    let tcp = addresses.iter().find(over_tcp).expect("it listens on TCP");
+    common::print_heading("An honest caller beside one that floods", "rpc", arguments);
+    println!(
+        "* One caller, 64 B over TCP, 1 in flight; the other is a process that has {FLOOD} in \
+         flight; {RUNS} runs of {RUN:?}, alone and beside in turn: median (min..max)"
+    );
+    let honest = client([tcp.clone()]).await;
+    run(&honest, 64, 1, WARM_UP).await;
+    let (mut alone, mut beside) = (Vec::new(), Vec::new());
+    for _ in 0..RUNS {
+        alone.push(Run::measure(&honest, server.id(), 64, 1).await);
+        let mut flooder = Process::part("flood", &[&tcp.to_string()]);
+        assert_eq!(flooder.line(), "ready", "it does not start");
+        run(&honest, 64, 1, WARM_UP).await;
+        beside.push(Run::measure(&honest, server.id(), 64, 1).await);
+    }
+    let table = Table::new(&["honest caller", "requests/s", "p50 µs", "p99 µs"]);
+    for (what, runs) in [("alone", alone), ("beside a flood", beside)] {
+        let over = |figure: fn(&Run) -> f64| Spread::of(runs.iter().map(figure));
+        table.row(&[
+            what.into(),
+            format!("{:.0}", over(Run::per_second)),
+            format!("{:.0}", over(|run| run.quantile(0.5))),
+            format!("{:.0}", over(|run| run.quantile(0.99))),
+        ]);
+    }
+}
+
+async fn client(bootstrap: impl IntoIterator<Item = Multiaddr>) -> Node {
+    let node = Node::builder(Role::Peer).bootstrap(bootstrap).spawn().await;
+    node.expect("a client needs no address")
 }
 
 struct Run {
@@ -136,19 +189,22 @@ async fn run(client: &Node, bytes: usize, in_flight: usize, time: Duration) -> H
     for _ in 0..in_flight {
         let client = client.clone();
         callers.spawn(async move {
-            let (name, payload, mut latencies) = (echo(), vec![b'x'; bytes], latencies());
+            // A histogram for each caller would cost it the processor's cache.
+            let (name, payload, mut latencies) = (echo(), vec![b'x'; bytes], Vec::new());
             while Instant::now() < end {
                 let start = Instant::now();
                 let reply = client.request(&name, payload.clone()).await;
                 assert_eq!(reply.expect("the server answers").payload.len(), bytes);
-                latencies.saturating_record(micros(start.elapsed()));
+                latencies.push(start.elapsed());
             }
             latencies
         });
     }
     let mut all = latencies();
     while let Some(latencies) = callers.join_next().await {
-        all += latencies.expect("a caller does not panic");
+        for latency in latencies.expect("a caller does not panic") {
+            all.saturating_record(micros(latency));
+        }
     }
     all
 }
