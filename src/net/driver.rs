@@ -23,7 +23,6 @@ use void::Void;
 use super::connectivity::{Connectivity, KnownGrape, describe};
 use super::discovery::{self, Discovery, Waiter};
 use super::rendezvous::{self, Rendezvous};
-use super::rpc::kept::Kept;
 use super::rpc::link::{Lane, Link};
 use super::rpc::serve::{Inbound, Server};
 use super::rpc::single::{Requests, Serves};
@@ -321,7 +320,7 @@ impl Driver {
                 self.requests.call(&mut behaviour.single, request);
                 if self.connectivity.is_ours(&peer) {
                     let metrics = Arc::clone(&self.metrics);
-                    Kept::keep(link, lane, metrics, || behaviour.streams.open(peer));
+                    link.keep(lane, metrics, || behaviour.streams.open(peer));
                 }
             }
             Command::Carry { key, done } => {

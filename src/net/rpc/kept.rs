@@ -26,10 +26,9 @@ use tokio::sync::{Semaphore, oneshot};
 use tokio::time::{Instant, Sleep, sleep_until, timeout, timeout_at};
 
 use super::Outcome;
-use super::link::{Lane, Link};
 use super::outbox::{Others, Outbox, SMALL, send};
 use crate::limits::{CONNECT_TIMEOUT, FRAME_DEADLINE, MAX_PIPELINED_TO_PEER, MAX_REQUEST_TIME};
-use crate::metrics::{Counter, Metrics};
+use crate::metrics::Counter;
 use crate::proto::frame::{FrameReader, append_frame_with};
 use crate::proto::wire::{self, Reply, RequestRef};
 
@@ -142,28 +141,23 @@ impl Kept {
         })
     }
 
-    /// Keeps the stream that is being opened, unless there is one, until it rests or breaks.
-    pub(crate) fn keep(
-        link: Arc<Link>,
-        lane: Lane,
-        metrics: Arc<Metrics>,
-        open: impl FnOnce() -> oneshot::Receiver<Stream>,
-    ) {
-        let mut state = link.lane(lane).lock();
-        if state.phase != Phase::Closed {
-            return;
+    /// Whether a stream should be opened now; it is then to be [kept](Self::keep).
+    pub(super) fn begin(&self) -> bool {
+        let mut state = self.lock();
+        let is_closed = state.phase == Phase::Closed;
+        if is_closed {
+            state.phase = Phase::Opening;
         }
-        state.phase = Phase::Opening;
-        drop(state);
-        let stream = open();
-        tokio::spawn(async move {
-            let kept = link.lane(lane);
-            match timeout(CONNECT_TIMEOUT, stream).await {
-                Ok(Ok(stream)) => kept.run(stream, &metrics.requests_sent).await,
-                // The requests go on as before, one stream each.
-                _ => kept.lock().phase = Phase::Closed,
-            }
-        });
+        is_closed
+    }
+
+    /// Keeps the stream that is being opened, until it rests or breaks.
+    pub(super) async fn keep(&self, stream: oneshot::Receiver<Stream>, sent: &Counter) {
+        match timeout(CONNECT_TIMEOUT, stream).await {
+            Ok(Ok(stream)) => self.run(stream, sent).await,
+            // The requests go on as before, one stream each.
+            _ => self.lock().phase = Phase::Closed,
+        }
     }
 
     async fn run(&self, stream: impl AsyncRead + AsyncWrite + Unpin, sent: &Counter) {
@@ -436,45 +430,41 @@ mod tests {
     use tokio::task::yield_now;
     use tokio_util::compat::TokioAsyncReadCompatExt;
 
-    use super::super::outbox::WRITE_LEN;
     use super::*;
+    use crate::net::rpc::outbox::WRITE_LEN;
     use crate::proto::wire::{ReplyRef, Request};
 
     /// The remote end of a kept stream.
     struct Far(DuplexStream);
 
-    /// A link with a kept stream, and its remote end.
-    async fn scene() -> (Arc<Link>, Far) {
+    /// A kept stream, and its remote end.
+    async fn scene() -> (Arc<Kept>, Far) {
         let (near, far) = duplex(1 << 20);
-        let link = Arc::new(Link::default());
-        let running = Arc::clone(&link);
+        let kept = Arc::new(Kept::default());
+        let running = Arc::clone(&kept);
         tokio::spawn(async move {
             let sent = Counter::default();
-            kept(&running).run(near.compat(), &sent).await;
+            running.run(near.compat(), &sent).await;
         });
-        while kept(&link).lock().phase != Phase::Open {
+        while kept.lock().phase != Phase::Open {
             yield_now().await;
         }
-        (link, Far(far))
+        (kept, Far(far))
     }
 
-    fn kept(link: &Link) -> &Kept {
-        link.lane(Lane::Small)
-    }
-
-    fn ask<'a>(link: &'a Link, payload: &str) -> Asked<'a> {
-        let asked = ask_within(link, payload, 2 * MAX_REQUEST_TIME);
+    fn ask<'a>(kept: &'a Kept, payload: &str) -> Asked<'a> {
+        let asked = ask_within(kept, payload, 2 * MAX_REQUEST_TIME);
         asked.expect("the stream is open")
     }
 
-    fn ask_within<'a>(link: &'a Link, payload: &str, time: Duration) -> Option<Asked<'a>> {
+    fn ask_within<'a>(kept: &'a Kept, payload: &str, time: Duration) -> Option<Asked<'a>> {
         let question = Question {
             service: &"client1".into(),
             payload: &payload.as_bytes().to_vec().into(),
             deadline: Instant::now() + time,
         };
-        kept(link).slots.try_acquire().expect("a slot").forget();
-        kept(link).enter(question)
+        kept.slots.try_acquire().expect("a slot").forget();
+        kept.enter(question)
     }
 
     impl Far {
@@ -506,11 +496,11 @@ mod tests {
 
     #[tokio::test]
     async fn replies_in_any_order_find_their_callers() {
-        let (link, mut far) = scene().await;
+        let (kept, mut far) = scene().await;
         let mut callers = Vec::new();
         let mut asked = Vec::new();
         for number in 0..10 {
-            callers.push(ask(&link, &number.to_string()));
+            callers.push(ask(&kept, &number.to_string()));
             asked.push(far.asked().await);
         }
         for request in asked.iter().rev() {
@@ -523,12 +513,12 @@ mod tests {
 
     #[tokio::test]
     async fn large_and_small_requests_all_arrive() {
-        let (link, mut far) = scene().await;
+        let (kept, mut far) = scene().await;
         let payloads: Vec<_> = [10, 2 * SMALL, 20, WRITE_LEN, WRITE_LEN - 1, 0]
             .into_iter()
             .map(|len| "x".repeat(len))
             .collect();
-        let callers: Vec<_> = payloads.iter().map(|payload| ask(&link, payload)).collect();
+        let callers: Vec<_> = payloads.iter().map(|payload| ask(&kept, payload)).collect();
         let mut frames = FrameReader::new((&mut far.0).compat(), Vec::new());
         let mut lens = Vec::new();
         for _ in &payloads {
@@ -546,8 +536,8 @@ mod tests {
         // No request, the next slot, the slot's next use.
         let made_up: [fn(u64) -> u64; 4] = [|_| 0, |id| id + 1, |id| id + 1024, |_| u64::MAX];
         for made_up in made_up {
-            let (link, mut far) = scene().await;
-            let caller = ask(&link, "hello");
+            let (kept, mut far) = scene().await;
+            let caller = ask(&kept, "hello");
             let id = far.asked().await.id;
             far.reply(made_up(id), b"made up").await;
             assert!(
@@ -560,17 +550,17 @@ mod tests {
 
     #[tokio::test]
     async fn a_reply_that_comes_twice_or_after_its_caller_left_changes_nothing() {
-        let (link, mut far) = scene().await;
-        let leaves = ask(&link, "who leaves");
+        let (kept, mut far) = scene().await;
+        let leaves = ask(&kept, "who leaves");
         let left = far.asked().await;
         drop(leaves);
-        let stays = ask(&link, "who stays");
+        let stays = ask(&kept, "who stays");
         let request = far.asked().await;
         far.reply(left.id, b"too late").await;
         far.reply(request.id, b"first").await;
         assert_eq!(answer(stays.await), b"first");
         far.reply(request.id, b"again").await;
-        let next = ask(&link, "next");
+        let next = ask(&kept, "next");
         let id = far.asked().await.id;
         far.reply(id, b"fine").await;
         assert_eq!(answer(next.await), b"fine");
@@ -578,10 +568,10 @@ mod tests {
 
     #[tokio::test]
     async fn a_large_request_that_is_given_up_before_its_turn_is_not_sent() {
-        let (link, mut far) = scene().await;
-        let large = ask(&link, &"x".repeat(2 * SMALL));
+        let (kept, mut far) = scene().await;
+        let large = ask(&kept, &"x".repeat(2 * SMALL));
         drop(large);
-        let small = ask(&link, "small");
+        let small = ask(&kept, "small");
         let id = far.asked().await.id;
         far.reply(id, b"fine").await;
         assert_eq!(answer(small.await), b"fine");
@@ -589,26 +579,26 @@ mod tests {
 
     #[tokio::test]
     async fn a_stream_that_ends_inside_a_frame_breaks_what_was_written_and_nothing_else() {
-        let (link, mut far) = scene().await;
-        let written = ask(&link, "written");
+        let (kept, mut far) = scene().await;
+        let written = ask(&kept, "written");
         far.asked().await;
         far.0.write_all(&[100, 0xa2]).await.unwrap();
         // Not written yet: the task has had no turn.
-        let waits = ask(&link, "waits");
+        let waits = ask(&kept, "waits");
         drop(far);
         assert!(matches!(written.await, Outcome::Broken(_)));
         assert!(matches!(waits.await, Outcome::NotSent(_)));
-        assert!(ask_within(&link, "late", FRAME_DEADLINE).is_none());
-        assert_eq!(kept(&link).load(), 0);
+        assert!(ask_within(&kept, "late", FRAME_DEADLINE).is_none());
+        assert_eq!(kept.load(), 0);
     }
 
     #[tokio::test(start_paused = true)]
     async fn each_call_ends_at_its_own_deadline() {
-        let (link, mut far) = scene().await;
+        let (kept, mut far) = scene().await;
         let start = Instant::now();
         let [later, sooner] = [20, 2].map(|seconds| {
             let time = Duration::from_secs(seconds);
-            ask_within(&link, "slow", time).expect("the stream is open")
+            ask_within(&kept, "slow", time).expect("the stream is open")
         });
         far.asked().await;
         assert!(matches!(sooner.await, Outcome::TimedOut));
@@ -619,14 +609,14 @@ mod tests {
 
     #[tokio::test(start_paused = true)]
     async fn a_stream_that_rests_is_closed_and_one_that_waits_is_not() {
-        let (link, mut far) = scene().await;
-        let caller = ask(&link, "slow");
+        let (kept, mut far) = scene().await;
+        let caller = ask(&kept, "slow");
         let id = far.asked().await.id;
         tokio::time::advance(MAX_REQUEST_TIME).await;
         far.reply(id, b"at last").await;
         assert_eq!(answer(caller.await), b"at last");
         let mut end = [0];
         assert_eq!(far.0.read(&mut end).await.unwrap(), 0, "closed at rest");
-        assert!(ask_within(&link, "late", FRAME_DEADLINE).is_none());
+        assert!(ask_within(&kept, "late", FRAME_DEADLINE).is_none());
     }
 }

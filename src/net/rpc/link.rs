@@ -3,10 +3,12 @@
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use tokio::sync::Semaphore;
+use libp2p::swarm::Stream;
+use tokio::sync::{Semaphore, oneshot};
 
 use super::kept::Kept;
 use crate::limits::MAX_SINGLE_REQUESTS;
+use crate::metrics::Metrics;
 use crate::proto::routes;
 
 /// Payloads from this size on go over a stream of their own, so that small ones need not wait for
@@ -43,6 +45,22 @@ impl Link {
     /// The slots for requests that have a stream of their own, never closed.
     pub(crate) fn single(&self) -> &Arc<Semaphore> {
         &self.single
+    }
+
+    /// Keeps a stream for payloads of a lane, which `open` opens, unless there is one.
+    pub(crate) fn keep(
+        self: Arc<Self>,
+        lane: Lane,
+        metrics: Arc<Metrics>,
+        open: impl FnOnce() -> oneshot::Receiver<Stream>,
+    ) {
+        if self.lane(lane).begin() {
+            let stream = open();
+            tokio::spawn(async move {
+                let sent = &metrics.requests_sent;
+                self.lane(lane).keep(stream, sent).await;
+            });
+        }
     }
 
     /// The kept stream for payloads of a lane.

@@ -3,7 +3,6 @@
 //!
 //! What [`request`] and [`reply`] do not take is not wrong, only for the library to read.
 
-use super::rpc::RequestRef;
 use super::{MAX_PAYLOAD, MAX_SERVICE};
 
 const UNSIGNED: u8 = 0 << 5;
@@ -22,13 +21,12 @@ const OK: &[u8] = b"\x62ok";
 /// The bytes of a message beyond its texts and payload, at most.
 const OVERHEAD: usize = 48;
 
-pub(super) fn append_request(request: &RequestRef<'_>, out: &mut Vec<u8>) {
-    let (service, payload) = (request.service.as_bytes(), request.payload);
+pub(super) fn append_request(id: u64, service: &str, payload: &[u8], out: &mut Vec<u8>) {
     out.reserve(OVERHEAD + service.len() + payload.len());
     out.extend_from_slice(REQUEST);
-    append_head(UNSIGNED, request.id, out);
+    append_head(UNSIGNED, id, out);
     out.extend_from_slice(SERVICE);
-    append_string(TEXT, service, out);
+    append_string(TEXT, service.as_bytes(), out);
     out.extend_from_slice(PAYLOAD);
     append_string(BYTES, payload, out);
 }
@@ -41,8 +39,8 @@ pub(super) fn append_reply(id: u64, payload: &[u8], out: &mut Vec<u8>) {
     append_string(BYTES, payload, out);
 }
 
-/// A request within the bounds, if it has this form.
-pub(super) fn request(frame: &[u8]) -> Option<RequestRef<'_>> {
+/// The id, the service and the payload of a request within the bounds, if it has this form.
+pub(super) fn request(frame: &[u8]) -> Option<(u64, &str, &[u8])> {
     let mut rest = Rest(frame);
     rest.skip(REQUEST)?;
     let id = rest.number(UNSIGNED)?;
@@ -50,12 +48,7 @@ pub(super) fn request(frame: &[u8]) -> Option<RequestRef<'_>> {
     let service = str::from_utf8(rest.string(TEXT, MAX_SERVICE)?).ok()?;
     rest.skip(PAYLOAD)?;
     let payload = rest.string(BYTES, MAX_PAYLOAD)?;
-    let request = RequestRef {
-        id,
-        service,
-        payload,
-    };
-    rest.0.is_empty().then_some(request)
+    rest.0.is_empty().then_some((id, service, payload))
 }
 
 /// The id and the payload of a reply that is no error, within the bounds, if it has this form.

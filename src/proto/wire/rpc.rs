@@ -107,7 +107,7 @@ pub struct OtherCode(String);
 impl Request {
     /// Reads a frame's content, which must be one request and nothing else.
     pub fn decode(frame: &[u8]) -> Result<Self, DecodeError> {
-        match plain::request(frame) {
+        match RequestRef::peek(frame) {
             Some(request) => Ok(request.to_owned()),
             None => Self::decode_any(frame),
         }
@@ -144,7 +144,12 @@ impl<'a> RequestRef<'a> {
     /// Reads a frame's content in place, if it has the form in which [`encode`](Self::encode) writes
     /// it. One that has not may be a request all the same: that [`Request::decode`] tells.
     pub fn peek(frame: &'a [u8]) -> Option<Self> {
-        plain::request(frame)
+        let (id, service, payload) = plain::request(frame)?;
+        Some(Self {
+            id,
+            service,
+            payload,
+        })
     }
 
     /// The same request, with everything copied.
@@ -167,7 +172,7 @@ impl<'a> RequestRef<'a> {
     pub fn append_to(&self, out: &mut Vec<u8>) -> Result<(), EncodeError> {
         check_sendable("service", self.service.len(), MAX_SERVICE)?;
         check_sendable("payload", self.payload.len(), MAX_PAYLOAD)?;
-        plain::append_request(self, out);
+        plain::append_request(self.id, self.service, self.payload, out);
         Ok(())
     }
 }
