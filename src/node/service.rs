@@ -1,6 +1,7 @@
 //! The serving side: a [`Service`] yields the [`Request`]s for an announced name.
 
-use std::collections::VecDeque;
+mod turns;
+
 use std::iter;
 use std::str::Utf8Error;
 
@@ -13,13 +14,11 @@ use super::Node;
 use crate::name::ServiceName;
 use crate::net::{Command, Inbound, Responder};
 use crate::proto::wire::{ErrorCode, RemoteError};
+use turns::Turns;
 
-/// The requests that may wait for a handler; one more is answered `busy`. The node's own limit on
-/// open requests comes first by default.
+/// The requests that wait in a channel for a handler, where one more is answered `busy`, and about
+/// as many that were taken from it. The node's own limit on open requests comes first by default.
 const QUEUE: usize = 1_024;
-
-/// The requests that are taken from the queue together.
-const TOGETHER: usize = 64;
 
 /// A name that this node announces and serves.
 ///
@@ -30,8 +29,10 @@ const TOGETHER: usize = 64;
 pub struct Service {
     name: ServiceName,
     requests: mpsc::Receiver<Inbound>,
-    /// Those that were taken from the channel together.
-    waiting: VecDeque<Inbound>,
+    /// Those that were taken from the channel.
+    waiting: Turns<PeerId, Inbound>,
+    /// Room to take them with.
+    taken: Vec<Inbound>,
     node: Node,
 }
 
@@ -52,7 +53,8 @@ impl Service {
         let service = Self {
             name,
             requests,
-            waiting: VecDeque::new(),
+            waiting: Turns::default(),
+            taken: Vec::new(),
             node,
         };
         (service, handler)
@@ -63,14 +65,25 @@ impl Service {
         &self.name
     }
 
-    /// The next request; `None` once the node is shut down. Cancel-safe.
+    /// The next request; `None` once the node is shut down. Where several peers' requests wait, each
+    /// peer has its turn. Cancel-safe.
     pub async fn next(&mut self) -> Option<Request> {
-        if self.waiting.is_empty() {
-            let mut together = Vec::from(std::mem::take(&mut self.waiting));
-            self.requests.recv_many(&mut together, TOGETHER).await;
-            self.waiting = together.into();
+        match self.waiting.len() {
+            0 => {
+                self.requests.recv_many(&mut self.taken, QUEUE).await;
+            }
+            // What has come meanwhile may be another peer's.
+            1..QUEUE => {
+                self.requests
+                    .recv_many(&mut self.taken, QUEUE)
+                    .now_or_never();
+            }
+            QUEUE.. => {}
         }
-        self.waiting.pop_front().map(Into::into)
+        for inbound in self.taken.drain(..) {
+            self.waiting.push(inbound.from, inbound);
+        }
+        self.waiting.pop().map(Into::into)
     }
 
     /// Runs a handler for every request, each in a task of its own, so that a slow one delays no
@@ -110,7 +123,7 @@ impl Drop for Service {
     fn drop(&mut self) {
         // Requests in the queue have not run: their callers may go on to the next provider.
         self.requests.close();
-        let waiting = std::mem::take(&mut self.waiting).into_iter();
+        let waiting = iter::from_fn(|| self.waiting.pop());
         let queued = iter::from_fn(|| self.requests.recv().now_or_never().flatten());
         for inbound in waiting.chain(queued) {
             let message = "not served any more";

@@ -847,6 +847,45 @@ async fn of_a_million_requests_none_is_lost_or_run_twice_whoever_is_cancelled() 
 }
 
 #[tokio::test]
+async fn a_peer_that_asks_much_at_once_makes_another_one_wait_for_one_request() {
+    const MANY: u64 = 300;
+    in_time(async {
+        let grape = on(Role::Grape, TCP, &[]).spawn().await.unwrap();
+        let server = on(Role::Peer, TCP, &[&grape]).spawn().await.unwrap();
+        let greedy = on(Role::Peer, TCP, &[&grape]).spawn().await.unwrap();
+        let modest = on(Role::Peer, TCP, &[&grape]).spawn().await.unwrap();
+        let mut service = server.announce(&name("client1")).await.unwrap();
+        let ask = |node: &Node| {
+            let node = node.clone();
+            tokio::spawn(async move { node.request(&name("client1"), "hello").await })
+        };
+        let received = async |count| {
+            while server.metrics().requests_received < count {
+                tokio::time::sleep(Duration::from_millis(1)).await;
+            }
+        };
+        let mut asked: Vec<_> = (0..MANY).map(|_| ask(&greedy)).collect();
+        received(MANY).await;
+        let first = service.next().await.unwrap();
+        asked.push(ask(&modest));
+        received(MANY + 1).await;
+        first.reply("hello");
+        let mut order = Vec::new();
+        for _ in 0..MANY {
+            let request = service.next().await.unwrap();
+            order.push(request.from());
+            request.reply("hello");
+        }
+        let place = order.iter().position(|from| *from == modest.peer_id());
+        assert!(place.unwrap() <= 1, "{place:?}");
+        for reply in asked {
+            reply.await.unwrap().unwrap();
+        }
+    })
+    .await;
+}
+
+#[tokio::test]
 async fn a_name_announced_again_at_once_is_found() {
     in_time(async {
         let testnet = Testnet::new(2).await.unwrap();
