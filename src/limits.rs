@@ -68,8 +68,13 @@ pub const MAX_REQUEST_TIME: Duration = Duration::from_secs(60);
 /// How long a peer may take to send one frame it has begun, or to take one.
 pub const FRAME_DEADLINE: Duration = Duration::from_secs(10);
 
-/// The requests that a node has open on a kept stream to one peer; further ones wait their turn.
+/// The requests with payloads below 64 KiB that a node has open on the stream that it keeps to a
+/// peer; further ones wait their turn. With the other two it stays below three quarters of
+/// [`Limits::inbound_requests`], what the peer lets one node have open.
 pub const MAX_PIPELINED_TO_PEER: usize = 512;
+
+/// Those with larger payloads, on a stream of their own.
+pub const MAX_LARGE_TO_PEER: usize = 64;
 
 /// The requests to one peer that have a stream of their own. Stays below [`MAX_RPC_STREAMS`], over which the
 /// remote closes streams without an answer.
@@ -81,7 +86,8 @@ pub const MAX_PIPELINED: usize = 1_024;
 /// The RPC streams that a connection accepts, and as many that it opens.
 pub const MAX_RPC_STREAMS: usize = 160;
 
-/// The RPC streams that a node serves at once, all connections together: a resting one holds 22 KiB.
+/// The RPC streams that a node serves at once, all connections together: a resting one holds
+/// 22 KiB after small requests, and at most 70.
 pub const MAX_SERVED_STREAMS: usize = 16_384;
 
 /// The streams of one connection that yamux accepts: all protocols together. As few as their limits

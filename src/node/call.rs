@@ -266,6 +266,10 @@ impl<'a> Call<'a> {
             self.asked = Some(pick.provider);
             match self.attempt(pick.provider, &pick.link).await {
                 Verdict::Over(result) => return Some(result),
+                // Nothing is sent that nobody would wait for.
+                Verdict::Next(error) if Instant::now() >= self.message.deadline => {
+                    return Some(Err(error));
+                }
                 Verdict::Next(error) => {
                     self.tried.push(pick.provider);
                     self.failure = Some(error);

@@ -160,8 +160,9 @@ pub struct FrameReader<R> {
 /// The smallest read: most messages fit, and a stream that is silent holds no more.
 const MIN_READ: usize = 4 * 1024;
 
-/// What a buffer may hold without asking: what yamux carries in one frame.
-const FREE_LEN: usize = 16 * 1024;
+/// What a buffer may hold without asking: a payload as large as yamux carries in one frame, and what
+/// surrounds it.
+const FREE_LEN: usize = 17 * 1024;
 
 /// How much of a frame that finds no room is kept, to tell what it was.
 const HEAD_LEN: usize = 512;
@@ -263,8 +264,8 @@ impl<R: AsyncRead + Unpin> FrameReader<R> {
     /// Forgets what has been read; a buffer that has grown far is given back.
     fn empty(&mut self) {
         (self.begin, self.end) = (0, 0);
-        if !self.held.is_empty() {
-            self.held.clear();
+        self.held.clear();
+        if self.buffer.len() > FREE_LEN {
             self.buffer.truncate(FREE_LEN);
             self.buffer.shrink_to_fit();
         }

@@ -119,7 +119,7 @@ impl<L: Link> Routes<L> {
     /// A provider of the name is live.
     pub(crate) fn found(&self, name: &ServiceName, provider: PeerId, now: Instant) {
         let link = self.link(provider);
-        let mut names = self.names_with_room();
+        let mut names = self.names_with_room_for(name);
         let now = self.millis(now);
         let route = names.entry(name.clone()).or_insert_with(|| Route::new(now));
         *route.looked_up.get_mut() = now;
@@ -141,7 +141,7 @@ impl<L: Link> Routes<L> {
             providers,
             ..Route::new(self.millis(now))
         };
-        self.names_with_room().insert(name.clone(), route);
+        self.names_with_room_for(name).insert(name.clone(), route);
     }
 
     /// A provider does not serve the name, or cannot be reached.
@@ -183,10 +183,13 @@ impl<L: Link> Routes<L> {
         self.links.read().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// The names, with room for one more.
-    fn names_with_room(&self) -> RwLockWriteGuard<'_, HashMap<ServiceName, Route<L>>> {
+    /// The names, with room for this one.
+    fn names_with_room_for(
+        &self,
+        name: &ServiceName,
+    ) -> RwLockWriteGuard<'_, HashMap<ServiceName, Route<L>>> {
         let mut names = write(&self.names);
-        if names.len() >= MAX_NAMES {
+        if names.len() >= MAX_NAMES && !names.contains_key(name) {
             let mut used: Vec<_> = names
                 .values_mut()
                 .map(|route| *route.used.get_mut())

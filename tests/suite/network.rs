@@ -636,10 +636,17 @@ async fn shutting_down_withdraws_answers_what_is_open_and_closes() {
         let testnet = Testnet::new(1).await.unwrap();
         let (server, client) = (testnet.peer().await.unwrap(), testnet.peer().await.unwrap());
         let mut service = server.announce(&name("client1")).await.unwrap();
-        let open = tokio::spawn({
+        let ask = |text: &'static str| {
             let client = client.clone();
-            async move { client.request(&name("client1"), "open").await }
-        });
+            tokio::spawn(async move { client.request(&name("client1"), text).await })
+        };
+        // The first ones have streams of their own; then there is one that is kept.
+        for _ in 0..20 {
+            let asked = ask("before");
+            service.next().await.unwrap().reply("answered");
+            asked.await.unwrap().unwrap();
+        }
+        let open = ask("open");
         let held = service.next().await.unwrap();
         let (closing, closed) = oneshot::channel();
         tokio::spawn({

@@ -13,23 +13,26 @@ mod calls;
 
 use std::io;
 use std::mem;
+use std::ops::ControlFlow;
 use std::pin::Pin;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::task::{Context, Poll, Waker, ready};
 use std::time::Duration;
 
 use bytes::Bytes;
-use futures::future::{Either, poll_fn, select};
+use futures::future::poll_fn;
 use futures::io::{AsyncRead, AsyncReadExt, AsyncWrite};
 use libp2p::swarm::Stream;
 use tokio::sync::{Semaphore, oneshot};
+use tokio::task::consume_budget;
 use tokio::time::{Instant, Sleep, sleep_until, timeout, timeout_at};
+use void::Void;
 
 use super::Outcome;
-use super::outbox::{Others, Outbox, SMALL, send};
-use crate::limits::{CONNECT_TIMEOUT, FRAME_DEADLINE, MAX_PIPELINED_TO_PEER, MAX_REQUEST_TIME};
+use super::outbox::{Others, Outbox, SMALL, append, send};
+use crate::limits::{CONNECT_TIMEOUT, FRAME_DEADLINE, MAX_REQUEST_TIME};
 use crate::metrics::Counter;
-use crate::proto::frame::{FrameReader, append_frame_with};
+use crate::proto::frame::FrameReader;
 use crate::proto::wire::{self, Reply, RequestRef};
 
 use calls::{Caller, Calls, Written};
@@ -40,6 +43,9 @@ const KEPT_IDLE: Duration = Duration::from_secs(60);
 /// How long a stream waits for its first request. The remote waits twice as long: of the two this
 /// side closes first, because it knows that nothing is on its way.
 const FIRST_REQUEST: Duration = FRAME_DEADLINE.checked_div(2).expect("not by zero");
+
+/// How soon a stream is looked at again that should rest and does not.
+const LOOK_AGAIN: Duration = Duration::from_secs(1);
 
 /// What is asked of a peer.
 #[derive(Clone, Copy, Debug)]
@@ -53,29 +59,34 @@ pub(crate) struct Question<'a> {
 #[derive(Debug)]
 pub(crate) struct Kept {
     state: Mutex<State>,
-    /// One permit for each request that is not open.
+    /// One permit for each request that is not open, and whose frame does not wait either.
     slots: Semaphore,
+    max: usize,
 }
 
-#[derive(Debug, Default)]
+#[derive(Debug)]
 struct State {
     phase: Phase,
     calls: Calls,
     frames: Outbox<Large>,
+    /// The small requests that wait to be written.
+    waiting: u64,
     /// The calls that were answered since frames were taken: their callers may come again.
     answered: usize,
-    /// The requests that were entered since then.
-    entered: u64,
-    /// When the task looks after its calls next.
-    alarm: Option<Instant>,
+    /// When the calls are looked after next, and whom to wake to do it sooner.
+    alarm: Instant,
+    watcher: Option<Waker>,
+    /// Until when the stream is open though nothing is asked.
+    rests_until: Instant,
 }
 
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Phase {
-    #[default]
     Closed,
     Opening,
     Open,
+    /// It has rested long enough, and nothing is asked any more.
+    Closing,
 }
 
 /// A request that is encoded when its turn comes.
@@ -96,9 +107,29 @@ struct Asked<'a> {
 }
 
 impl Kept {
+    /// A stream on which so many requests may be open.
+    pub(super) fn new(max: usize) -> Self {
+        let now = Instant::now();
+        let state = State {
+            phase: Phase::Closed,
+            calls: Calls::default(),
+            frames: Outbox::default(),
+            waiting: 0,
+            answered: 0,
+            alarm: now,
+            watcher: None,
+            rests_until: now,
+        };
+        Self {
+            state: Mutex::new(state),
+            slots: Semaphore::new(max),
+            max,
+        }
+    }
+
     /// The requests that are open.
-    pub(crate) fn load(&self) -> usize {
-        MAX_PIPELINED_TO_PEER - self.slots.available_permits()
+    pub(super) fn load(&self) -> usize {
+        self.max - self.slots.available_permits()
     }
 
     /// Sends a request when there is a slot for it, and returns by the deadline. `None` if no stream
@@ -121,17 +152,17 @@ impl Kept {
     fn enter(&self, question: Question<'_>) -> Option<Asked<'_>> {
         let (caller, outcome) = oneshot::channel();
         let mut state = self.lock();
-        let entered = match state.phase {
-            Phase::Open => state.enter(question, caller),
-            Phase::Closed | Phase::Opening => None,
-        };
-        drop(state);
-        let Some((id, writer)) = entered else {
+        if state.phase != Phase::Open {
+            drop(state);
             self.slots.add_permits(1);
             return None;
-        };
-        if let Some(writer) = writer {
-            writer.wake();
+        }
+        let is_sooner = question.deadline < state.alarm;
+        let watcher = state.watcher.take_if(|_| is_sooner);
+        let (id, writer) = state.enter(question, caller);
+        drop(state);
+        for task in [watcher, writer].into_iter().flatten() {
+            task.wake();
         }
         Some(Asked {
             kept: self,
@@ -153,77 +184,76 @@ impl Kept {
 
     /// Keeps the stream that is being opened, until it rests or breaks.
     pub(super) async fn keep(&self, stream: oneshot::Receiver<Stream>, sent: &Counter) {
-        match timeout(CONNECT_TIMEOUT, stream).await {
-            Ok(Ok(stream)) => self.run(stream, sent).await,
-            // The requests go on as before, one stream each.
-            _ => self.lock().phase = Phase::Closed,
+        let mut ending = Ending {
+            kept: self,
+            reason: "this node has stopped".into(),
+        };
+        // Without a stream the requests go on as before, one stream each.
+        if let Ok(Ok(stream)) = timeout(CONNECT_TIMEOUT, stream).await {
+            self.run(stream, sent, &mut ending.reason).await;
         }
     }
 
-    async fn run(&self, stream: impl AsyncRead + AsyncWrite + Unpin, sent: &Counter) {
+    /// Carries requests and replies until that ends for some reason.
+    async fn run(
+        &self,
+        stream: impl AsyncRead + AsyncWrite + Unpin,
+        sent: &Counter,
+        reason: &mut String,
+    ) {
         let (reader, writer) = stream.split();
-        let ended = {
-            // What arrives was asked for: one frame at a time, and decoded for a caller that waits.
-            let frames = FrameReader::new(reader, Vec::new());
-            let reading = std::pin::pin!(self.read(frames));
-            let writing = std::pin::pin!(self.write(writer, sent));
-            match select(reading, writing).await {
-                Either::Left((result, _)) | Either::Right((result, _)) => result,
-            }
+        // What arrives was asked for: one frame at a time, and decoded for a caller that waits.
+        let frames = FrameReader::new(reader, Vec::new());
+        let timer = self.open();
+        *reason = tokio::select! {
+            biased;
+            ended = self.read(frames) => match ended {
+                Ok(()) => "the peer closed the stream".into(),
+                Err(error) => error.to_string(),
+            },
+            Err(error) = self.write(writer, sent) => error.to_string(),
+            () = self.watch(timer) => "the stream has rested".into(),
         };
-        let reason = match ended {
-            Ok(()) => "the peer closed the stream".to_owned(),
-            Err(error) => error.to_string(),
-        };
-        self.end(&reason);
     }
 
-    /// Requests may be asked from now on.
-    fn open(&self, rests_until: Instant) {
+    /// Requests may be asked from now on. Returns the timer for their deadlines.
+    fn open(&self) -> Sleep {
         let mut state = self.lock();
         state.phase = Phase::Open;
-        state.alarm = Some(rests_until);
+        state.rests_until = Instant::now() + FIRST_REQUEST;
+        state.alarm = state.rests_until;
+        sleep_until(state.alarm)
     }
 
     /// Nothing is asked any more; who waits is told.
     fn end(&self, reason: &str) {
         let mut state = self.lock();
         state.phase = Phase::Closed;
-        state.alarm = None;
-        drop(state.frames.clear());
-        let unwritten = state.calls.end_unwritten();
-        let written = state.calls.end_all();
-        drop(state);
-        self.tell(unwritten, || Outcome::NotSent(reason.into()));
-        self.tell(written, || Outcome::Broken(reason.into()));
-    }
-
-    /// Tells callers whose calls have ended.
-    fn tell(&self, callers: Vec<Caller>, outcome: impl Fn() -> Outcome) {
-        self.slots.add_permits(callers.len());
-        for caller in callers {
-            // One that went away does not want to know.
-            let _ = caller.send(outcome());
-        }
+        (state.waiting, state.answered) = (0, 0);
+        let untaken = state.frames.clear().count();
+        let (unwritten, written) = state.calls.end_all(untaken);
+        self.free(state);
+        tell(unwritten, || Outcome::NotSent(reason.into()));
+        tell(written, || Outcome::Broken(reason.into()));
     }
 
     async fn read<R: AsyncRead + Unpin>(&self, mut frames: FrameReader<R>) -> io::Result<()> {
         let (mut replies, mut answers) = (Vec::new(), Vec::new());
         loop {
-            // The writing half watches for rest, and callers have deadlines of their own.
+            // Others watch for rest and for the deadlines of callers.
             let patience = 2 * MAX_REQUEST_TIME.max(KEPT_IDLE);
-            let mut frame = frames
+            let frame = frames
                 .next(wire::MAX_FRAME, patience, FRAME_DEADLINE)
                 .await?;
-            if frame.is_none() {
+            let Some(frame) = frame else {
                 return Ok(());
-            }
-            // All that has arrived together.
-            while let Some(reply) = frame {
-                replies.push(Reply::decode(reply).map_err(io::Error::other)?);
-                frame = frames.arrived(wire::MAX_FRAME)?;
-            }
+            };
+            replies.push(Reply::decode(frame).map_err(io::Error::other)?);
+            let rest = decode_arrived(&mut frames, &mut replies);
+            // What came before a fault is still given to who asked for it.
             self.answer(&mut replies, &mut answers)?;
+            rest?;
+            consume_budget().await;
         }
     }
 
@@ -244,8 +274,7 @@ impl Kept {
                 Err(never_asked) => result = Err(io::Error::other(never_asked)),
             }
         }
-        drop(state);
-        self.slots.add_permits(answers.len());
+        self.free(state);
         for (caller, outcome) in answers.drain(..) {
             // One that went away does not want to know.
             let _ = caller.send(outcome);
@@ -253,71 +282,77 @@ impl Kept {
         result
     }
 
-    async fn write<W: AsyncWrite + Unpin>(&self, mut io: W, sent: &Counter) -> io::Result<()> {
+    async fn write<W: AsyncWrite + Unpin>(&self, mut io: W, sent: &Counter) -> io::Result<Void> {
         let mut frames = Vec::new();
-        let mut rests_until = Instant::now() + FIRST_REQUEST;
-        let mut timer = std::pin::pin!(sleep_until(rests_until));
-        self.open(rests_until);
         loop {
-            match poll_fn(|cx| self.poll_turn(cx, timer.as_mut(), &mut frames)).await {
-                Turn::Write { requests } => {
-                    sent.add(requests);
-                    send(&mut io, &mut frames).await?;
-                    rests_until = Instant::now() + KEPT_IDLE;
-                }
-                Turn::Alarm => {
-                    let Some(alarm) = self.on_alarm(Instant::now(), rests_until) else {
-                        return Ok(());
-                    };
-                    timer.as_mut().reset(alarm);
-                }
+            sent.add(poll_fn(|cx| self.poll_take(cx, &mut frames)).await);
+            send(&mut io, &mut frames).await?;
+        }
+    }
+
+    /// Takes what waits to be written; returns how many requests that are.
+    fn poll_take(&self, cx: &mut Context<'_>, frames: &mut Vec<u8>) -> Poll<u64> {
+        let mut state = self.lock();
+        let others = state.others();
+        ready!(state.frames.poll(cx, others));
+        let requests = state.take(frames);
+        state.rests_until = Instant::now() + KEPT_IDLE;
+        self.free(state);
+        Poll::Ready(requests)
+    }
+
+    /// Ends calls at their deadlines, whatever becomes of what is read and written. Returns when the
+    /// stream has rested long enough.
+    async fn watch(&self, timer: Sleep) {
+        let mut timer = std::pin::pin!(timer);
+        loop {
+            poll_fn(|cx| self.poll_alarm(cx, timer.as_mut())).await;
+            if self.on_alarm(Instant::now()).is_break() {
+                return;
             }
         }
     }
 
-    /// What the task has to do next.
-    fn poll_turn(
-        &self,
-        cx: &mut Context<'_>,
-        mut timer: Pin<&mut Sleep>,
-        frames: &mut Vec<u8>,
-    ) -> Poll<Turn> {
+    fn poll_alarm(&self, cx: &mut Context<'_>, mut timer: Pin<&mut Sleep>) -> Poll<()> {
         let mut state = self.lock();
-        let others = state.others();
-        if state.frames.poll(cx, others).is_ready() {
-            let requests = state.take(frames);
-            return Poll::Ready(Turn::Write { requests });
+        if state.alarm != timer.deadline() {
+            timer.as_mut().reset(state.alarm);
         }
-        if let Some(alarm) = state.alarm
-            && alarm < timer.deadline()
-        {
-            timer.as_mut().reset(alarm);
+        // Every turn of the task comes by here, most often with the same waker.
+        match &mut state.watcher {
+            Some(watcher) => watcher.clone_from(cx.waker()),
+            watcher => *watcher = Some(cx.waker().clone()),
         }
         drop(state);
-        ready!(timer.poll(cx));
-        Poll::Ready(Turn::Alarm)
+        timer.poll(cx)
     }
 
-    /// Ends the calls whose deadline has passed. Returns when to look again; `None` if the stream
-    /// has rested long enough.
-    fn on_alarm(&self, now: Instant, rests_until: Instant) -> Option<Instant> {
+    fn on_alarm(&self, now: Instant) -> ControlFlow<()> {
         let mut state = self.lock();
         let (due, next) = state.calls.expire(now);
-        let rests = state.calls.len() == 0 && state.frames.is_empty();
-        state.alarm = match next {
-            None if rests && now >= rests_until => None,
-            // One that is at rest is looked at again when it has rested long enough.
-            None => Some(rests_until.max(now)),
-            Some(next) => Some(next),
-        };
-        if state.alarm.is_none() {
+        let is_idle = state.calls.len() == 0 && state.frames.is_empty();
+        let has_rested = is_idle && now >= state.rests_until;
+        if has_rested {
             // Whoever comes now finds no stream, instead of one that is about to end.
-            state.phase = Phase::Closed;
+            state.phase = Phase::Closing;
         }
-        let alarm = state.alarm;
+        // What is left behind and not written yet is looked at again as calls are.
+        state.alarm = next.unwrap_or(state.rests_until.max(now + LOOK_AGAIN));
+        self.free(state);
+        tell(due, || Outcome::TimedOut);
+        match has_rested {
+            true => ControlFlow::Break(()),
+            false => ControlFlow::Continue(()),
+        }
+    }
+
+    /// Lets go of the state, and gives back the permits of calls that have ended.
+    fn free(&self, mut state: MutexGuard<'_, State>) {
+        let freed = state.calls.freed();
         drop(state);
-        self.tell(due, || Outcome::TimedOut);
-        alarm
+        if freed > 0 {
+            self.slots.add_permits(freed);
+        }
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {
@@ -325,22 +360,46 @@ impl Kept {
     }
 }
 
-/// What the task of a stream has to do.
-enum Turn {
-    Write { requests: u64 },
-    Alarm,
+/// Decodes the replies that have arrived together.
+fn decode_arrived<R: AsyncRead + Unpin>(
+    frames: &mut FrameReader<R>,
+    replies: &mut Vec<Reply>,
+) -> io::Result<()> {
+    while let Some(frame) = frames.arrived(wire::MAX_FRAME)? {
+        replies.push(Reply::decode(frame).map_err(io::Error::other)?);
+    }
+    Ok(())
+}
+
+/// Tells callers how their calls have ended.
+fn tell(callers: Vec<Caller>, outcome: impl Fn() -> Outcome) {
+    for caller in callers {
+        // One that went away does not want to know.
+        let _ = caller.send(outcome());
+    }
+}
+
+/// Ends a stream with its task, however that ends: no caller waits for one that is gone.
+struct Ending<'a> {
+    kept: &'a Kept,
+    reason: String,
+}
+
+impl Drop for Ending<'_> {
+    fn drop(&mut self) {
+        self.kept.end(&self.reason);
+    }
 }
 
 impl State {
-    /// Opens a call. Returns its id and whom to wake; `None` if the request cannot be encoded.
-    fn enter(&mut self, question: Question<'_>, caller: Caller) -> Option<(u64, Option<Waker>)> {
+    /// Opens a call and hands over its request. Returns its id and whom to wake.
+    fn enter(&mut self, question: Question<'_>, caller: Caller) -> (u64, Option<Waker>) {
         let Question {
             service,
             payload,
             deadline,
         } = question;
-        self.alarm = self.alarm.min(Some(deadline));
-        self.entered += 1;
+        self.alarm = self.alarm.min(deadline);
         if payload.len() > SMALL {
             let id = self.calls.enter(caller, deadline, Written::Later);
             let large = Large {
@@ -348,7 +407,7 @@ impl State {
                 service: Arc::clone(service),
                 payload: payload.clone(),
             };
-            return Some((id, self.frames.add_large(large)));
+            return (id, self.frames.add_large(large));
         }
         let id = self.calls.enter(caller, deadline, Written::Next);
         let request = RequestRef {
@@ -356,14 +415,8 @@ impl State {
             service,
             payload,
         };
-        match self.frames.add_small(|frame| request.append_to(frame)) {
-            Ok(writer) => Some((id, writer)),
-            Err(error) => {
-                tracing::debug!(%error, "a request cannot be sent");
-                self.calls.end(id);
-                None
-            }
-        }
+        self.waiting += 1;
+        (id, self.frames.add_small(|frame| request.append_to(frame)))
     }
 
     fn others(&self) -> Others {
@@ -373,35 +426,24 @@ impl State {
         }
     }
 
-    /// Takes what waits to be written. Returns how many requests have come since the last time.
+    /// Takes what waits to be written. Returns how many requests that are.
     fn take(&mut self, frames: &mut Vec<u8>) -> u64 {
-        let calls = &mut self.calls;
+        let (calls, mut requests) = (&mut self.calls, mem::take(&mut self.waiting));
         self.frames.take(frames, |large, frames| {
-            // One whose caller went away is not sent.
-            if calls.on_written(large.id) {
-                let request = RequestRef {
-                    id: large.id,
-                    service: &large.service,
-                    payload: &large.payload,
-                };
-                let appended = append_frame_with(frames, |frame| request.append_to(frame));
-                if let Err(error) = appended {
-                    tracing::debug!(%error, "a request cannot be sent");
-                }
+            if !calls.on_written(large.id) {
+                return;
             }
+            requests += 1;
+            let request = RequestRef {
+                id: large.id,
+                service: &large.service,
+                payload: &large.payload,
+            };
+            append(frames, |frame| request.append_to(frame));
         });
         calls.on_turn();
         self.answered = 0;
-        mem::take(&mut self.entered)
-    }
-}
-
-impl Default for Kept {
-    fn default() -> Self {
-        Self {
-            state: Mutex::default(),
-            slots: Semaphore::new(MAX_PIPELINED_TO_PEER),
-        }
+        requests
     }
 }
 
@@ -418,8 +460,10 @@ impl Future for Asked<'_> {
 
 impl Drop for Asked<'_> {
     fn drop(&mut self) {
-        if !self.has_ended && self.kept.lock().calls.end(self.id).is_some() {
-            self.kept.slots.add_permits(1);
+        if !self.has_ended {
+            let mut state = self.kept.lock();
+            state.calls.end(self.id);
+            self.kept.free(state);
         }
     }
 }
@@ -439,12 +483,19 @@ mod tests {
 
     /// A kept stream, and its remote end.
     async fn scene() -> (Arc<Kept>, Far) {
-        let (near, far) = duplex(1 << 20);
-        let kept = Arc::new(Kept::default());
+        scene_with(1 << 20, 512).await
+    }
+
+    /// One whose stream takes so many bytes that are not read, and so many requests.
+    async fn scene_with(buffer: usize, max: usize) -> (Arc<Kept>, Far) {
+        let (near, far) = duplex(buffer);
+        let kept = Arc::new(Kept::new(max));
         let running = Arc::clone(&kept);
         tokio::spawn(async move {
-            let sent = Counter::default();
-            running.run(near.compat(), &sent).await;
+            let (kept, reason) = (&*running, String::new());
+            let mut ending = Ending { kept, reason };
+            let (sent, stream) = (Counter::default(), near.compat());
+            kept.run(stream, &sent, &mut ending.reason).await;
         });
         while kept.lock().phase != Phase::Open {
             yield_now().await;
@@ -482,7 +533,7 @@ mod tests {
                 id,
                 outcome: Ok(payload),
             };
-            append_frame_with(&mut frame, |frame| reply.append_to(frame)).unwrap();
+            append(&mut frame, |frame| reply.append_to(frame));
             self.0.write_all(&frame).await.unwrap();
         }
     }
@@ -605,6 +656,82 @@ mod tests {
         assert!((2..=3).contains(&start.elapsed().as_secs()));
         assert!(matches!(later.await, Outcome::TimedOut));
         assert!((20..=21).contains(&start.elapsed().as_secs()));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn deadlines_are_kept_while_the_remote_does_not_read() {
+        let (kept, mut far) = scene_with(64, 512).await;
+        let start = Instant::now();
+        let small = ask_within(&kept, &"x".repeat(1_000), Duration::from_secs(5));
+        yield_now().await;
+        let waits = ask_within(&kept, "waits", Duration::from_secs(2)).expect("open");
+        let large = ask_within(&kept, &"x".repeat(WRITE_LEN), Duration::from_secs(3));
+        assert!(matches!(waits.await, Outcome::TimedOut));
+        assert_eq!(start.elapsed().as_secs(), 2);
+        assert!(matches!(large.expect("open").await, Outcome::TimedOut));
+        assert!(matches!(small.expect("open").await, Outcome::TimedOut));
+        assert_eq!(start.elapsed().as_secs(), 5);
+        assert_eq!(kept.load(), 2, "the frames that wait keep their permits");
+        let mut sink = vec![0; 2_000];
+        let _ = far.0.read(&mut sink).await.unwrap();
+        tokio::time::sleep(FRAME_DEADLINE).await;
+        assert_eq!(
+            kept.load(),
+            0,
+            "the stream has ended, and all is given back"
+        );
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn requests_beyond_the_limit_wait_their_turn_or_time_out() {
+        let (kept, mut far) = scene_with(1 << 20, 1).await;
+        let service = "client1".into();
+        let payload = Bytes::from_static(b"hello");
+        let question = |seconds| Question {
+            service: &service,
+            payload: &payload,
+            deadline: Instant::now() + Duration::from_secs(seconds),
+        };
+        let (first, second, third) = tokio::join!(
+            biased;
+            kept.ask(question(4)),
+            kept.ask(question(2)),
+            async {
+                let third = kept.ask(question(3));
+                let answers = async {
+                    for _ in 0..2 {
+                        let id = far.asked().await.id;
+                        tokio::time::sleep(Duration::from_millis(2_500)).await;
+                        far.reply(id, b"late").await;
+                    }
+                };
+                tokio::join!(third, answers).0
+            }
+        );
+        assert_eq!(answer(first.unwrap()), b"late");
+        assert!(matches!(second, Some(Outcome::TimedOut)), "{second:?}");
+        assert!(
+            matches!(third, Some(Outcome::TimedOut)),
+            "it had half a second left"
+        );
+        assert_eq!(kept.load(), 0);
+    }
+
+    #[tokio::test]
+    async fn a_good_reply_before_a_bad_one_is_given_to_its_caller() {
+        let (kept, mut far) = scene().await;
+        let (good, bad) = (ask(&kept, "good"), ask(&kept, "bad"));
+        let id = far.asked().await.id;
+        let mut bytes = Vec::new();
+        let reply = ReplyRef {
+            id,
+            outcome: Ok(b"fine"),
+        };
+        append(&mut bytes, |frame| reply.append_to(frame));
+        bytes.extend([1, 0xff]);
+        far.0.write_all(&bytes).await.unwrap();
+        assert_eq!(answer(good.await), b"fine");
+        assert!(matches!(bad.await, Outcome::Broken(_)));
     }
 
     #[tokio::test(start_paused = true)]

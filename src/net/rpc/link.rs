@@ -7,7 +7,7 @@ use libp2p::swarm::Stream;
 use tokio::sync::{Semaphore, oneshot};
 
 use super::kept::Kept;
-use crate::limits::MAX_SINGLE_REQUESTS;
+use crate::limits::{MAX_LARGE_TO_PEER, MAX_PIPELINED_TO_PEER, MAX_SINGLE_REQUESTS};
 use crate::metrics::Metrics;
 use crate::proto::routes;
 
@@ -77,8 +77,8 @@ impl Default for Link {
         Self {
             connected: AtomicBool::new(false),
             single: Arc::new(Semaphore::new(MAX_SINGLE_REQUESTS)),
-            small: Kept::default(),
-            large: Kept::default(),
+            small: Kept::new(MAX_PIPELINED_TO_PEER),
+            large: Kept::new(MAX_LARGE_TO_PEER),
         }
     }
 }

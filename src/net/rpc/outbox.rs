@@ -5,16 +5,14 @@
 //! and never waits for more. Where others may be about to add a frame, it lets them run first whose
 //! turn it is already, because a write costs more than a frame.
 //!
-//! Large frames wait as what they are made of. They go after the small ones, so many at a time as
-//! are worth one write: a small frame waits for one large one at most.
+//! Large frames wait as what they are made of. They go after the small ones that wait, so many at a
+//! time as are worth one write: a small frame that comes then waits for those.
 
 use std::collections::VecDeque;
 use std::io;
-use std::pin::pin;
 use std::task::{Context, Poll, Waker};
 
 use futures::io::{AsyncWrite, AsyncWriteExt};
-use tokio::task::yield_now;
 use tokio::time::timeout;
 
 use crate::limits::FRAME_DEADLINE;
@@ -33,6 +31,9 @@ pub(super) enum Others {
     None,
     Some,
 }
+
+/// What an empty buffer holds at most: it is used again by most streams, and many rest.
+const KEPT_LEN: usize = 16 * 1024;
 
 #[derive(Debug)]
 pub(super) struct Outbox<L> {
@@ -59,16 +60,21 @@ impl<L> Outbox<L> {
     /// Adds the frame whose content `append` writes. Returns whom to wake.
     pub(super) fn add_small(
         &mut self,
-        append: impl FnOnce(&mut Vec<u8>) -> Result<(), EncodeError>,
-    ) -> Result<Option<Waker>, EncodeError> {
-        append_frame_with(&mut self.small, append)?;
-        Ok(self.writer.take())
+        content: impl FnOnce(&mut Vec<u8>) -> Result<(), EncodeError>,
+    ) -> Option<Waker> {
+        append(&mut self.small, content);
+        self.writer.take()
     }
 
     /// Adds what a large frame is made of. Returns whom to wake.
     pub(super) fn add_large(&mut self, frame: L) -> Option<Waker> {
         self.large.push_back(frame);
         self.writer.take()
+    }
+
+    /// The large frames that wait.
+    pub(super) fn large(&self) -> usize {
+        self.large.len()
     }
 
     pub(super) fn is_empty(&self) -> bool {
@@ -79,6 +85,7 @@ impl<L> Outbox<L> {
     /// tasks that can run now have run.
     pub(super) fn poll(&mut self, cx: &mut Context<'_>, others: Others) -> Poll<()> {
         if self.is_empty() {
+            release(&mut self.small);
             self.writer = Some(cx.waker().clone());
             self.settled = false;
             return Poll::Pending;
@@ -87,8 +94,9 @@ impl<L> Outbox<L> {
             return Poll::Ready(());
         }
         self.settled = true;
-        // Only asks to be woken; `settled` is what makes the next call go on.
-        pin!(yield_now()).poll(cx)
+        // To the end of the queue of this worker, from which another one may take it.
+        cx.waker().wake_by_ref();
+        Poll::Pending
     }
 
     /// Takes the small frames and what fits into one write of the large ones, which `append` writes.
@@ -120,9 +128,24 @@ pub(super) async fn send<W: AsyncWrite + Unpin>(
         timeout(FRAME_DEADLINE, io.write_all(part)).await??;
     }
     timeout(FRAME_DEADLINE, io.flush()).await??;
-    if frames.capacity() > 2 * WRITE_LEN {
-        // What one large frame took is not held for ever.
+    release(frames);
+    Ok(())
+}
+
+/// Appends a frame.
+pub(super) fn append(
+    frames: &mut Vec<u8>,
+    content: impl FnOnce(&mut Vec<u8>) -> Result<(), EncodeError>,
+) {
+    // Lengths are checked long before, so that there is no reason to fail.
+    if let Err(error) = append_frame_with(frames, content) {
+        tracing::error!(%error, "a message cannot be sent");
+    }
+}
+
+/// Does not hold for ever what a large frame took.
+fn release(frames: &mut Vec<u8>) {
+    if frames.capacity() > KEPT_LEN {
         *frames = Vec::new();
     }
-    Ok(())
 }

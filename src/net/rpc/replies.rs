@@ -11,9 +11,8 @@ use futures::io::{AsyncWrite, AsyncWriteExt};
 use tokio::time::timeout;
 
 use super::budget::{Budget, Held, Usage};
-use super::outbox::{Others, Outbox, SMALL, send};
+use super::outbox::{Others, Outbox, SMALL, append, send};
 use crate::limits::{FRAME_DEADLINE, MAX_PIPELINED};
-use crate::proto::frame::append_frame_with;
 use crate::proto::wire::{ErrorCode, RemoteError, ReplyRef};
 
 #[derive(Debug)]
@@ -28,7 +27,7 @@ pub(super) struct Replies {
 #[derive(Debug, Default)]
 struct State {
     frames: Outbox<Large>,
-    /// The requests whose replies wait.
+    /// The replies that wait.
     waiting: usize,
     /// What the small replies that wait hold.
     held: Held,
@@ -107,10 +106,9 @@ impl Replies {
     /// Writes replies as they come, those that wait together in one go, until the last one.
     pub(super) async fn write<W: AsyncWrite + Unpin>(&self, mut io: W) -> io::Result<()> {
         let mut frames = Vec::new();
-        while let Some(held) = poll_fn(|cx| self.poll_take(cx, &mut frames)).await {
-            let sent = send(&mut io, &mut frames).await;
-            self.budget.give_back(&self.of_peer, held);
-            sent?;
+        while let Some(leaving) = poll_fn(|cx| self.poll_take(cx, &mut frames)).await {
+            send(&mut io, &mut frames).await?;
+            drop(leaving);
         }
         timeout(FRAME_DEADLINE, io.close()).await?
     }
@@ -127,8 +125,8 @@ impl Replies {
         self.budget.give_back(&self.of_peer, held);
     }
 
-    /// Takes the replies that wait, and returns what they hold; `None` after the last one.
-    fn poll_take(&self, cx: &mut Context<'_>, frames: &mut Vec<u8>) -> Poll<Option<Held>> {
+    /// Takes the replies that wait; `None` after the last one.
+    fn poll_take(&self, cx: &mut Context<'_>, frames: &mut Vec<u8>) -> Poll<Option<Leaving<'_>>> {
         let mut state = self.lock();
         let open = self.open.load(Ordering::Acquire);
         if state.phase == Phase::Draining && open == 0 {
@@ -148,7 +146,10 @@ impl Replies {
         if let Some(reader) = reader {
             reader.wake();
         }
-        Poll::Ready(Some(held))
+        Poll::Ready(Some(Leaving {
+            replies: self,
+            held,
+        }))
     }
 
     fn answer(&self, id: u64, outcome: Result<Vec<u8>, RemoteError>, held: Held) {
@@ -169,41 +170,51 @@ impl Replies {
     }
 }
 
+/// What replies hold until they have left, or cannot.
+struct Leaving<'a> {
+    replies: &'a Replies,
+    held: Held,
+}
+
+impl Drop for Leaving<'_> {
+    fn drop(&mut self) {
+        let held = mem::take(&mut self.held);
+        self.replies.budget.give_back(&self.replies.of_peer, held);
+    }
+}
+
 impl State {
     /// Adds a reply. Returns whom to wake.
     fn add(&mut self, id: u64, outcome: Result<Vec<u8>, RemoteError>, held: Held) -> Option<Waker> {
+        self.waiting += 1;
         let outcome = match outcome {
             Ok(payload) if payload.len() > SMALL => {
                 return self.frames.add_large(Large { id, payload, held });
             }
             outcome => outcome,
         };
-        self.waiting += 1;
         self.held.merge(held);
         let reply = ReplyRef {
             id,
             outcome: outcome.as_deref(),
         };
-        // A small reply can always be encoded.
-        let added = self.frames.add_small(|frame| reply.append_to(frame));
-        added.unwrap_or_default()
+        self.frames.add_small(|frame| reply.append_to(frame))
     }
 
     /// Takes the replies that wait. Returns what they hold, and how many they are.
     fn take(&mut self, frames: &mut Vec<u8>) -> (Held, usize) {
         let mut held = mem::take(&mut self.held);
-        let mut taken = mem::take(&mut self.waiting);
+        let mut taken = self.waiting - self.frames.large();
         self.frames.take(frames, |large, frames| {
             let reply = ReplyRef {
                 id: large.id,
                 outcome: Ok(&large.payload),
             };
-            if let Err(error) = append_frame_with(frames, |frame| reply.append_to(frame)) {
-                tracing::debug!(%error, "a reply cannot be sent");
-            }
+            append(frames, |frame| reply.append_to(frame));
             held.merge(large.held);
             taken += 1;
         });
+        self.waiting -= taken;
         (held, taken)
     }
 }

@@ -18,6 +18,7 @@ use libp2p::PeerId;
 use tokio::sync::mpsc;
 use tokio::sync::mpsc::error::TrySendError;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+use tokio::task::consume_budget;
 
 use super::budget::Budget;
 use super::replies::{Replies, Responder};
@@ -51,30 +52,31 @@ pub(crate) struct Server {
 }
 
 /// Where requests for a service go.
-#[derive(Clone, Debug)]
+#[derive(Debug)]
 enum Route {
     Handler(mpsc::Sender<Inbound>),
     Carrier(ServiceName, mpsc::Sender<Carried>),
 }
 
-/// The route of a stream's last request, which most often is that of the next one too.
+/// The handler of a stream's last request, which most often is that of the next one too.
 #[derive(Debug)]
 struct LastRoute {
     service: String,
-    route: Route,
+    /// Does not keep a service from ending.
+    handler: mpsc::WeakSender<Inbound>,
     /// How often the services had changed before.
     changes: u64,
 }
 
 impl Route {
-    fn send(&self, inbound: Inbound) -> Result<(), TrySendError<Inbound>> {
+    fn send(self, inbound: Inbound) -> Result<(), TrySendError<Inbound>> {
         let (name, carrier) = match self {
             Self::Handler(handler) => return handler.try_send(inbound),
             Self::Carrier(name, carrier) => (name, carrier),
         };
         match carrier.try_reserve() {
             Ok(place) => {
-                place.send(Carried::Call(name.clone(), inbound));
+                place.send(Carried::Call(name, inbound));
                 Ok(())
             }
             Err(TrySendError::Full(())) => Err(TrySendError::Full(inbound)),
@@ -188,23 +190,25 @@ impl Server {
         services.get(service).cloned()
     }
 
-    /// Where requests for a service go, if anywhere; `last` is what this said last.
-    fn route_after<'a>(&self, last: &'a mut Option<LastRoute>, service: &str) -> Option<&'a Route> {
+    /// Where requests for a service go, if anywhere; `last` remembers it.
+    fn route_after(&self, last: &mut Option<LastRoute>, service: &str) -> Option<Route> {
         // Read first, so that a change that comes meanwhile makes the route old.
         let changes = self.changes.load(Ordering::Acquire);
-        let is_still_so = |last: &LastRoute| {
-            // Whether this grape has a worker can change without a change of the services.
-            let by_handler = matches!(last.route, Route::Handler(_));
-            by_handler && last.changes == changes && last.service == service
-        };
-        if !last.as_ref().is_some_and(is_still_so) {
-            *last = self.route(service).map(|route| LastRoute {
+        let is_still_so = |last: &&LastRoute| last.changes == changes && last.service == service;
+        let handler = last.as_ref().filter(is_still_so);
+        if let Some(handler) = handler.and_then(|last| last.handler.upgrade()) {
+            return Some(Route::Handler(handler));
+        }
+        let route = self.route(service)?;
+        // Whether this grape has a worker can change without a change of the services.
+        if let Route::Handler(handler) = &route {
+            *last = Some(LastRoute {
                 service: service.to_owned(),
-                route,
+                handler: handler.downgrade(),
                 changes,
             });
         }
-        last.as_ref().map(|last| &last.route)
+        Some(route)
     }
 
     fn route(&self, service: &str) -> Option<Route> {
@@ -266,6 +270,7 @@ pub(crate) async fn serve(
     let of_peer = server.budget.usage_of(peer);
     let frames = FrameReader::new(reader, server.budget.arriving(&of_peer));
     let replies = Replies::new(Arc::clone(&server.budget), of_peer);
+    let _closing = Closing(&replies);
     let ended = {
         let reading = std::pin::pin!(read(&server, remote, frames, &replies));
         let writing = std::pin::pin!(replies.write(writer));
@@ -279,9 +284,17 @@ pub(crate) async fn serve(
             Either::Right((result, _)) => result,
         }
     };
-    replies.close();
     if let Err(error) = ended {
         tracing::debug!(%peer, %error, "an RPC stream has failed");
+    }
+}
+
+/// Closes a stream's replies with its task, however that ends.
+struct Closing<'a>(&'a Replies);
+
+impl Drop for Closing<'_> {
+    fn drop(&mut self) {
+        self.0.close();
     }
 }
 
@@ -322,7 +335,7 @@ async fn read<R: AsyncRead + Unpin>(
         let request = if let Some(request) = RequestRef::peek(frame) {
             request
         } else {
-            decoded = match Request::decode(frame) {
+            decoded = match Request::decode_any(frame) {
                 Ok(request) => request,
                 Err(error) => {
                     let code = match error {
@@ -339,6 +352,7 @@ async fn read<R: AsyncRead + Unpin>(
         };
         let (responder, has_room) = replies.expect(request.id);
         dispatch(server, remote, &mut last_route, request, responder);
+        consume_budget().await;
         if !has_room {
             replies.room().await;
         }

@@ -28,7 +28,7 @@ pub const MAX_MESSAGE: usize = 1024;
 pub const MAX_CODE: usize = 64;
 
 /// The bytes of an error beyond its texts, at most.
-const OVERHEAD: usize = 48;
+const REFUSAL: usize = 48;
 
 /// A call of a service, as a server holds it.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -114,7 +114,7 @@ impl Request {
     }
 
     /// As [`decode`](Self::decode), by the library.
-    pub(super) fn decode_any(frame: &[u8]) -> Result<Self, DecodeError> {
+    pub(crate) fn decode_any(frame: &[u8]) -> Result<Self, DecodeError> {
         check_len("frame", frame.len(), MAX_FRAME)?;
         let draft: RequestDraft<'_> = decode(frame)?;
         let what = RequestDraft::WHAT;
@@ -234,7 +234,7 @@ impl ReplyRef<'_> {
             Err(error) => {
                 let (id, error) = (self.id, ErrorShape::of(error));
                 let len = error.code.len() + error.message.len();
-                append(&RefusalShape { id, error }, OVERHEAD + len, out)
+                append(&RefusalShape { id, error }, REFUSAL + len, out)
             }
         }
     }
