@@ -947,10 +947,6 @@ impl Driver {
         if !self.registrar || !self.records.admit(record.provider, now) {
             return;
         }
-        let (key, peer) = (record.key.as_ref(), &record.provider);
-        if self.rendezvous.is_withdrawn(key, peer, now) {
-            return;
-        }
         let prefix = prefix(&self.connectivity, &record.provider);
         let mut store = self.registry.providers();
         let new = NewRecord {

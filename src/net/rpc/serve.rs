@@ -28,8 +28,10 @@ use crate::limits::{FRAME_DEADLINE, Limits, MAX_PIPELINED, MAX_SERVED_STREAMS};
 use crate::metrics::Metrics;
 use crate::name::ServiceName;
 use crate::proto::frame::{FrameError, FrameReader, FrameWriter};
-use crate::proto::wire::{self, Batch, DecodeError, ErrorCode, RemoteError, ReplyRef, Request};
-use crate::store::Registry;
+use crate::proto::wire::{
+    self, Batch, DecodeError, ErrorCode, NamesRequest, RemoteError, ReplyRef, Request,
+};
+use crate::store::{NotTaken, Registry};
 
 /// The replies that are taken from the queue for one write.
 const WRITE_BATCH: usize = 256;
@@ -300,6 +302,37 @@ impl Server {
         let reply = registry.on_batch(remote.peer, remote.host, &batch, Instant::now());
         reply.encode().map_err(|error| refuse(&error))
     }
+
+    /// Keeps, takes back and finds names for another node. An answer may be large, and takes a place
+    /// until it has left.
+    fn on_names(
+        self: &Arc<Self>,
+        remote: Remote,
+        usage: &Arc<Usage>,
+        payload: &[u8],
+        mut responder: Responder,
+    ) {
+        let error = |code, message: &str| Err(RemoteError::new(code, message));
+        let Some(registry) = self.registry.get() else {
+            return responder.answer(error(ErrorCode::UnknownService, NOT_SERVED));
+        };
+        responder.place = self.place(usage, payload.len());
+        if responder.place.is_none() {
+            return responder.answer(error(ErrorCode::Busy, "too many requests are open"));
+        }
+        let answered = NamesRequest::decode(payload).map(|request| {
+            let now = Instant::now();
+            registry.on_names(remote.peer, remote.host, &request, now)
+        });
+        responder.answer(match answered {
+            Ok(Ok(reply)) => reply
+                .encode()
+                .or_else(|e| error(ErrorCode::HandlerFailed, &e.to_string())),
+            Ok(Err(e @ NotTaken::TooFast)) => error(ErrorCode::Busy, &e.to_string()),
+            Ok(Err(e)) => error(ErrorCode::BadRequest, &e.to_string()),
+            Err(e) => error(ErrorCode::BadRequest, &e.to_string()),
+        });
+    }
 }
 
 impl Usage {
@@ -495,6 +528,7 @@ fn dispatch(
     match request.service.as_str() {
         wire::SERVES => return server.on_serves(&request.payload, responder),
         wire::REGISTRY => return responder.answer(server.on_batch(remote, &request.payload)),
+        wire::NAMES => return server.on_names(remote, usage, &request.payload, responder),
         _ => {}
     }
     let refuse = |responder: Responder, code, message: &str| {
