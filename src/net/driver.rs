@@ -22,10 +22,11 @@ use void::Void;
 
 use super::connectivity::{Connectivity, KnownGrape, describe};
 use super::discovery::{self, Discovery, Waiter};
+use super::names::{self, Names};
 use super::rendezvous::{self, Rendezvous};
-use super::rpc::kept::{KeptStreams, Lane};
+use super::rpc::kept::{KeptStreams, Lane, Outgoing};
 use super::rpc::serve::{Inbound, Server};
-use super::rpc::single::{Requests, Serves};
+use super::rpc::single::{Outbound, Requests, Serves};
 use super::swarm::{Behaviour, BehaviourEvent, build};
 use super::values::Values;
 use super::{COMMANDS, Command, Handle, Settings};
@@ -37,9 +38,11 @@ use crate::metrics::Metrics;
 use crate::name::ServiceName;
 use crate::proto::announce::Place;
 use crate::proto::exploration::Exploration;
-use crate::proto::lookup::{Outcome, Source, Step};
+use crate::proto::lookup::{Grapes, Outcome, Plan, SMALL, Source, Step};
 use crate::proto::rate::RateLimit;
+use crate::proto::registrations::{Known, Scope};
 use crate::proto::routes::Routes;
+use crate::proto::wire;
 use crate::store::{NewRecord, Origin, Prefix, Registry};
 
 /// How often expired records are dropped, and lookups that nobody waits for.
@@ -94,6 +97,7 @@ pub(super) async fn start(settings: Settings) -> Result<Handle, SpawnError> {
         keep_alive_interval,
         connectivity,
         discovery: Discovery::new(local),
+        names: Names::new(),
         rendezvous: Rendezvous::new(settings.identity.keypair().clone()),
         values: Values::default(),
         server: Arc::clone(&server),
@@ -108,6 +112,7 @@ pub(super) async fn start(settings: Settings) -> Result<Handle, SpawnError> {
         registrar: settings.registrar,
         grapes: known_grapes,
         grapes_changed: false,
+        looked_around: false,
         exploration: Exploration::default(),
         routes: Arc::clone(&routes),
         metrics: Arc::clone(&metrics),
@@ -215,6 +220,7 @@ struct Driver {
     keep_alive_interval: Duration,
     connectivity: Connectivity,
     discovery: Discovery,
+    names: Names,
     rendezvous: Rendezvous,
     values: Values,
     server: Arc<Server>,
@@ -232,6 +238,8 @@ struct Driver {
     /// The other grapes that this one knows, and whether they may have changed.
     grapes: watch::Sender<Vec<KnownGrape>>,
     grapes_changed: bool,
+    /// Whether the grapes near this node have been asked for once.
+    looked_around: bool,
     exploration: Exploration,
     routes: Arc<Mutex<Routes>>,
     metrics: Arc<Metrics>,
@@ -258,6 +266,7 @@ impl Driver {
             tokio::select! {
                 event = self.swarm.select_next_some() => self.on_swarm_event(event),
                 Some((name, handler)) = self.dropped.next() => self.on_handler_gone(&name, &handler),
+                answered = self.names.next() => self.on_names(answered),
                 command = self.commands.recv() => match command {
                     Some(Command::Shutdown(done)) => return Err(Stop::Asked(done)),
                     Some(command) => self.on_command(command),
@@ -283,10 +292,12 @@ impl Driver {
             self.discovery.refuse(&name, LookupError::Closed);
         }
         let deadline = tokio::time::Instant::now() + SHUTDOWN_DEADLINE;
-        while self.rendezvous.unregistering() > 0 || self.server.open_requests() > 0 {
+        while self.withdrawing() > 0 || self.server.open_requests() > 0 {
+            self.carry_out_names(Instant::now());
             let server = Arc::clone(&self.server);
             tokio::select! {
                 event = self.swarm.select_next_some() => self.on_swarm_event(event),
+                answered = self.names.next() => self.on_names(answered),
                 () = server.idle(), if server.open_requests() > 0 => {}
                 () = sleep_until(deadline) => break,
             }
@@ -302,6 +313,11 @@ impl Driver {
                 () = sleep_until(deadline) => break,
             }
         }
+    }
+
+    /// How many withdrawals no grape has confirmed yet.
+    fn withdrawing(&self) -> usize {
+        self.rendezvous.unregistering() + self.names.registrations.withdrawing()
     }
 
     fn on_command(&mut self, command: Command) {
@@ -392,6 +408,7 @@ impl Driver {
             let _ = done.send(Err(error));
             return;
         }
+        self.names.registrations.announce(&name, Instant::now());
         self.server.serve(name.clone(), handler.clone());
         self.handlers.insert(name.clone(), handler.clone());
         self.publishing.insert(name.clone(), done);
@@ -420,12 +437,13 @@ impl Driver {
         if !self.discovery.announcements.withdraw(name) {
             return;
         }
-        let grapes = self.connectivity.grapes();
+        self.names.registrations.withdraw(name, Instant::now());
+        let grapes = self.connectivity.grapes().into_iter();
         let behaviour = self.swarm.behaviour_mut();
         behaviour
             .kad
             .stop_providing(&kad::RecordKey::new(&name.key()));
-        for grape in grapes {
+        for grape in grapes.filter(|grape| !self.names.registrations.answers(grape)) {
             self.rendezvous
                 .unregister(&mut behaviour.rendezvous, grape, name);
         }
@@ -444,8 +462,8 @@ impl Driver {
         if self.held.is_empty() {
             return;
         }
-        let points = self.connectivity.bootstraps.connected();
-        if points.is_empty() && self.connectivity.bootstraps.is_starting() {
+        let grapes = self.grapes_to_ask();
+        if grapes.bootstraps.is_empty() && self.connectivity.bootstraps.is_starting() {
             return;
         }
         // A grape that is not connected any more can be dialled, if Kademlia knows it.
@@ -465,8 +483,32 @@ impl Driver {
         for name in started {
             self.held.remove(&name);
             self.metrics.lookups.add(1);
-            let points = points.iter().copied();
-            self.discovery.lookups.start(&name, points, Instant::now());
+            let plan = Plan::draw(&grapes);
+            self.discovery.lookups.start(&name, &plan, Instant::now());
+        }
+    }
+
+    /// What is known of the grapes that a lookup may ask.
+    fn grapes_to_ask(&self) -> Grapes {
+        let registrations = &self.names.registrations;
+        let bootstraps = self.connectivity.bootstraps.connected();
+        let mut others = Vec::new();
+        let mut count = None;
+        let known = self.grapes.borrow().len();
+        // A grape has some of the names itself, and asks Kademlia for the others.
+        if self.looked_around && !self.registrar && self.names.most_grapes() <= known as u64 {
+            count = Some(known);
+            others = self.connectivity.grapes();
+            others.retain(|grape| {
+                let is_ours = self.connectivity.is_ours(grape) && !registrations.is_deaf(grape);
+                is_ours && !bootstraps.contains(grape)
+            });
+        }
+        let with_kind = |grape| (grape, registrations.is_deaf(&grape));
+        Grapes {
+            bootstraps: bootstraps.into_iter().map(with_kind).collect(),
+            others,
+            count,
         }
     }
 
@@ -480,6 +522,7 @@ impl Driver {
         let due = [
             self.connectivity.bootstraps.next_due(),
             self.discovery.announcements.next_due(),
+            self.names.registrations.next_due(),
             self.discovery.lookups.next_deadline(),
             self.exploration.next_due(),
         ];
@@ -530,31 +573,97 @@ impl Driver {
 impl Driver {
     fn carry_out(&mut self) {
         let now = Instant::now();
+        if std::mem::take(&mut self.grapes_changed) {
+            self.tell_grapes(now);
+        }
         self.carry_out_lookups(now);
+        self.carry_out_names(now);
         while let Some((name, place)) = self.discovery.announcements.poll_publish(now) {
             self.publish(name, place, now);
-        }
-        if std::mem::take(&mut self.grapes_changed) && self.registrar {
-            self.tell_grapes();
         }
         self.measure();
     }
 
-    fn tell_grapes(&mut self) {
+    fn carry_out_names(&mut self, now: Instant) {
+        let announces = self.discovery.announcements.len() > 0;
+        let record = announces.then(|| self.rendezvous.signed()).flatten();
+        while let Some(message) = self.names.poll_message(record.as_ref(), now) {
+            self.send_names(message);
+        }
+        while let Some(name) = self.names.registrations.poll_walk(now) {
+            let kad = &mut self.swarm.behaviour_mut().kad;
+            self.discovery.walk(kad, name);
+        }
+        while let Some(grape) = self.names.registrations.poll_deaf() {
+            self.on_deaf(grape);
+        }
+        let by_kademlia = self.registrar || self.names.registrations.knows_deaf();
+        self.discovery.announcements.use_kademlia(by_kademlia);
+    }
+
+    /// Sends a message over a kept stream if there is one, and otherwise over one of its own. What
+    /// finds no room is as good as unanswered.
+    fn send_names(&mut self, message: names::Message) {
+        let (grape, lane) = (message.grape, Lane::of(&message.payload));
+        self.metrics.names_requests.add(1);
+        let mut request = Outgoing {
+            service: wire::NAMES.into(),
+            payload: message.payload.into(),
+            outcome: message.outcome,
+        };
+        if let Some(queue) = self.kept.get(grape, lane) {
+            match queue.try_send(request) {
+                Ok(()) => return,
+                Err(error) => request = error.into_inner(),
+            }
+        }
+        let single = self.routes().slots(grape).single;
+        let Ok(slot) = single.try_acquire_owned() else {
+            return;
+        };
+        let request = Outbound {
+            provider: grape,
+            service: request.service,
+            payload: request.payload,
+            outcome: request.outcome,
+            slot,
+        };
+        let behaviour = self.swarm.behaviour_mut();
+        self.requests.call(&mut behaviour.single, request);
+        if self.connectivity.is_ours(&grape) {
+            let open = |peer| behaviour.streams.open(peer);
+            self.kept.keep(grape, lane, open);
+        }
+    }
+
+    fn tell_grapes(&mut self, now: Instant) {
         let kad = &mut self.swarm.behaviour_mut().kad;
         let routed = kad.kbuckets().flat_map(|bucket| {
             let peers = bucket.iter().map(|entry| *entry.node.key.preimage());
             peers.collect::<Vec<_>>()
         });
         let known = self.connectivity.known_grapes(routed);
-        let known_few = (1..kad::K_VALUE.get()).contains(&known.len());
+        self.registry.on_grapes(known.len());
+        let known_few = (1..SMALL).contains(&known.len());
+        let scope = match known.len() < SMALL {
+            true => Scope::All,
+            false => Scope::Closest,
+        };
+        let bootstraps = self.connectivity.bootstraps.connected();
+        let kinds = known.iter().map(|grape| Known {
+            peer: grape.peer,
+            is_bootstrap: bootstraps.contains(&grape.peer),
+            is_foreign: self.connectivity.is_foreign(&grape.peer),
+        });
+        let registrations = &mut self.names.registrations;
+        registrations.on_grapes(&kinds.collect::<Vec<_>>(), scope, now);
         let exploration = &mut self.exploration;
         self.grapes.send_if_modified(|before| {
             let peer = |grape: &KnownGrape| grape.peer;
             let met_another = before.iter().map(peer).ne(known.iter().map(peer));
             if met_another {
                 tracing::debug!(grapes = known.len(), "the known grapes have changed");
-                exploration.on_grapes(known_few, Instant::now());
+                exploration.on_grapes(known_few, now);
             }
             let changed = *before != known;
             *before = known;
@@ -588,6 +697,7 @@ impl Driver {
                     query.finish();
                 }
             }
+            Step::Find(grape, name) => self.names.find(grape, name),
             Step::Discover(grape, name) => {
                 let learned = self
                     .rendezvous
@@ -719,8 +829,11 @@ impl Driver {
             // So that the first query need not wait for identify.
             self.swarm.behaviour_mut().kad.add_address(&grape, address);
         }
-        self.discovery.announcements.on_grape(grape);
-        if self.registrar && self.connectivity.bootstraps.connected().len() == 1 {
+        self.grapes_changed = true;
+        if self.names.registrations.is_deaf(&grape) {
+            self.discovery.announcements.on_grape(grape);
+        }
+        if self.connectivity.bootstraps.connected().len() == 1 {
             // Finds the neighbours, at once and once. The rest of the table Kademlia fills by
             // itself half a second later; to walk all of it for each bootstrap grape would only
             // multiply the connections.
@@ -729,10 +842,11 @@ impl Driver {
         self.connectivity.publish();
     }
 
-    /// Asks for the grapes nearest to this one.
+    /// Asks for the grapes nearest to this node.
     fn look_around(&mut self) {
         let local = *self.swarm.local_peer_id();
-        self.swarm.behaviour_mut().kad.get_closest_peers(local);
+        let kad = &mut self.swarm.behaviour_mut().kad;
+        self.discovery.look_around(kad, local);
     }
 
     fn on_address(&mut self, address: Multiaddr) {
@@ -818,6 +932,7 @@ impl Driver {
                 .peers
                 .set(self.swarm.network_info().num_peers() as u64);
             self.routes().on_connected(peer);
+            self.names.registrations.on_connected(&peer, now);
             self.grapes_changed = true;
         }
         if change.bootstrap {
@@ -837,6 +952,7 @@ impl Driver {
                 .set(self.swarm.network_info().num_peers() as u64);
             self.routes().on_disconnected(&peer);
             self.rendezvous.on_disconnected(&peer);
+            self.names.on_disconnected(&peer, now);
             self.records.forget(&peer);
             self.puts.forget(&peer);
             self.grapes_changed = true;
@@ -939,7 +1055,64 @@ impl Driver {
                     .announcements
                     .on_refused(&name, Place::Kademlia, now);
             }
+            Some(discovery::Learned::Walked(name, closest)) => {
+                self.names.registrations.on_walked(&name, &closest, now);
+            }
+            Some(discovery::Learned::LookedAround(somebody)) => self.looked_around |= somebody,
             None => {}
+        }
+    }
+
+    fn on_names(&mut self, answered: names::Answered) {
+        let now = Instant::now();
+        match self.names.on_answer(answered, now) {
+            names::Learned::Kept(names) => {
+                for name in names {
+                    let published = self.discovery.announcements.on_kept(&name);
+                    self.on_published(published, &name);
+                }
+            }
+            names::Learned::Deaf(grape, sought) => {
+                for name in sought {
+                    self.discovery.lookups.on_deaf(&grape, &name);
+                }
+            }
+            names::Learned::Found(grape, found) => {
+                for (name, providers) in found {
+                    self.on_found(grape, &name, providers, now);
+                }
+            }
+        }
+        if self.names.counts_changed() {
+            let known = self.grapes.borrow().len();
+            if self.names.most_grapes() != known as u64 {
+                let known_few = (1..SMALL).contains(&known);
+                self.exploration.on_grapes(known_few, now);
+            }
+        }
+    }
+
+    /// A grape that is asked directly has named providers, or has not answered.
+    fn on_found(
+        &mut self,
+        grape: PeerId,
+        name: &ServiceName,
+        providers: Option<names::Providers>,
+        now: Instant,
+    ) {
+        let answered = providers.is_some();
+        for (peer, addresses) in providers.unwrap_or_default() {
+            self.on_candidate(name, Source::Point(grape), peer, addresses, now);
+        }
+        self.discovery
+            .lookups
+            .on_discovered(&grape, name, answered, now);
+    }
+
+    /// A grape without a registry is told of names by rendezvous and Kademlia.
+    fn on_deaf(&mut self, grape: PeerId) {
+        if self.connectivity.bootstraps.connected().contains(&grape) {
+            self.discovery.announcements.on_grape(grape);
         }
     }
 
@@ -986,13 +1159,7 @@ impl Driver {
                 self.on_published(published, &name);
             }
             Some(rendezvous::Learned::Discovered(grape, name, providers)) => {
-                let answered = providers.is_some();
-                for (peer, addresses) in providers.unwrap_or_default() {
-                    self.on_candidate(&name, Source::Point(grape), peer, addresses, now);
-                }
-                self.discovery
-                    .lookups
-                    .on_discovered(&grape, &name, answered, now);
+                self.on_found(grape, &name, providers, now);
             }
             Some(rendezvous::Learned::Resume(grape, name)) => {
                 self.publish(name, Place::Rendezvous(grape), now);

@@ -178,6 +178,7 @@ pub(crate) mod exploration;
 pub mod frame;
 pub(crate) mod lookup;
 pub(crate) mod rate;
+pub(crate) mod registrations;
 #[doc(hidden)]
 pub mod rendezvous;
 pub(crate) mod routes;

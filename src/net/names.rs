@@ -1,0 +1,276 @@
+//! The registries of other grapes: carries what is to be told and asked of them, by the RPC.
+//!
+//! [`Registrations`] decides what each grape is told; lookups decide who is asked. What begins in
+//! one turn of the loop goes to a grape in one message. This struct keeps the messages under way.
+
+use std::collections::{BTreeSet, HashMap};
+use std::time::{Duration, Instant};
+
+use futures::FutureExt;
+use futures::future::BoxFuture;
+use futures::stream::{FuturesUnordered, StreamExt};
+use libp2p::{Multiaddr, PeerId};
+use tokio::sync::oneshot;
+use tokio::time::timeout;
+
+use super::rpc::Outcome;
+use crate::limits::MAX_ADDRESSES;
+use crate::name::ServiceName;
+use crate::proto::registrations::{Answer, Registrations, Update};
+use crate::proto::rendezvous::SignedPeer;
+use crate::proto::wire::{ErrorCode, MAX_SOUGHT, NamesReply, NamesRequest};
+
+/// How long a grape may take to keep what it is told, and to answer what it is asked.
+const UPDATE_DEADLINE: Duration = Duration::from_secs(5);
+const FIND_DEADLINE: Duration = Duration::from_secs(3);
+
+/// What the driver must know of an answer.
+#[derive(Debug)]
+pub(crate) enum Learned {
+    /// A grape keeps these names, which no grape has kept before.
+    Kept(Vec<ServiceName>),
+    /// A grape has no registry; these names were asked for.
+    Deaf(PeerId, Vec<ServiceName>),
+    /// A grape named providers of each of these names; `None`: it did not answer.
+    Found(PeerId, Vec<(ServiceName, Option<Providers>)>),
+}
+
+/// Providers and where they can be dialled.
+pub(crate) type Providers = Vec<(PeerId, Vec<Multiaddr>)>;
+
+/// The messages to and from the registries of other grapes.
+#[derive(Debug)]
+pub(crate) struct Names {
+    pub(crate) registrations: Registrations,
+    under_way: FuturesUnordered<BoxFuture<'static, Answered>>,
+    /// What is asked of each grape at the end of this turn.
+    sought: HashMap<PeerId, Vec<ServiceName>>,
+    /// How many grapes each grape says that there are, and whether that has changed.
+    counts: HashMap<PeerId, u64>,
+    counts_changed: bool,
+}
+
+/// A message that is to be sent; who waits for its outcome is told by the sender.
+#[derive(Debug)]
+pub(crate) struct Message {
+    pub(crate) grape: PeerId,
+    pub(crate) payload: Vec<u8>,
+    pub(crate) outcome: oneshot::Sender<Outcome>,
+}
+
+#[derive(Debug)]
+enum Asked {
+    Update { announced: usize },
+    Find(Vec<ServiceName>),
+}
+
+#[derive(Debug)]
+pub(crate) struct Answered {
+    grape: PeerId,
+    asked: Asked,
+    outcome: Outcome,
+}
+
+impl Names {
+    pub(crate) fn new() -> Self {
+        Self {
+            registrations: Registrations::new(),
+            under_way: FuturesUnordered::new(),
+            sought: HashMap::new(),
+            counts: HashMap::new(),
+            counts_changed: false,
+        }
+    }
+
+    /// The next answer; pending while nothing is under way.
+    pub(crate) async fn next(&mut self) -> Answered {
+        match self.under_way.next().await {
+            Some(answered) => answered,
+            None => std::future::pending().await,
+        }
+    }
+
+    /// A grape is to be asked for providers of a name.
+    pub(crate) fn find(&mut self, grape: PeerId, name: ServiceName) {
+        self.sought.entry(grape).or_default().push(name);
+    }
+
+    /// The next message to send. `record` is this node's own, without which nothing is announced.
+    pub(crate) fn poll_message(
+        &mut self,
+        record: Option<&SignedPeer>,
+        now: Instant,
+    ) -> Option<Message> {
+        if let Some(message) = self.next_question() {
+            return Some(message);
+        }
+        let update = self.registrations.poll_update(now)?;
+        Some(self.tell(update, record))
+    }
+
+    fn next_question(&mut self) -> Option<Message> {
+        let (&grape, names) = self.sought.iter_mut().next()?;
+        let find: Vec<_> = names.drain(..names.len().min(MAX_SOUGHT)).collect();
+        if names.is_empty() {
+            self.sought.remove(&grape);
+        }
+        let request = NamesRequest {
+            find: find.clone(),
+            ..NamesRequest::default()
+        };
+        Some(self.send(grape, &request, Asked::Find(find), FIND_DEADLINE))
+    }
+
+    fn tell(&mut self, update: Update, record: Option<&SignedPeer>) -> Message {
+        let announced = update.announce.len();
+        let record = record.filter(|_| announced > 0);
+        let request = NamesRequest {
+            // Without a record the empty answer makes them due again.
+            announce: record.map_or_else(Vec::new, |_| update.announce),
+            record: record.map(|record| record.envelope().to_vec()),
+            withdraw: update.withdraw,
+            find: Vec::new(),
+        };
+        let asked = Asked::Update { announced };
+        self.send(update.grape, &request, asked, UPDATE_DEADLINE)
+    }
+
+    fn send(
+        &mut self,
+        grape: PeerId,
+        request: &NamesRequest,
+        asked: Asked,
+        deadline: Duration,
+    ) -> Message {
+        let (outcome, answer) = oneshot::channel();
+        // What does not fit is not sent: it is within the bounds.
+        let payload = request.encode().unwrap_or_default();
+        let answered = timeout(deadline, answer).map(move |answer| {
+            let lost = || Outcome::Broken("it did not answer in time".into());
+            let outcome = answer.ok().and_then(Result::ok).unwrap_or_else(lost);
+            Answered {
+                grape,
+                asked,
+                outcome,
+            }
+        });
+        self.under_way.push(answered.boxed());
+        Message {
+            grape,
+            payload,
+            outcome,
+        }
+    }
+
+    /// Handles an answer.
+    pub(crate) fn on_answer(&mut self, answered: Answered, now: Instant) -> Learned {
+        let Answered {
+            grape,
+            asked,
+            outcome,
+        } = answered;
+        let reply = read(outcome);
+        if let Reply::Read(reply) = &reply {
+            let before = self.counts.insert(grape, reply.grapes);
+            self.counts_changed |= before != Some(reply.grapes);
+        }
+        match asked {
+            Asked::Update { announced } => self.on_told(grape, announced, reply, now),
+            Asked::Find(names) => self.on_found(grape, names, reply, now),
+        }
+    }
+
+    fn on_told(&mut self, grape: PeerId, announced: usize, reply: Reply, now: Instant) -> Learned {
+        let is_deaf = matches!(reply, Reply::Deaf);
+        let answer = match reply {
+            Reply::Read(reply) => {
+                let index = |number: &u64| usize::try_from(*number).ok();
+                let refused: BTreeSet<_> = reply.refused.iter().filter_map(index).collect();
+                let sane = refused.last().is_none_or(|last| *last < announced);
+                let lease = Duration::from_millis(reply.lease);
+                match sane {
+                    true => Answer::Taken { lease, refused },
+                    false => Answer::Failed,
+                }
+            }
+            Reply::Deaf => Answer::Deaf,
+            Reply::Nothing => Answer::Failed,
+        };
+        let kept = self.registrations.on_answer(&grape, answer, now);
+        match is_deaf {
+            true => Learned::Deaf(grape, Vec::new()),
+            false => Learned::Kept(kept),
+        }
+    }
+
+    fn on_found(
+        &mut self,
+        grape: PeerId,
+        names: Vec<ServiceName>,
+        reply: Reply,
+        now: Instant,
+    ) -> Learned {
+        let found = match reply {
+            Reply::Read(reply) if reply.found.len() == names.len() => reply.found,
+            Reply::Deaf => {
+                self.registrations.on_asked(&grape, false, now);
+                return Learned::Deaf(grape, names);
+            }
+            _ => {
+                let unanswered = names.into_iter().map(|name| (name, None));
+                return Learned::Found(grape, unanswered.collect());
+            }
+        };
+        self.registrations.on_asked(&grape, true, now);
+        let providers = found.into_iter().map(|of_name| {
+            let provider = of_name.into_iter().map(|provided| {
+                let mut addresses = provided.addresses;
+                addresses.truncate(MAX_ADDRESSES);
+                (provided.peer, addresses)
+            });
+            Some(provider.collect())
+        });
+        Learned::Found(grape, names.into_iter().zip(providers).collect())
+    }
+
+    /// A peer has no connection any more.
+    pub(crate) fn on_disconnected(&mut self, peer: &PeerId, now: Instant) {
+        self.counts.remove(peer);
+        self.registrations.on_disconnected(peer, now);
+    }
+
+    /// The most grapes that any grape says there are.
+    pub(crate) fn most_grapes(&self) -> u64 {
+        self.counts.values().copied().max().unwrap_or_default()
+    }
+
+    /// Whether a grape has said something new about how many there are, since the last call.
+    pub(crate) fn counts_changed(&mut self) -> bool {
+        std::mem::take(&mut self.counts_changed)
+    }
+}
+
+/// What came back.
+enum Reply {
+    Read(NamesReply),
+    /// The peer has no registry.
+    Deaf,
+    Nothing,
+}
+
+fn read(outcome: Outcome) -> Reply {
+    match outcome {
+        Outcome::Answered(Ok(payload)) => match NamesReply::decode(&payload) {
+            Ok(reply) => Reply::Read(reply),
+            Err(error) => {
+                tracing::debug!(%error, "a registry's answer makes no sense");
+                Reply::Nothing
+            }
+        },
+        Outcome::Answered(Err(error)) if error.code == ErrorCode::UnknownService => Reply::Deaf,
+        outcome => {
+            tracing::debug!(?outcome, "a registry did not answer");
+            Reply::Nothing
+        }
+    }
+}
