@@ -330,6 +330,7 @@ impl Server {
                 .or_else(|e| error(ErrorCode::HandlerFailed, &e.to_string())),
             Ok(Err(e @ NotTaken::TooFast)) => error(ErrorCode::Busy, &e.to_string()),
             Ok(Err(e)) => error(ErrorCode::BadRequest, &e.to_string()),
+            Err(e @ DecodeError::TooLarge { .. }) => error(ErrorCode::TooLarge, &e.to_string()),
             Err(e) => error(ErrorCode::BadRequest, &e.to_string()),
         });
     }
