@@ -36,6 +36,14 @@ use crate::store::{NotTaken, Registry};
 /// The replies that are taken from the queue for one write.
 const WRITE_BATCH: usize = 256;
 
+/// The bytes of answers on names that one peer may leave unread without a place in the budget, each
+/// counted as [`SHORT_ANSWER`] more: some hundred lookups under way. All connections that a node
+/// accepts may hold 256 MiB.
+const SHORT_ANSWERS: usize = 64 * 1024;
+
+/// What an answer takes beside its payload.
+const SHORT_ANSWER: usize = 128;
+
 /// What is said to whoever calls a name that nobody serves here.
 const NOT_SERVED: &str = "not served here";
 
@@ -114,6 +122,8 @@ impl Question {
 struct Usage {
     requests: AtomicUsize,
     bytes: AtomicUsize,
+    /// The bytes of short answers on names that have not left; see [`SHORT_ANSWERS`].
+    short: AtomicUsize,
     /// The bytes that frames still arriving may take.
     arriving: Arc<Semaphore>,
 }
@@ -149,6 +159,8 @@ struct Place {
     server: Arc<Server>,
     of_peer: Arc<Usage>,
     bytes: usize,
+    /// It is one of the short answers that a peer may leave unread.
+    is_short: bool,
 }
 
 impl Server {
@@ -260,6 +272,7 @@ impl Server {
             server: Arc::clone(self),
             of_peer: Arc::clone(of_peer),
             bytes: 0,
+            is_short: false,
         };
         let fits = open < self.max_requests && of_peer_open < share(self.max_requests);
         (fits && place.take(payload)).then_some(place)
@@ -303,8 +316,7 @@ impl Server {
         reply.encode().map_err(|error| refuse(&error))
     }
 
-    /// Keeps, takes back and finds names for another node. An answer may be large, and takes a place
-    /// until it has left.
+    /// Keeps, takes back and finds names for another node.
     fn on_names(
         self: &Arc<Self>,
         remote: Remote,
@@ -312,28 +324,48 @@ impl Server {
         payload: &[u8],
         mut responder: Responder,
     ) {
-        let error = |code, message: &str| Err(RemoteError::new(code, message));
         let Some(registry) = self.registry.get() else {
-            return responder.answer(error(ErrorCode::UnknownService, NOT_SERVED));
+            let error = RemoteError::new(ErrorCode::UnknownService, NOT_SERVED);
+            return responder.answer(Err(error));
         };
-        responder.place = self.place(usage, payload.len());
-        if responder.place.is_none() {
-            return responder.answer(error(ErrorCode::Busy, "too many requests are open"));
-        }
-        let answered = NamesRequest::decode(payload).map(|request| {
-            let now = Instant::now();
-            registry.on_names(remote.peer, remote.host, &request, now)
-        });
-        responder.answer(match answered {
-            Ok(Ok(reply)) => reply
-                .encode()
-                .or_else(|e| error(ErrorCode::HandlerFailed, &e.to_string())),
-            Ok(Err(e @ NotTaken::TooFast)) => error(ErrorCode::Busy, &e.to_string()),
-            Ok(Err(e)) => error(ErrorCode::BadRequest, &e.to_string()),
-            Err(e @ DecodeError::TooLarge { .. }) => error(ErrorCode::TooLarge, &e.to_string()),
-            Err(e) => error(ErrorCode::BadRequest, &e.to_string()),
-        });
+        let busy = || {
+            Err(RemoteError::new(
+                ErrorCode::Busy,
+                "too many answers wait to be read",
+            ))
+        };
+        // It has its answer at once, and takes a place in the budget only if that is a long one.
+        let short = Place::of_short_answer(self, usage);
+        let Some(mut place) = short.or_else(|| self.place(usage, 0)) else {
+            return responder.answer(busy());
+        };
+        let answer = answer_on_names(registry, remote, payload);
+        let len = answer.as_ref().map_or(0, Vec::len);
+        responder.place = match place.is_short && !place.take(len) {
+            true => self.place(usage, 0),
+            false => Some(place),
+        };
+        let has_room = responder.place.is_some();
+        responder.answer(if has_room { answer } else { busy() });
     }
+}
+
+fn answer_on_names(
+    registry: &Registry,
+    remote: Remote,
+    payload: &[u8],
+) -> Result<Vec<u8>, RemoteError> {
+    let request = NamesRequest::decode(payload).map_err(|error| match error {
+        DecodeError::TooLarge { .. } => RemoteError::new(ErrorCode::TooLarge, error.to_string()),
+        error => RemoteError::new(ErrorCode::BadRequest, error.to_string()),
+    })?;
+    let reply = registry.on_names(remote.peer, remote.host, &request, Instant::now());
+    let reply = reply.map_err(|error| match error {
+        NotTaken::TooFast => RemoteError::new(ErrorCode::Busy, error.to_string()),
+        error => RemoteError::new(ErrorCode::BadRequest, error.to_string()),
+    })?;
+    let encoded = reply.encode();
+    encoded.map_err(|error| RemoteError::new(ErrorCode::HandlerFailed, error.to_string()))
 }
 
 impl Usage {
@@ -342,14 +374,41 @@ impl Usage {
         Self {
             requests: AtomicUsize::new(0),
             bytes: AtomicUsize::new(0),
+            short: AtomicUsize::new(0),
             arriving: Arc::new(arriving),
         }
     }
 }
 
 impl Place {
+    /// The place of an answer on names, which takes nothing of the budget while the peer leaves few of
+    /// them unread.
+    fn of_short_answer(server: &Arc<Server>, of_peer: &Arc<Usage>) -> Option<Self> {
+        let mut place = Self {
+            server: Arc::clone(server),
+            of_peer: Arc::clone(of_peer),
+            bytes: 0,
+            is_short: true,
+        };
+        place.take(SHORT_ANSWER).then_some(place)
+    }
+
+    fn take_short(&mut self, bytes: usize) -> bool {
+        let held = self.of_peer.short.fetch_add(bytes, Ordering::AcqRel);
+        let fits = held + bytes <= SHORT_ANSWERS;
+        if fits {
+            self.bytes += bytes;
+        } else {
+            self.of_peer.short.fetch_sub(bytes, Ordering::AcqRel);
+        }
+        fits
+    }
+
     /// Takes room for a payload; `false`, and nothing taken, if there is none.
     fn take(&mut self, payload: usize) -> bool {
+        if self.is_short {
+            return self.take_short(payload);
+        }
         let bytes = weight(payload);
         let held = self.server.total.bytes.fetch_add(bytes, Ordering::AcqRel);
         let of_peer = self.of_peer.bytes.fetch_add(bytes, Ordering::AcqRel);
@@ -367,6 +426,10 @@ impl Place {
 
 impl Drop for Place {
     fn drop(&mut self) {
+        if self.is_short {
+            self.of_peer.short.fetch_sub(self.bytes, Ordering::AcqRel);
+            return;
+        }
         let total = &self.server.total;
         total.bytes.fetch_sub(self.bytes, Ordering::AcqRel);
         self.of_peer.bytes.fetch_sub(self.bytes, Ordering::AcqRel);
@@ -400,7 +463,9 @@ impl Responder {
         };
         let mut place = self.place.take();
         let len = outcome.as_ref().map_or(0, Vec::len);
-        let outcome = if place.as_mut().is_none_or(|place| place.take(len)) {
+        // That of a short answer has been taken.
+        let fits = |place: &mut Place| place.is_short || place.take(len);
+        let outcome = if place.as_mut().is_none_or(fits) {
             outcome
         } else {
             let message = "too many replies wait to be read";
