@@ -537,7 +537,7 @@ impl Driver {
         let now = Instant::now();
         self.dial_bootstraps(now);
         self.discovery.lookups.on_time(now);
-        if self.exploration.poll(now) {
+        if self.exploration.poll(now) && self.needs_to_look() {
             self.look_around();
         }
         if now >= self.keep_alive {
@@ -546,6 +546,13 @@ impl Driver {
         if now >= self.housekeeping {
             self.keep_house(now);
         }
+    }
+
+    /// Whether a grape that is not known would matter. To look keeps this node connected to all that
+    /// there are.
+    fn needs_to_look(&self) -> bool {
+        let announces = self.discovery.announcements.len() > 0;
+        self.registrar || announces || self.names.most_grapes() > self.grapes.borrow().len() as u64
     }
 
     fn keep_alive(&mut self, now: Instant) {

@@ -7,7 +7,7 @@
 //! * One message at a time is under way to a grape, with all that it has to be told: what it is told
 //!   has an order, so that a withdrawal is never overtaken.
 //! * A grape is told of new names at once, and of all of its names again in *rounds*, each begun
-//!   when a third of the shortest lease granted has passed, jittered. One that (re)connects may have
+//!   when a third of the lease that it grants has passed, jittered. One that (re)connects may have
 //!   lost everything and is told of every name.
 //! * One that has no registry is *deaf*: it is left to Kademlia and rendezvous until it reconnects.
 //!   One that does not answer is tried again after growing pauses.
@@ -101,8 +101,6 @@ pub(crate) struct Registrations {
     walking: usize,
     /// Grapes that turned out to be deaf.
     turned_deaf: Vec<PeerId>,
-    /// The shortest lease that a grape has granted.
-    granted: Duration,
 }
 
 #[derive(Debug)]
@@ -126,6 +124,8 @@ enum Share {
 #[derive(Debug)]
 struct Grape {
     share: Share,
+    /// The lease that it grants.
+    lease: Duration,
     /// Has answered as a grape with a registry does, over this connection.
     answers: bool,
     deaf: bool,
@@ -162,7 +162,6 @@ impl Registrations {
             walks: BTreeSet::new(),
             walking: 0,
             turned_deaf: Vec::new(),
-            granted: LEASE,
         }
     }
 
@@ -225,11 +224,10 @@ impl Registrations {
         self.drop_unknown(known, now);
         for known in known {
             let every = known.is_bootstrap || scope == Scope::All;
-            let next_round = now + self.renewal();
             let grape = self
                 .grapes
                 .entry(known.peer)
-                .or_insert_with(|| Grape::new(next_round));
+                .or_insert_with(|| Grape::new(now));
             if known.is_foreign && grape.turn_deaf() {
                 self.turned_deaf.push(known.peer);
             }
@@ -264,13 +262,14 @@ impl Registrations {
         }
     }
 
-    /// Forgets grapes that are not known any more; of a large network only those that keep nothing.
+    /// Forgets grapes that are not known any more; of a large network only those that keep nothing,
+    /// because a walk finds some that no routing table has room for.
     fn drop_unknown(&mut self, known: &[Known], now: Instant) {
         let scope = self.scope;
         let known: HashSet<_> = known.iter().map(|known| known.peer).collect();
         let is_lost = |peer: &PeerId, grape: &Grape| {
-            let responsible = matches!(&grape.share, Share::Some(some) if !some.is_empty());
-            !known.contains(peer) && !(scope == Scope::Closest && responsible)
+            let is_needed = scope == Scope::Closest && grape.is_needed();
+            !known.contains(peer) && !is_needed
         };
         let lost: Vec<_> = self
             .grapes
@@ -316,11 +315,8 @@ impl Registrations {
         while let Some(&(at, peer)) = self.due.first()
             && at <= now
         {
-            let renewal = self.renewal();
-            let update = self
-                .grapes
-                .get_mut(&peer)
-                .and_then(|grape| grape.next_update(&mut self.names, renewal, now));
+            let grape = self.grapes.get_mut(&peer);
+            let update = grape.and_then(|grape| grape.next_update(&mut self.names, now));
             self.reschedule(&peer, now);
             if let Some((announce, withdraw)) = update {
                 return Some(Update {
@@ -368,28 +364,29 @@ impl Registrations {
         }
         let jitter = rand::rng().random_range(0.8..1.0);
         self.walk_at(number, now + WALK_INTERVAL.mul_f64(jitter));
+        let told = self.names.get(&number).is_some_and(|entry| entry.told);
         for (peer, grape) in &mut self.grapes {
             if let Share::Some(some) = &mut grape.share
                 && !closest.contains(peer)
+                && some.remove(&number)
             {
-                // Its lease ends by itself, and it is no lie meanwhile.
-                some.remove(&number);
                 grape.fresh.remove(&number);
+                if told && !grape.deaf {
+                    // It would not hear of a withdrawal any more.
+                    grape.gone.insert(name.clone());
+                }
             }
         }
         for peer in closest {
-            let next_round = now + self.renewal();
-            let grape = self
-                .grapes
-                .entry(*peer)
-                .or_insert_with(|| Grape::new(next_round));
+            let grape = self.grapes.entry(*peer).or_insert_with(|| Grape::new(now));
             if let Share::Some(some) = &mut grape.share
                 && some.insert(number)
             {
+                grape.gone.remove(name);
                 grape.fresh.insert(number);
-                self.reschedule(peer, now);
             }
         }
+        self.reschedule_all(now);
     }
 
     /// What became of the message that was under way to a grape. Returns the names that it keeps and
@@ -426,15 +423,14 @@ impl Registrations {
         refused: &BTreeSet<usize>,
         now: Instant,
     ) -> Vec<ServiceName> {
-        self.granted = self.granted.min(lease).max(MIN_LEASE);
-        let latest_round = now + self.renewal();
         let Some(grape) = self.grapes.get_mut(peer) else {
             return Vec::new();
         };
         grape.answers = true;
         grape.failures = 0;
         grape.not_before = None;
-        grape.next_round = grape.next_round.min(latest_round);
+        grape.lease = lease.max(MIN_LEASE);
+        grape.next_round = grape.next_round.min(now + grape.renewal());
         let mut confirmed = Vec::new();
         for (index, number) in told.announce.iter().enumerate() {
             let Some(entry) = self.names.get_mut(number) else {
@@ -462,8 +458,8 @@ impl Registrations {
         for name in told.withdraw {
             let again = self.numbers.get(&name);
             match again.and_then(|number| self.names.get_mut(number)) {
-                Some(entry) => entry.told = true,
-                None => {
+                Some(entry) if grape.share.has(again) => entry.told = true,
+                _ => {
                     grape.gone.insert(name);
                 }
             }
@@ -521,11 +517,6 @@ impl Registrations {
         self.grapes.values().any(|grape| grape.deaf)
     }
 
-    fn renewal(&self) -> Duration {
-        let jitter = rand::rng().random_range(0.8..1.0);
-        (self.granted / RENEWALS_PER_LEASE).mul_f64(jitter)
-    }
-
     /// Looks for the grapes of names, again or for the first time.
     fn walk_for(&mut self, numbers: Vec<Number>, now: Instant) {
         if self.scope == Scope::Closest {
@@ -570,6 +561,13 @@ impl Registrations {
 }
 
 impl Share {
+    fn has(&self, number: Option<&Number>) -> bool {
+        match self {
+            Self::Every => true,
+            Self::Some(numbers) => number.is_some_and(|number| numbers.contains(number)),
+        }
+    }
+
     /// The names that it has by itself.
     fn numbers(&self) -> Vec<Number> {
         match self {
@@ -580,20 +578,35 @@ impl Share {
 }
 
 impl Grape {
-    fn new(next_round: Instant) -> Self {
-        Self {
+    fn new(now: Instant) -> Self {
+        let mut grape = Self {
             share: Share::Some(BTreeSet::new()),
+            lease: LEASE,
             answers: false,
             deaf: false,
             fresh: BTreeSet::new(),
             gone: BTreeSet::new(),
             round: None,
-            next_round,
+            next_round: now,
             in_flight: None,
             failures: 0,
             not_before: None,
             due: None,
-        }
+        };
+        grape.next_round += grape.renewal();
+        grape
+    }
+
+    /// Whether it keeps names by itself, or is to hear that one is gone.
+    fn is_needed(&self) -> bool {
+        let keeps = matches!(&self.share, Share::Some(some) if !some.is_empty());
+        keeps || !self.gone.is_empty() || self.in_flight.is_some()
+    }
+
+    /// How long after one round the next one begins.
+    fn renewal(&self) -> Duration {
+        let jitter = rand::rng().random_range(0.8..1.0);
+        (self.lease / RENEWALS_PER_LEASE).mul_f64(jitter)
     }
 
     /// Returns whether it was not before.
@@ -626,7 +639,6 @@ impl Grape {
     fn next_update(
         &mut self,
         names: &mut BTreeMap<Number, Name>,
-        renewal: Duration,
         now: Instant,
     ) -> Option<(Vec<ServiceName>, Vec<ServiceName>)> {
         if self.in_flight.is_some() || self.deaf {
@@ -634,7 +646,7 @@ impl Grape {
         }
         if self.round.is_none() && self.next_round <= now {
             self.round = Some(Number::MIN);
-            self.next_round = now + renewal;
+            self.next_round = now + self.renewal();
         }
         let mut announce: Vec<Number> = Vec::new();
         while announce.len() < MAX_NAMES
@@ -808,7 +820,7 @@ mod tests {
     }
 
     #[test]
-    fn all_names_are_renewed_within_a_third_of_the_shortest_lease_granted() {
+    fn all_names_are_renewed_within_a_third_of_the_lease_that_the_grape_grants() {
         let grapes = grapes(2);
         let mut scene = Scene::new(&grapes);
         scene.announce([1, 2]);
@@ -818,10 +830,12 @@ mod tests {
         scene.answer(&update.grape, Answer::Taken { lease, refused });
         scene.settle();
         scene.now += 2 * SECOND;
-        let due = scene.registrations.next_due().unwrap();
-        assert!(due <= scene.now);
         let renewed = scene.update().unwrap();
         assert_eq!(renewed.announce, [name(1), name(2)]);
+        // One that wants it more often makes nobody else be told more often.
+        assert_eq!((renewed.grape, scene.update()), (update.grape, None));
+        scene.now += LEASE / RENEWALS_PER_LEASE;
+        assert_eq!(scene.update().unwrap().announce, [name(1), name(2)]);
     }
 
     #[test]
@@ -1056,6 +1070,7 @@ mod tests {
             .on_walked(&name(1), &grapes[20..], scene.now);
         scene.settle();
         assert!(grapes[20..].iter().all(|grape| scene.kept_by(grape) == 1));
+        assert!(grapes[..20].iter().all(|grape| scene.kept_by(grape) == 0));
         scene.knows(&grapes[5..10], Scope::All);
         scene.settle();
         assert!(grapes[5..10].iter().all(|grape| scene.kept_by(grape) == 1));

@@ -256,6 +256,38 @@ async fn a_name_reaches_and_leaves_the_grapes_that_its_peer_has_not_joined_by() 
 }
 
 #[tokio::test]
+async fn in_a_large_network_a_name_is_kept_by_some_grapes_and_taken_back_from_each() {
+    in_time(async {
+        let testnet = Testnet::new(24).await.unwrap();
+        let grapes = testnet.grapes();
+        for grape in grapes {
+            let mut status = grape.status();
+            status.wait_for(|status| status.explored).await.unwrap();
+        }
+        let joined = |grape: usize| testnet.joining(Role::Peer, [&grapes[grape]]).spawn();
+        let (server, client) = (joined(0).await.unwrap(), joined(23).await.unwrap());
+        let service = server.announce(&name("client1")).await.unwrap();
+        let stored = || {
+            grapes
+                .iter()
+                .map(|grape| grape.metrics().stored)
+                .sum::<u64>()
+        };
+        // The closest twenty, and perhaps the one that it has joined by.
+        while stored() < 20 {
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+        let live = client.lookup(&name("client1")).await.unwrap();
+        assert_eq!(live[0].peer, server.peer_id());
+        service.withdraw().await;
+        while stored() > 0 {
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+    })
+    .await;
+}
+
+#[tokio::test]
 async fn a_lookup_in_a_small_network_needs_no_kademlia() {
     in_time(async {
         let testnet = Testnet::new(2).await.unwrap();
