@@ -1,8 +1,8 @@
 //! Announcing and looking up: against one grape in a process of its own, and in networks of grapes
 //! inside this process.
 //!
-//! `cargo bench --bench discovery`, or only what a grape's registry of names costs, `-- registry`, or
-//! only networks, of some sizes: `-- 10 100`. 1,000 must be asked for: every grape holds hundreds of
+//! `cargo bench --bench discovery`, or only one grape, `-- grape`, only what a grape's registry of names
+//! costs, `-- registry`, or only networks, of some sizes: `-- 10 100`. 1,000 must be asked for: every grape holds hundreds of
 //! connections, and each end of one takes about 70 KB.
 
 #![allow(clippy::print_stdout, reason = "a benchmark prints its figures")]
@@ -53,8 +53,10 @@ async fn main() {
         None => {}
     }
     common::raise_open_files();
-    if arguments == ["registry"] {
-        return registry::measure(&arguments).await;
+    match arguments.first().map(String::as_str) {
+        Some("grape") => return one_grape(&arguments).await,
+        Some("registry") => return registry::measure(&arguments).await,
+        _ => {}
     }
     if arguments.is_empty() {
         one_grape(&arguments).await;

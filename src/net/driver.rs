@@ -42,7 +42,6 @@ use crate::proto::lookup::{Grapes, Outcome, Plan, SMALL, Source, Step};
 use crate::proto::rate::RateLimit;
 use crate::proto::registrations::{Known, Scope};
 use crate::proto::routes::Routes;
-use crate::proto::wire;
 use crate::store::{NewRecord, Origin, Prefix, Registry};
 
 /// How often expired records are dropped, and lookups that nobody waits for.
@@ -595,7 +594,8 @@ impl Driver {
         let announces = self.discovery.announcements.len() > 0;
         let record = announces.then(|| self.rendezvous.signed()).flatten();
         while let Some(message) = self.names.poll_message(record.as_ref(), now) {
-            self.send_names(message);
+            self.metrics.names_requests.add(1);
+            self.send(message);
         }
         while let Some(name) = self.names.registrations.poll_walk(now) {
             let kad = &mut self.swarm.behaviour_mut().kad;
@@ -608,28 +608,38 @@ impl Driver {
         self.discovery.announcements.use_kademlia(by_kademlia);
     }
 
+    /// Asks a provider by a stream of its own, and keeps one open for further questions if lookups ask
+    /// it again and again.
+    fn ask_serves(&mut self, peer: PeerId, name: ServiceName) {
+        let behaviour = self.swarm.behaviour_mut();
+        let asked_again = self.requests.ask_serves(&mut behaviour.single, peer, name);
+        if asked_again && self.connectivity.is_ours(&peer) {
+            let open = |peer| behaviour.streams.open(peer);
+            self.kept.keep(peer, Lane::Small, open);
+        }
+    }
+
     /// Sends a message over a kept stream if there is one, and otherwise over one of its own. What
-    /// finds no room is as good as unanswered.
-    fn send_names(&mut self, message: names::Message) {
-        let (grape, lane) = (message.grape, Lane::of(&message.payload));
-        self.metrics.names_requests.add(1);
+    /// finds no room is not sent.
+    fn send(&mut self, message: names::Message) {
+        let (peer, lane) = (message.peer, Lane::of(&message.payload));
         let mut request = Outgoing {
-            service: wire::NAMES.into(),
+            service: message.service.into(),
             payload: message.payload.into(),
             outcome: message.outcome,
         };
-        if let Some(queue) = self.kept.get(grape, lane) {
+        if let Some(queue) = self.kept.get(peer, lane) {
             match queue.try_send(request) {
                 Ok(()) => return,
                 Err(error) => request = error.into_inner(),
             }
         }
-        let single = self.routes().slots(grape).single;
+        let single = self.routes().slots(peer).single;
         let Ok(slot) = single.try_acquire_owned() else {
             return;
         };
         let request = Outbound {
-            provider: grape,
+            provider: peer,
             service: request.service,
             payload: request.payload,
             outcome: request.outcome,
@@ -637,9 +647,9 @@ impl Driver {
         };
         let behaviour = self.swarm.behaviour_mut();
         self.requests.call(&mut behaviour.single, request);
-        if self.connectivity.is_ours(&grape) {
+        if self.connectivity.is_ours(&peer) {
             let open = |peer| behaviour.streams.open(peer);
-            self.kept.keep(grape, lane, open);
+            self.kept.keep(peer, lane, open);
         }
     }
 
@@ -712,9 +722,11 @@ impl Driver {
                 self.on_rendezvous(learned, now);
             }
             Step::Dial(peer, addresses) => self.dial_candidate(peer, addresses, now),
-            Step::Ask(peer, name) => {
-                self.requests.ask_serves(&mut behaviour.single, peer, name);
+            Step::Ask(peer, name) if self.kept.get(peer, Lane::Small).is_some() => {
+                let message = self.names.ask_serves(peer, name);
+                self.send(message);
             }
+            Step::Ask(peer, name) => self.ask_serves(peer, name),
             Step::Found(name, provider) => {
                 self.routes().found(&name, provider, now);
                 self.discovery.on_found(&name, provider);
@@ -1089,6 +1101,10 @@ impl Driver {
                     self.on_found(grape, &name, providers, now);
                 }
             }
+            names::Learned::Serves(peer, name, serves) => {
+                self.discovery.lookups.on_answer(&peer, &name, serves, now);
+            }
+            names::Learned::NotAsked(peer, name) => self.ask_serves(peer, name),
         }
         if self.names.counts_changed() {
             let known = self.grapes.borrow().len();

@@ -1,4 +1,4 @@
-//! The registries of other grapes: carries what is to be told and asked of them, by the RPC.
+//! What other nodes are told and asked of names by the RPC: registries of grapes, and providers.
 //!
 //! [`Registrations`] decides what each grape is told; lookups decide who is asked. What begins in
 //! one turn of the loop goes to a grape in one message. This struct keeps the messages under way.
@@ -14,11 +14,11 @@ use tokio::sync::oneshot;
 use tokio::time::timeout;
 
 use super::rpc::Outcome;
-use crate::limits::MAX_ADDRESSES;
+use crate::limits::{MAX_ADDRESSES, SERVES_DEADLINE};
 use crate::name::ServiceName;
 use crate::proto::registrations::{Answer, Registrations, Update};
 use crate::proto::rendezvous::SignedPeer;
-use crate::proto::wire::{ErrorCode, MAX_SOUGHT, NamesReply, NamesRequest};
+use crate::proto::wire::{ErrorCode, MAX_SOUGHT, NAMES, NamesReply, NamesRequest, SERVES};
 
 /// How long a grape may take to keep what it is told, and to answer what it is asked.
 const UPDATE_DEADLINE: Duration = Duration::from_secs(5);
@@ -33,12 +33,16 @@ pub(crate) enum Learned {
     Deaf(PeerId, Vec<ServiceName>),
     /// A grape named providers of each of these names; `None`: it did not answer.
     Found(PeerId, Vec<(ServiceName, Option<Providers>)>),
+    /// A peer said whether it serves a name; `None`: it did not answer.
+    Serves(PeerId, ServiceName, Option<bool>),
+    /// The question whether it does was not sent.
+    NotAsked(PeerId, ServiceName),
 }
 
 /// Providers and where they can be dialled.
 pub(crate) type Providers = Vec<(PeerId, Vec<Multiaddr>)>;
 
-/// The messages to and from the registries of other grapes.
+/// The messages on names that are under way, and what is told whom.
 #[derive(Debug)]
 pub(crate) struct Names {
     pub(crate) registrations: Registrations,
@@ -50,10 +54,11 @@ pub(crate) struct Names {
     counts_changed: bool,
 }
 
-/// A message that is to be sent; who waits for its outcome is told by the sender.
+/// A message that is to be sent; what waits for its outcome is told by the sender.
 #[derive(Debug)]
 pub(crate) struct Message {
-    pub(crate) grape: PeerId,
+    pub(crate) peer: PeerId,
+    pub(crate) service: &'static str,
     pub(crate) payload: Vec<u8>,
     pub(crate) outcome: oneshot::Sender<Outcome>,
 }
@@ -62,11 +67,12 @@ pub(crate) struct Message {
 enum Asked {
     Update { announced: usize },
     Find(Vec<ServiceName>),
+    Serves(ServiceName),
 }
 
 #[derive(Debug)]
 pub(crate) struct Answered {
-    grape: PeerId,
+    peer: PeerId,
     asked: Asked,
     outcome: Outcome,
 }
@@ -118,7 +124,7 @@ impl Names {
             find: find.clone(),
             ..NamesRequest::default()
         };
-        Some(self.send(grape, &request, Asked::Find(find), FIND_DEADLINE))
+        Some(self.request(grape, &request, Asked::Find(find), FIND_DEADLINE))
     }
 
     fn tell(&mut self, update: Update, record: Option<&SignedPeer>) -> Message {
@@ -132,31 +138,52 @@ impl Names {
             find: Vec::new(),
         };
         let asked = Asked::Update { announced };
-        self.send(update.grape, &request, asked, UPDATE_DEADLINE)
+        self.request(update.grape, &request, asked, UPDATE_DEADLINE)
     }
 
-    fn send(
+    /// The question whether a peer serves a name.
+    pub(crate) fn ask_serves(&mut self, peer: PeerId, name: ServiceName) -> Message {
+        let payload = name.as_ref().as_bytes().to_vec();
+        self.send(peer, SERVES, payload, Asked::Serves(name), SERVES_DEADLINE)
+    }
+
+    fn request(
         &mut self,
         grape: PeerId,
         request: &NamesRequest,
         asked: Asked,
         deadline: Duration,
     ) -> Message {
-        let (outcome, answer) = oneshot::channel();
-        // What does not fit is not sent: it is within the bounds.
+        // It is within the bounds.
         let payload = request.encode().unwrap_or_default();
+        self.send(grape, NAMES, payload, asked, deadline)
+    }
+
+    fn send(
+        &mut self,
+        peer: PeerId,
+        service: &'static str,
+        payload: Vec<u8>,
+        asked: Asked,
+        deadline: Duration,
+    ) -> Message {
+        let (outcome, answer) = oneshot::channel();
         let answered = timeout(deadline, answer).map(move |answer| {
-            let lost = || Outcome::Broken("it did not answer in time".into());
-            let outcome = answer.ok().and_then(Result::ok).unwrap_or_else(lost);
+            let outcome = match answer {
+                Ok(Ok(outcome)) => outcome,
+                Ok(Err(_)) => Outcome::NotSent("there was no room for it".into()),
+                Err(_) => Outcome::Broken("it did not answer in time".into()),
+            };
             Answered {
-                grape,
+                peer,
                 asked,
                 outcome,
             }
         });
         self.under_way.push(answered.boxed());
         Message {
-            grape,
+            peer,
+            service,
             payload,
             outcome,
         }
@@ -165,19 +192,33 @@ impl Names {
     /// Handles an answer.
     pub(crate) fn on_answer(&mut self, answered: Answered, now: Instant) -> Learned {
         let Answered {
-            grape,
+            peer,
             asked,
             outcome,
         } = answered;
+        match asked {
+            Asked::Update { announced } => {
+                let reply = self.read(peer, outcome);
+                self.on_told(peer, announced, reply, now)
+            }
+            Asked::Find(names) => {
+                let reply = self.read(peer, outcome);
+                self.on_found(peer, names, reply, now)
+            }
+            Asked::Serves(name) => match outcome {
+                Outcome::NotSent(_) => Learned::NotAsked(peer, name),
+                outcome => Learned::Serves(peer, name, outcome.serves()),
+            },
+        }
+    }
+
+    fn read(&mut self, grape: PeerId, outcome: Outcome) -> Reply {
         let reply = read(outcome);
         if let Reply::Read(reply) = &reply {
             let before = self.counts.insert(grape, reply.grapes);
             self.counts_changed |= before != Some(reply.grapes);
         }
-        match asked {
-            Asked::Update { announced } => self.on_told(grape, announced, reply, now),
-            Asked::Find(names) => self.on_found(grape, names, reply, now),
-        }
+        reply
     }
 
     fn on_told(&mut self, grape: PeerId, announced: usize, reply: Reply, now: Instant) -> Learned {
