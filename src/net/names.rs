@@ -65,7 +65,10 @@ pub(crate) struct Message {
 
 #[derive(Debug)]
 enum Asked {
-    Update { announced: usize },
+    /// How many names it announces; `None`: those that were to be could not.
+    Update {
+        announced: Option<usize>,
+    },
     Find(Vec<ServiceName>),
     Serves(ServiceName),
 }
@@ -128,15 +131,15 @@ impl Names {
     }
 
     fn tell(&mut self, update: Update, record: Option<&SignedPeer>) -> Message {
-        let announced = update.announce.len();
-        let record = record.filter(|_| announced > 0);
+        let wanted = update.announce.len();
+        let record = record.filter(|_| wanted > 0);
         let request = NamesRequest {
-            // Without a record the empty answer makes them due again.
             announce: record.map_or_else(Vec::new, |_| update.announce),
             record: record.map(|record| record.envelope().to_vec()),
             withdraw: update.withdraw,
             find: Vec::new(),
         };
+        let announced = (request.announce.len() == wanted).then_some(wanted);
         let asked = Asked::Update { announced };
         self.request(update.grape, &request, asked, UPDATE_DEADLINE)
     }
@@ -221,15 +224,21 @@ impl Names {
         reply
     }
 
-    fn on_told(&mut self, grape: PeerId, announced: usize, reply: Reply, now: Instant) -> Learned {
+    fn on_told(
+        &mut self,
+        grape: PeerId,
+        announced: Option<usize>,
+        reply: Reply,
+        now: Instant,
+    ) -> Learned {
         let is_deaf = matches!(reply, Reply::Deaf);
         let answer = match reply {
             Reply::Read(reply) => {
                 let index = |number: &u64| usize::try_from(*number).ok();
                 let refused: BTreeSet<_> = reply.refused.iter().filter_map(index).collect();
-                let sane = refused.last().is_none_or(|last| *last < announced);
                 let lease = Duration::from_millis(reply.lease);
-                match sane {
+                let is_sane = |announced| refused.last().is_none_or(|last| *last < announced);
+                match announced.is_some_and(is_sane) {
                     true => Answer::Taken { lease, refused },
                     false => Answer::Failed,
                 }

@@ -114,22 +114,17 @@ struct Name {
     walk: Option<Instant>,
 }
 
-/// The names that a grape is responsible for.
-#[derive(Debug, PartialEq, Eq)]
-enum Share {
-    Every,
-    Some(BTreeSet<Number>),
-}
-
 #[derive(Debug)]
 struct Grape {
-    share: Share,
+    /// It is told of every name, and otherwise of those that it is among the closest to.
+    every: bool,
+    closest_to: BTreeSet<Number>,
     /// The lease that it grants.
     lease: Duration,
     /// Has answered as a grape with a registry does, over this connection.
     answers: bool,
     deaf: bool,
-    /// Those of its share that it is told of next.
+    /// Those that it is told of next.
     fresh: BTreeSet<Number>,
     /// Those that it may keep and that are taken back.
     gone: BTreeSet<ServiceName>,
@@ -173,7 +168,7 @@ impl Registrations {
         let mut told = false;
         for grape in self.grapes.values_mut() {
             told |= grape.gone.remove(name);
-            if grape.share == Share::Every && !grape.deaf {
+            if grape.every && !grape.deaf {
                 grape.fresh.insert(number);
             }
         }
@@ -204,10 +199,7 @@ impl Registrations {
         }
         for grape in self.grapes.values_mut() {
             grape.fresh.remove(&number);
-            let is_kept = match &mut grape.share {
-                Share::Every => true,
-                Share::Some(numbers) => numbers.remove(&number),
-            };
+            let is_kept = grape.closest_to.remove(&number) || grape.every;
             if is_kept && entry.told && !grape.deaf && grape.gone.len() < MAX_ANNOUNCED {
                 grape.gone.insert(name.clone());
             }
@@ -217,6 +209,7 @@ impl Registrations {
 
     /// The grapes that are known now.
     pub(crate) fn on_grapes(&mut self, known: &[Known], scope: Scope, now: Instant) {
+        let has_grown = self.scope == Scope::All && scope == Scope::Closest;
         if self.scope != scope {
             self.scope = scope;
             self.share_out(now);
@@ -231,18 +224,16 @@ impl Registrations {
             if known.is_foreign && grape.turn_deaf() {
                 self.turned_deaf.push(known.peer);
             }
-            match &grape.share {
-                Share::Some(some) if every => {
-                    let all = self.names.keys();
-                    let new = all.filter(|number| !grape.deaf && !some.contains(number));
-                    grape.fresh.extend(new);
-                    grape.share = Share::Every;
-                }
-                Share::Every if !every => {
-                    grape.share = Share::Some(self.names.keys().copied().collect());
-                }
-                _ => {}
+            if every && !grape.every && !grape.deaf {
+                let all = self.names.keys();
+                let new = all.filter(|number| !grape.closest_to.contains(number));
+                grape.fresh.extend(new);
             }
+            if has_grown && grape.every {
+                // Until a walk says otherwise.
+                grape.closest_to = self.names.keys().copied().collect();
+            }
+            grape.every = every;
         }
         self.reschedule_all(now);
     }
@@ -250,9 +241,8 @@ impl Registrations {
     /// The network is a large one from now on, and every name belongs to some grapes; or it is not
     /// any more.
     fn share_out(&mut self, now: Instant) {
-        let numbers: Vec<_> = self.names.keys().copied().collect();
         match self.scope {
-            Scope::Closest => self.walk_for(numbers, now),
+            Scope::Closest => self.walk_for(self.names.keys().copied().collect(), now),
             Scope::All => {
                 self.walks.clear();
                 for entry in self.names.values_mut() {
@@ -279,7 +269,7 @@ impl Registrations {
             if let Some(at) = grape.due {
                 self.due.remove(&(at, peer));
             }
-            self.walk_for(grape.share.numbers(), now);
+            self.walk_for(grape.closest_to, now);
         }
     }
 
@@ -290,9 +280,9 @@ impl Registrations {
         };
         (grape.answers, grape.deaf) = (false, false);
         (grape.failures, grape.not_before) = (0, None);
-        grape.fresh = match &grape.share {
-            Share::Every => self.names.keys().copied().collect(),
-            Share::Some(some) => some.clone(),
+        grape.fresh = match grape.every {
+            true => self.names.keys().copied().collect(),
+            false => grape.closest_to.clone(),
         };
         grape.round = None;
         self.reschedule(peer, now);
@@ -366,22 +356,19 @@ impl Registrations {
         self.walk_at(number, now + WALK_INTERVAL.mul_f64(jitter));
         let told = self.names.get(&number).is_some_and(|entry| entry.told);
         for (peer, grape) in &mut self.grapes {
-            if let Share::Some(some) = &mut grape.share
-                && !closest.contains(peer)
-                && some.remove(&number)
-            {
-                grape.fresh.remove(&number);
-                if told && !grape.deaf {
-                    // It would not hear of a withdrawal any more.
-                    grape.gone.insert(name.clone());
-                }
+            let is_lost = !closest.contains(peer) && grape.closest_to.remove(&number);
+            if !is_lost || grape.every {
+                continue;
+            }
+            grape.fresh.remove(&number);
+            if told && !grape.deaf {
+                // It would not hear of a withdrawal any more.
+                grape.gone.insert(name.clone());
             }
         }
         for peer in closest {
             let grape = self.grapes.entry(*peer).or_insert_with(|| Grape::new(now));
-            if let Share::Some(some) = &mut grape.share
-                && some.insert(number)
-            {
+            if grape.closest_to.insert(number) && !grape.every && !grape.deaf {
                 grape.gone.remove(name);
                 grape.fresh.insert(number);
             }
@@ -429,7 +416,8 @@ impl Registrations {
         grape.answers = true;
         grape.failures = 0;
         grape.not_before = None;
-        grape.lease = lease.max(MIN_LEASE);
+        // A longer one is no reason to be heard of less often.
+        grape.lease = lease.clamp(MIN_LEASE, LEASE);
         grape.next_round = grape.next_round.min(now + grape.renewal());
         let mut confirmed = Vec::new();
         for (index, number) in told.announce.iter().enumerate() {
@@ -458,7 +446,11 @@ impl Registrations {
         for name in told.withdraw {
             let again = self.numbers.get(&name);
             match again.and_then(|number| self.names.get_mut(number)) {
-                Some(entry) if grape.share.has(again) => entry.told = true,
+                Some(entry)
+                    if grape.every || again.is_some_and(|n| grape.closest_to.contains(n)) =>
+                {
+                    entry.told = true;
+                }
                 _ => {
                     grape.gone.insert(name);
                 }
@@ -470,7 +462,7 @@ impl Registrations {
             grape.not_before = Some(now + (RETRY_MIN * (1 << doublings)).min(RETRY_MAX));
         }
         if grape.failures == FAILED && self.scope == Scope::Closest {
-            let numbers = grape.share.numbers();
+            let numbers = grape.closest_to.clone();
             self.walk_for(numbers, now);
         }
     }
@@ -518,7 +510,7 @@ impl Registrations {
     }
 
     /// Looks for the grapes of names, again or for the first time.
-    fn walk_for(&mut self, numbers: Vec<Number>, now: Instant) {
+    fn walk_for(&mut self, numbers: BTreeSet<Number>, now: Instant) {
         if self.scope == Scope::Closest {
             for number in numbers {
                 self.walk_at(number, now);
@@ -560,27 +552,11 @@ impl Registrations {
     }
 }
 
-impl Share {
-    fn has(&self, number: Option<&Number>) -> bool {
-        match self {
-            Self::Every => true,
-            Self::Some(numbers) => number.is_some_and(|number| numbers.contains(number)),
-        }
-    }
-
-    /// The names that it has by itself.
-    fn numbers(&self) -> Vec<Number> {
-        match self {
-            Self::Every => Vec::new(),
-            Self::Some(numbers) => numbers.iter().copied().collect(),
-        }
-    }
-}
-
 impl Grape {
     fn new(now: Instant) -> Self {
         let mut grape = Self {
-            share: Share::Some(BTreeSet::new()),
+            every: false,
+            closest_to: BTreeSet::new(),
             lease: LEASE,
             answers: false,
             deaf: false,
@@ -599,8 +575,7 @@ impl Grape {
 
     /// Whether it keeps names by itself, or is to hear that one is gone.
     fn is_needed(&self) -> bool {
-        let keeps = matches!(&self.share, Share::Some(some) if !some.is_empty());
-        keeps || !self.gone.is_empty() || self.in_flight.is_some()
+        !self.closest_to.is_empty() || !self.gone.is_empty() || self.in_flight.is_some()
     }
 
     /// How long after one round the next one begins.
@@ -621,9 +596,9 @@ impl Grape {
         if self.deaf || self.in_flight.is_some() {
             return None;
         }
-        let keeps_nothing = match &self.share {
-            Share::Every => nothing_announced,
-            Share::Some(some) => some.is_empty(),
+        let keeps_nothing = match self.every {
+            true => nothing_announced,
+            false => self.closest_to.is_empty(),
         };
         let at_once = !self.fresh.is_empty() || !self.gone.is_empty() || self.round.is_some();
         let due = match (at_once, keeps_nothing) {
@@ -685,9 +660,9 @@ impl Grape {
         };
         let new = announce.len();
         let range = (Bound::Included(from), Bound::Unbounded);
-        let mut rest: Box<dyn Iterator<Item = Number>> = match &self.share {
-            Share::Every => Box::new(names.range(range).map(|(number, _)| *number)),
-            Share::Some(some) => Box::new(some.range(range).copied()),
+        let mut rest: Box<dyn Iterator<Item = Number>> = match self.every {
+            true => Box::new(names.range(range).map(|(number, _)| *number)),
+            false => Box::new(self.closest_to.range(range).copied()),
         };
         self.round = loop {
             if announce.len() >= MAX_NAMES {
@@ -824,6 +799,12 @@ mod tests {
         let grapes = grapes(2);
         let mut scene = Scene::new(&grapes);
         scene.announce([1, 2]);
+        let absurd = Answer::Taken {
+            lease: Duration::MAX,
+            refused: BTreeSet::new(),
+        };
+        let update = scene.update().unwrap();
+        scene.answer(&update.grape, absurd);
         let update = scene.update().unwrap();
         let lease = 6 * SECOND;
         let refused = BTreeSet::new();
@@ -1074,6 +1055,39 @@ mod tests {
         scene.knows(&grapes[5..10], Scope::All);
         scene.settle();
         assert!(grapes[5..10].iter().all(|grape| scene.kept_by(grape) == 1));
+        assert_eq!(scene.registrations.poll_walk(scene.now), None);
+    }
+
+    #[test]
+    fn a_bootstrap_grape_of_a_large_network_is_told_of_every_name_while_it_is_one() {
+        let grapes = grapes(25);
+        let mut scene = Scene::new(&[]);
+        let mut known: Vec<_> = grapes.iter().copied().map(known).collect();
+        known[0].is_bootstrap = true;
+        let (first, now) = (grapes[0], scene.now);
+        scene.registrations.on_grapes(&known, Scope::Closest, now);
+        scene.announce([1, 2]);
+        while let Some(walked) = scene.registrations.poll_walk(now) {
+            let closest = if walked == name(1) {
+                &grapes[..2]
+            } else {
+                &grapes[2..4]
+            };
+            scene.registrations.on_walked(&walked, closest, now);
+        }
+        scene.settle();
+        assert_eq!(scene.kept_by(&first), 2);
+        assert_eq!(
+            (scene.kept_by(&grapes[1]), scene.kept_by(&grapes[4])),
+            (1, 0)
+        );
+        // As one of many it goes on being told of what it is among the closest to.
+        known[0].is_bootstrap = false;
+        scene.registrations.on_grapes(&known, Scope::Closest, now);
+        scene.kept.clear();
+        scene.now += LEASE / RENEWALS_PER_LEASE;
+        scene.settle();
+        assert_eq!(scene.kept_by(&first), 1);
         assert_eq!(scene.registrations.poll_walk(scene.now), None);
     }
 

@@ -18,6 +18,7 @@ use crate::proto::announce::Place;
 use crate::proto::lookup::{Outcome, SMALL, Step};
 use crate::proto::registrations::{Known, Scope};
 use crate::proto::routes::Routes;
+
 impl Driver {
     pub(super) fn carry_out(&mut self) {
         let now = Instant::now();

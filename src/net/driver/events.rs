@@ -19,6 +19,7 @@ use crate::net::swarm::BehaviourEvent;
 use crate::proto::announce::Place;
 use crate::proto::lookup::{SMALL, Source};
 use crate::store::{NewRecord, Origin, Prefix};
+
 impl Driver {
     pub(super) fn on_swarm_event(&mut self, event: SwarmEvent<BehaviourEvent>) {
         let now = Instant::now();
