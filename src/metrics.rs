@@ -36,6 +36,7 @@ pub(crate) struct Metrics {
     pub(crate) lookups: Counter,
     pub(crate) lookups_found: Counter,
     pub(crate) kademlia_requests: Counter,
+    pub(crate) names_requests: Counter,
     pub(crate) requests_sent: Counter,
     pub(crate) requests_received: Counter,
     pub(crate) requests_refused: Counter,
@@ -57,6 +58,8 @@ pub struct Snapshot {
     pub lookups_found: u64,
     /// Kademlia requests sent by queries for lookups.
     pub kademlia_requests: u64,
+    /// Requests sent to the registries of names of grapes; each may be for many names.
+    pub names_requests: u64,
     /// Requests sent to other nodes.
     pub requests_sent: u64,
     /// Requests of other nodes that went to a handler.
@@ -86,6 +89,7 @@ impl Metrics {
             lookups: self.lookups.count(),
             lookups_found: self.lookups_found.count(),
             kademlia_requests: self.kademlia_requests.count(),
+            names_requests: self.names_requests.count(),
             requests_sent: self.requests_sent.count(),
             requests_received: self.requests_received.count(),
             requests_refused: self.requests_refused.count(),

@@ -1,12 +1,13 @@
 //! The provider records that a grape keeps for others, within fixed bounds.
 //!
-//! One store serves Kademlia (see [`Records`]) and the rendezvous server, so that a name
-//! announced both ways is held once. It does no I/O, and time comes in as `now`.
+//! One store serves Kademlia (see [`Records`]), the rendezvous server and the registry of
+//! [names](names), so that a name announced by more than one of them is held once. It does no I/O, and time comes in as `now`.
 //!
 //! Invariants, whatever strangers send:
 //! * No bound in [`Bounds`] is ever exceeded, and no function walks all the records.
 //! * A record has exactly one item in each index, however often it is renewed.
-//! * An expired record is never returned, swept or not; a withdrawn one is gone at once.
+//! * An expired record is never returned, swept or not; a withdrawn one is gone at once, and what
+//!   was under way by Kademlia meanwhile does not bring it back.
 //! * A full store is shared fairly: prefixes share the store, the peers of a prefix share the
 //!   prefix. Who holds more makes room for who holds less, never the other way round.
 //! * A peer's addresses and envelope are held once and only while it has a record.
@@ -34,11 +35,16 @@ use libp2p::{
 
 use crate::limits::Bounds;
 
+mod names;
 mod registry;
 pub(crate) mod values;
+mod withdrawn;
 pub(crate) mod workers;
 
+pub(crate) use names::NotTaken;
 pub(crate) use registry::{Records, Registry};
+
+use withdrawn::Withdrawn;
 
 /// Providers in one answer of Kademlia, which cuts its answers at the replication factor of 20.
 const KADEMLIA_ANSWER: usize = 20;
@@ -98,7 +104,8 @@ impl From<&Multiaddr> for Prefix {
 pub(crate) enum Origin {
     /// Kademlia's ADD_PROVIDER.
     Kademlia,
-    /// A rendezvous registration. The record is then found both ways until it goes.
+    /// A registration, by rendezvous or by the registry of names. The record is then found by all
+    /// roads until it goes.
     Rendezvous {
         /// The namespace, whose hash the key is: the caller has made the key from it.
         namespace: Arc<str>,
@@ -139,6 +146,9 @@ pub(crate) enum Refused {
     /// The store or the peer's prefix is full, and nobody there holds more than the peer would.
     #[error("the store is full")]
     Full,
+    /// It comes by Kademlia, and the peer has just taken the name back.
+    #[error("the peer has taken the name back")]
+    Withdrawn,
 }
 
 /// A live provider of a key.
@@ -218,6 +228,7 @@ pub(crate) struct Store {
     by_peer: BTreeSet<(PeerSlot, Nanos, KeySlot)>,
     by_sequence: BTreeMap<NonZeroU64, RecordId>,
     weights: Weights,
+    withdrawn: Withdrawn,
     evicted: u64,
     refused: u64,
     expired: u64,
@@ -245,6 +256,7 @@ impl Store {
             by_peer: BTreeSet::new(),
             by_sequence: BTreeMap::new(),
             weights: Weights::default(),
+            withdrawn: Withdrawn::default(),
             evicted: 0,
             refused: 0,
             expired: 0,
@@ -269,7 +281,16 @@ impl Store {
     }
 
     /// Drops the record of `peer` for `key`, by whichever road it came; says whether there was one.
-    pub(crate) fn withdraw(&mut self, key: &[u8], peer: &PeerId) -> bool {
+    ///
+    /// For [`WITHDRAWN`](crate::limits::WITHDRAWN) Kademlia does not bring it back: its messages have
+    /// no order, and one that announces the name may be under way.
+    pub(crate) fn withdraw(&mut self, key: &[u8], peer: &PeerId, now: Instant) -> bool {
+        let now = self.nanos(now);
+        self.withdrawn.add(key, peer, now);
+        self.drop_record(key, peer)
+    }
+
+    fn drop_record(&mut self, key: &[u8], peer: &PeerId) -> bool {
         self.find(key, peer).is_some_and(|id| self.remove(id))
     }
 
@@ -353,6 +374,12 @@ impl Store {
         self.bounds.lease
     }
 
+    /// The signed record of a peer that has registered something.
+    pub(crate) fn envelope(&self, peer: &PeerId) -> Option<Arc<[u8]>> {
+        let slot = self.peer_slots.get(peer)?;
+        self.peers.get(slot.0)?.payload.envelope.clone()
+    }
+
     /// The addresses at which a peer that provides something can be dialled; none of an unknown one.
     pub(crate) fn addresses(&self, peer: &PeerId) -> Vec<Multiaddr> {
         let slot = self.peer_slots.get(peer);
@@ -377,6 +404,13 @@ impl Store {
 
     fn admit(&mut self, new: &NewRecord<'_>, now: Nanos) -> Result<(), Refused> {
         self.check_sizes(new)?;
+        match new.origin {
+            Origin::Kademlia if self.withdrawn.has(new.key, &new.peer, now) => {
+                return Err(Refused::Withdrawn);
+            }
+            Origin::Kademlia => {}
+            Origin::Rendezvous { .. } => self.withdrawn.remove(new.key, &new.peer),
+        }
         let lease = new.ttl.min(self.bounds.lease);
         let expires = now.saturating_add(nanos(lease));
         let id = match self.find(new.key, &new.peer) {
@@ -804,6 +838,14 @@ impl Store {
         })
     }
 
+    /// This node's own announcement of a key, and where it can be dialled for it.
+    fn own(&self, key: &[u8]) -> Option<&ProviderRecord> {
+        if self.own.is_empty() {
+            return None;
+        }
+        self.own.get(&RecordKey::new(&key))
+    }
+
     fn provided(&self) -> impl Iterator<Item = ProviderRecord> {
         self.own.values().cloned()
     }
@@ -812,7 +854,7 @@ impl Store {
         if *provider == self.local {
             self.own.remove(key);
         }
-        self.withdraw(key.as_ref(), provider);
+        self.drop_record(key.as_ref(), provider);
     }
 
     fn provide(&mut self, record: ProviderRecord) -> store::Result<()> {
@@ -1265,8 +1307,8 @@ mod tests {
             scene.register(1, what);
             scene.announce(network(0), 2, what).unwrap();
         }
-        assert!(scene.store.withdraw(&key(1), &peer(1)));
-        assert!(!scene.store.withdraw(&key(1), &peer(1)));
+        assert!(scene.store.withdraw(&key(1), &peer(1), scene.now));
+        assert!(!scene.store.withdraw(&key(1), &peer(1), scene.now));
         assert_eq!(scene.providers(1), [peer(2)]);
         assert_eq!(scene.store.withdraw_all(&peer(1)), 2);
         assert_eq!(scene.providers(3), [peer(2)]);
@@ -1369,7 +1411,7 @@ mod tests {
         }
         assert_eq!(scene.announce(network(0), 1, 30), Err(Refused::PeerFull));
         assert_eq!(scene.announce(network(0), 1, 29), Ok(()), "a renewal");
-        scene.store.withdraw(&key(0), &peer(1));
+        scene.store.withdraw(&key(0), &peer(1), scene.now);
         assert_eq!(scene.announce(network(0), 1, 30), Ok(()));
     }
 
@@ -1748,7 +1790,7 @@ mod tests {
                 }
             }
             Step::Withdraw(who, what) => {
-                scene.store.withdraw(&key(what), &peer(who));
+                scene.store.drop_record(&key(what), &peer(who));
                 model.remove(&(who, what));
             }
             Step::WithdrawAll(who) => {

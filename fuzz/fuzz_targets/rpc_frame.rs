@@ -1,9 +1,10 @@
-//! A stranger's frame as a request and as a reply: `cargo +nightly fuzz run rpc_frame`.
+//! A stranger's frame as a request and as a reply, and as what grapes are told and answer on names:
+//! `cargo +nightly fuzz run rpc_frame`.
 //!
 //! Decoding must not panic, and what it yields must encode to something that decodes to the same.
 #![no_main]
 
-use grapevine::proto::wire::{Reply, Request, salvage_id};
+use grapevine::proto::wire::{NamesReply, NamesRequest, Reply, Request, salvage_id};
 use libfuzzer_sys::fuzz_target;
 
 fuzz_target!(|frame: &[u8]| {
@@ -22,5 +23,13 @@ fuzz_target!(|frame: &[u8]| {
             .encode()
             .expect("a reply that was decoded fits");
         assert_eq!(Reply::decode(&again), Ok(reply));
+    }
+    if let Ok(request) = NamesRequest::decode(frame) {
+        let again = request.encode().expect("a request that was decoded fits");
+        assert_eq!(NamesRequest::decode(&again), Ok(request));
+    }
+    if let Ok(reply) = NamesReply::decode(frame) {
+        let again = reply.encode().expect("a reply that was decoded fits");
+        assert_eq!(NamesReply::decode(&again), Ok(reply));
     }
 });

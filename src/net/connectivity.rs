@@ -66,6 +66,8 @@ struct Peer {
     connections: HashMap<ConnectionId, Multiaddr>,
     /// The number of this connection of all that were made.
     number: u64,
+    /// It has told what it runs.
+    is_identified: bool,
     is_grape: bool,
     /// Runs this implementation, which serves many requests on one stream.
     is_ours: bool,
@@ -135,6 +137,12 @@ impl Connectivity {
     /// Whether a peer is known to run this implementation.
     pub(crate) fn is_ours(&self, peer: &PeerId) -> bool {
         self.peers.get(peer).is_some_and(|peer| peer.is_ours)
+    }
+
+    /// Whether a peer is known to run another implementation.
+    pub(crate) fn is_foreign(&self, peer: &PeerId) -> bool {
+        let known = self.peers.get(peer);
+        known.is_some_and(|peer| peer.is_identified && !peer.is_ours)
     }
 
     /// The address a peer is connected from, for its prefix.
@@ -249,6 +257,7 @@ impl Connectivity {
         let Some(known) = self.peers.get_mut(&peer) else {
             return Vec::new();
         };
+        known.is_identified = true;
         known.is_grape = info.protocols.iter().any(is_kademlia);
         known.is_ours = info.agent_version.starts_with(AGENT);
         if !known.is_grape || known.dialled || !is_registrar {

@@ -6,7 +6,8 @@ use std::collections::HashMap;
 use std::time::Instant;
 
 use libp2p::kad::{
-    self, GetProvidersError, GetProvidersOk, InboundRequest, QueryId, QueryResult, RecordKey,
+    self, GetClosestPeersError, GetProvidersError, GetProvidersOk, InboundRequest, QueryId,
+    QueryResult, RecordKey,
 };
 use libp2p::{Multiaddr, PeerId};
 use tokio::sync::oneshot;
@@ -41,6 +42,10 @@ pub(crate) enum Learned {
     Value(PeerId, kad::Record),
     /// A name was sent to the closest grapes; `false`: there was none.
     Provided(ServiceName, bool),
+    /// These grapes are the closest to a name's key.
+    Walked(ServiceName, Vec<PeerId>),
+    /// This node has asked for the grapes nearest to it; `false`: there was nobody to ask.
+    LookedAround(bool),
 }
 
 /// Lookups and announcements of a node.
@@ -50,6 +55,16 @@ pub(crate) struct Discovery {
     pub(crate) announcements: Announcements,
     waiters: HashMap<ServiceName, Vec<Waiter>>,
     providing: HashMap<QueryId, Provided>,
+    walks: HashMap<QueryId, Walk>,
+}
+
+/// What the closest grapes are asked for.
+#[derive(Debug)]
+enum Walk {
+    /// To know who is there.
+    Around,
+    /// To tell them of a name.
+    For(ServiceName),
 }
 
 /// What a query provides.
@@ -68,6 +83,7 @@ impl Discovery {
             announcements: Announcements::new(),
             waiters: HashMap::new(),
             providing: HashMap::new(),
+            walks: HashMap::new(),
         }
     }
 
@@ -140,6 +156,18 @@ impl Discovery {
         self.lookups.on_query_started(name, id);
     }
 
+    /// Asks for the grapes nearest to this node: all of them, in a network of few.
+    pub(crate) fn look_around(&mut self, kad: &mut Kademlia, local: PeerId) {
+        let id = kad.get_closest_peers(local);
+        self.walks.insert(id, Walk::Around);
+    }
+
+    /// Asks for the grapes closest to a name's key.
+    pub(crate) fn walk(&mut self, kad: &mut Kademlia, name: ServiceName) {
+        let id = kad.get_closest_peers(name.key().to_vec());
+        self.walks.insert(id, Walk::For(name));
+    }
+
     /// Sends a name to the closest grapes.
     pub(crate) fn provide(&mut self, kad: &mut Kademlia, name: ServiceName, now: Instant) {
         match kad.start_providing(RecordKey::new(&name.key())) {
@@ -202,6 +230,17 @@ impl Discovery {
                 self.lookups
                     .on_query_ended(&id, !closest_peers.is_empty(), now);
                 None
+            }
+            QueryResult::GetClosestPeers(result) if last => {
+                let closest = match result {
+                    Ok(found) => found.peers,
+                    Err(GetClosestPeersError::Timeout { peers, .. }) => peers,
+                };
+                let closest: Vec<_> = closest.into_iter().map(|info| info.peer_id).collect();
+                Some(match self.walks.remove(&id)? {
+                    Walk::Around => Learned::LookedAround(!closest.is_empty()),
+                    Walk::For(name) => Learned::Walked(name, closest),
+                })
             }
             QueryResult::StartProviding(result) => {
                 let provided = result.is_ok() && Self::knows_grapes(kad);

@@ -1,7 +1,7 @@
 //! Carries what [`proto`](crate::proto) decides: the only place that knows libp2p's Swarm.
 //!
 //! One task owns the Swarm and runs the [driver](driver). Each concern is a struct with private
-//! state: [discovery], [rendezvous], [values], [rpc], [connectivity]. They do not know each other; what one
+//! state: [discovery], [names], [rendezvous], [values], [rpc], [connectivity]. They do not know each other; what one
 //! learns and another needs goes up to the driver and down again. Nothing in the loop waits but its
 //! `select!`, and every channel, table and frame has a bound.
 
@@ -9,6 +9,7 @@ mod admission;
 pub(crate) mod connectivity;
 pub(crate) mod discovery;
 mod driver;
+mod names;
 mod rendezvous;
 pub(crate) mod rpc;
 mod swarm;

@@ -6,16 +6,14 @@
 //! name taken back is gone on both roads.
 
 use std::collections::{HashMap, HashSet, VecDeque};
-use std::num::NonZeroUsize;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use libp2p::identity::Keypair;
 use libp2p::request_response::{self, Message, OutboundRequestId};
 use libp2p::{Multiaddr, PeerId};
-use lru::LruCache;
 
-use crate::limits::{LEASE, MAX_CANDIDATES, MIN_LEASE, WITHDRAWN};
+use crate::limits::{LEASE, MAX_CANDIDATES, MIN_LEASE};
 use crate::name::ServiceName;
 use crate::proto::rate::RateLimit;
 use crate::proto::rendezvous::{
@@ -57,8 +55,6 @@ pub(crate) struct Rendezvous {
     /// Registrations that wait for a withdrawal of the same name, which could overtake them.
     held: HashSet<(PeerId, ServiceName)>,
     rate: RateLimit,
-    /// What others have taken back here, and when.
-    withdrawn: LruCache<([u8; 34], PeerId), Instant>,
 }
 
 #[derive(Debug)]
@@ -75,9 +71,6 @@ const REQUESTS_PER_SECOND: u32 = 2_000;
 /// The withdrawals under way at once, to stay within a connection's streams.
 const MAX_UNREGISTERING: usize = 32;
 
-/// The withdrawals that are remembered: about 100 KB.
-const MAX_WITHDRAWN: NonZeroUsize = NonZeroUsize::new(1_024).expect("not zero");
-
 impl Rendezvous {
     pub(crate) fn new(keypair: Keypair) -> Self {
         Self {
@@ -89,7 +82,6 @@ impl Rendezvous {
             waiting: VecDeque::new(),
             held: HashSet::new(),
             rate: RateLimit::new(REQUESTS_PER_SECOND),
-            withdrawn: LruCache::new(MAX_WITHDRAWN),
         }
     }
 
@@ -102,16 +94,6 @@ impl Rendezvous {
     /// A peer has no connection any more.
     pub(crate) fn on_disconnected(&mut self, peer: &PeerId) {
         self.rate.forget(peer);
-    }
-
-    /// Whether a peer has just taken a name back here, and not announced it here again.
-    pub(crate) fn is_withdrawn(&self, key: &[u8], peer: &PeerId, now: Instant) -> bool {
-        let Ok(key) = key.try_into() else {
-            return false;
-        };
-        self.withdrawn
-            .peek(&(key, *peer))
-            .is_some_and(|at| now < *at + WITHDRAWN)
     }
 
     /// How many withdrawals no grape has confirmed yet.
@@ -232,7 +214,8 @@ impl Rendezvous {
         self.asked.insert(id, (grape, asked));
     }
 
-    fn signed(&mut self) -> Option<SignedPeer> {
+    /// This node's addresses, signed by it; none while it has no address.
+    pub(crate) fn signed(&mut self) -> Option<SignedPeer> {
         if self.record.is_none() && !self.addresses.is_empty() {
             match SignedPeer::sign(&self.keypair, self.addresses.iter().cloned()) {
                 Ok(record) => self.record = Some(record),
@@ -303,9 +286,6 @@ impl Rendezvous {
                 record,
                 ttl,
             } => Response::Registered(if admitted {
-                if let Some(key) = key_of(&namespace) {
-                    self.withdrawn.pop(&(key, peer));
-                }
                 register(store, prefix(&peer), peer, &namespace, &record, ttl, now)
             } else {
                 Err(Status::Unavailable)
@@ -313,8 +293,7 @@ impl Rendezvous {
             // Never refused: it makes room.
             Request::Unregister { namespace } => {
                 if let Some(key) = key_of(&namespace) {
-                    store.withdraw(&key, &peer);
-                    self.withdrawn.put((key, peer), now);
+                    store.withdraw(&key, &peer, now);
                 }
                 Response::Unregistered
             }

@@ -1,7 +1,8 @@
-//! Keeps announcements alive: decides when each name is published where.
+//! Keeps announcements alive: decides when each name is published where, beside the grapes that have
+//! a registry of names (see [`registrations`](super::registrations)).
 //!
-//! A name is published in two ways: through Kademlia, to the grapes closest to its key, and at the
-//! rendezvous point of each bootstrap grape, which confirms with the lease it grants. It is renewed
+//! To others a name is published in two ways: through Kademlia, to the grapes closest to its key, and
+//! at the rendezvous point of each bootstrap grape, which confirms with the lease it grants. It is renewed
 //! after a third of the shortest lease granted, jittered, so that many names do not come due at
 //! once. A grape that (re)connects gets every name at once.
 //!
@@ -36,7 +37,10 @@ pub(crate) enum Place {
 #[derive(Debug)]
 pub(crate) struct Announcements {
     names: HashMap<ServiceName, Announcement>,
+    /// Bootstrap grapes without a registry.
     grapes: HashSet<PeerId>,
+    /// Kademlia is needed.
+    by_kademlia: bool,
     /// What is to be published next, and the same as a set.
     ready: VecDeque<(ServiceName, Place)>,
     queued: HashSet<(ServiceName, Place)>,
@@ -62,6 +66,7 @@ impl Announcements {
         Self {
             names: HashMap::new(),
             grapes: HashSet::new(),
+            by_kademlia: true,
             ready: VecDeque::new(),
             queued: HashSet::new(),
             in_flight: HashSet::new(),
@@ -108,7 +113,28 @@ impl Announcements {
         self.names.keys()
     }
 
-    /// A bootstrap grape is connected: it may be new or have lost everything.
+    /// Whether there are grapes that only Kademlia reaches. By default there are.
+    pub(crate) fn use_kademlia(&mut self, needed: bool) {
+        if std::mem::replace(&mut self.by_kademlia, needed) || !needed {
+            return;
+        }
+        let names: Vec<_> = self.names.keys().cloned().collect();
+        for name in names {
+            self.publish(&name, Place::Kademlia);
+        }
+    }
+
+    /// A grape keeps the name in its registry. Returns whether the name is published now and was not
+    /// before.
+    pub(crate) fn on_kept(&mut self, name: &ServiceName) -> bool {
+        let Some(announcement) = self.names.get_mut(name) else {
+            return false;
+        };
+        announcement.confirmed = true;
+        self.newly_published(name)
+    }
+
+    /// A bootstrap grape without a registry is connected: it may be new or have lost everything.
     pub(crate) fn on_grape(&mut self, grape: PeerId) {
         self.grapes.insert(grape);
         let names: Vec<_> = self.names.keys().cloned().collect();
@@ -252,6 +278,9 @@ impl Announcements {
             && let Some(at) = announcement.due.remove(&place)
         {
             self.due.remove(&(at, name.clone(), place));
+        }
+        if place == Place::Kademlia && !self.by_kademlia {
+            return;
         }
         let entry = (name.clone(), place);
         if !self.in_flight.contains(&entry) && self.queued.insert(entry.clone()) {

@@ -1,8 +1,13 @@
 //! Finds the live providers of names: decides whom to ask, whom to dial and when to stop.
 //!
-//! Kademlia and the rendezvous points are asked at once. What they name are *candidates* only, since
-//! anybody on the path may name anybody: a candidate is dialled and asked whether it serves the
-//! name, and only who says yes is live.
+//! Kademlia and the points (grapes that are asked directly) are asked at once. What they name are
+//! *candidates* only, since anybody on the path may name anybody: a candidate is dialled and asked
+//! whether it serves the name, and only who says yes is live.
+//!
+//! In a network of few grapes each one keeps every name. A few of them are asked then, and Kademlia
+//! only if that leaves room for doubt: if one of them does not answer (at once when it says so, after
+//! [`PATIENCE`] when it says nothing), or if none names a live provider and there are grapes that were
+//! not asked. See [`Plan`].
 //!
 //! * Concurrent lookups of one name are one (single flight).
 //! * A lookup ends when every source and every candidate has answered, or
@@ -18,14 +23,83 @@
 
 use std::collections::{BTreeSet, HashMap, HashSet, VecDeque};
 use std::hash::Hash;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
-use libp2p::{Multiaddr, PeerId};
+use libp2p::{Multiaddr, PeerId, kad};
+use rand::seq::IndexedRandom;
 
 use crate::limits::{
     LOOKUP_DEADLINE, LOOKUP_SETTLE, MAX_ADDRESSES, MAX_CANDIDATES, SERVES_DEADLINE,
 };
 use crate::name::ServiceName;
+
+/// How long the grapes that were asked may take before Kademlia is asked as well: many round trips.
+const PATIENCE: Duration = Duration::from_millis(200);
+
+/// The grapes of a small network that are asked: one that is dead or lies hides nobody from the others.
+const WITNESSES: usize = 3;
+
+/// A small network has fewer grapes than this: Kademlia's replication factor, so that each one is
+/// responsible for every name.
+pub(crate) const SMALL: usize = kad::K_VALUE.get();
+
+/// Whom a lookup asks.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Plan {
+    /// Grapes that are asked by their registry of names.
+    registries: Vec<PeerId>,
+    /// Grapes that are asked by rendezvous.
+    points: Vec<PeerId>,
+    /// Those asked keep all names, and Kademlia need not be asked at once.
+    keep_all: bool,
+    /// There are no other grapes.
+    all_asked: bool,
+}
+
+/// What a node knows of the grapes.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Grapes {
+    /// The bootstrap grapes that are connected, and whether each one is deaf to the RPC.
+    pub(crate) bootstraps: Vec<(PeerId, bool)>,
+    /// Others that are connected and have a registry of names.
+    pub(crate) others: Vec<PeerId>,
+    /// How many there are, connected or not; `None`: this node has not looked around, or a grape
+    /// says that there are more.
+    pub(crate) count: Option<usize>,
+}
+
+impl Plan {
+    /// Whom to ask, drawn at random where a few are as good as all.
+    pub(crate) fn draw(grapes: &Grapes) -> Self {
+        let deaf = |wanted: bool| {
+            let of_kind = move |(peer, deaf): &(PeerId, bool)| (*deaf == wanted).then_some(*peer);
+            grapes.bootstraps.iter().filter_map(of_kind)
+        };
+        let points: Vec<_> = deaf(true).collect();
+        let registries: Vec<_> = deaf(false).collect();
+        let small = grapes.count.filter(|count| *count < SMALL);
+        let Some(count) = small.filter(|_| !registries.is_empty()) else {
+            return Self {
+                registries,
+                points,
+                ..Self::default()
+            };
+        };
+        // Those that the user has named come first.
+        let mut drawn = registries
+            .sample(&mut rand::rng(), WITNESSES)
+            .copied()
+            .collect::<Vec<_>>();
+        let room = WITNESSES - drawn.len();
+        drawn.extend(grapes.others.sample(&mut rand::rng(), room));
+        Self {
+            all_asked: drawn.len() + points.len() >= count,
+            registries: drawn,
+            points,
+            keep_all: true,
+        }
+    }
+}
 
 /// What is to be done for a lookup.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -34,7 +108,9 @@ pub(crate) enum Step<Q> {
     Query(ServiceName),
     /// End a query nobody needs any more.
     FinishQuery(Q),
-    /// Ask a rendezvous point for providers.
+    /// Ask a grape for providers, by its registry of names.
+    Find(PeerId, ServiceName),
+    /// Ask a grape for providers, by rendezvous.
     Discover(PeerId, ServiceName),
     /// Connect to a candidate at these addresses.
     Dial(PeerId, Vec<Multiaddr>),
@@ -66,7 +142,7 @@ pub(crate) enum Outcome {
 pub(crate) enum Source {
     /// Any grape that the query has met.
     Kademlia,
-    /// A rendezvous point.
+    /// A grape that was asked directly.
     Point(PeerId),
 }
 
@@ -100,7 +176,12 @@ struct Lookup<Q> {
     /// A source has answered.
     answered: bool,
     query: Query<Q>,
+    /// Those that have not answered.
     points: HashSet<PeerId>,
+    /// One of them has failed.
+    failed: bool,
+    /// There are no other grapes.
+    all_asked: bool,
     /// How many were asked, Kademlia included.
     sources: usize,
     candidates: HashMap<PeerId, Candidate>,
@@ -111,6 +192,8 @@ struct Lookup<Q> {
 
 #[derive(Debug, PartialEq, Eq)]
 enum Query<Q> {
+    /// Asked for if the points leave room for doubt.
+    Deferred,
     /// Asked for, its id not told yet; `again` when it is the second one.
     Starting {
         again: bool,
@@ -149,34 +232,51 @@ impl<Q: Copy + Eq + Hash> Lookups<Q> {
         self.steps.pop_front()
     }
 
-    /// Starts a lookup that also asks these rendezvous points. One that runs already is joined.
-    pub(crate) fn start(
-        &mut self,
-        name: &ServiceName,
-        points: impl IntoIterator<Item = PeerId>,
-        now: Instant,
-    ) {
+    /// Starts a lookup. One that runs already is joined.
+    pub(crate) fn start(&mut self, name: &ServiceName, plan: &Plan, now: Instant) {
         if self.running.contains_key(name) {
             return;
         }
-        let points: HashSet<PeerId> = points.into_iter().collect();
-        for point in &points {
+        for grape in &plan.registries {
+            self.steps.push_back(Step::Find(*grape, name.clone()));
+        }
+        for point in &plan.points {
             self.steps.push_back(Step::Discover(*point, name.clone()));
         }
-        self.steps.push_back(Step::Query(name.clone()));
+        let points: HashSet<_> = plan
+            .registries
+            .iter()
+            .chain(&plan.points)
+            .copied()
+            .collect();
         let lookup = Lookup {
             started: now,
             first_live: None,
             answered: false,
-            query: Query::Starting { again: false },
+            query: Query::Deferred,
             sources: points.len() + 1,
             points,
+            failed: false,
+            all_asked: plan.all_asked,
             candidates: HashMap::new(),
             live: Vec::new(),
             deadlines: Vec::new(),
         };
         self.running.insert(name.clone(), lookup);
         self.wake(name, now + LOOKUP_DEADLINE);
+        if plan.keep_all {
+            self.wake(name, now + PATIENCE);
+        } else {
+            self.query(name);
+        }
+    }
+
+    /// Asks Kademlia too.
+    fn query(&mut self, name: &ServiceName) {
+        if let Some(lookup) = self.running.get_mut(name) {
+            lookup.query = Query::Starting { again: false };
+            self.steps.push_back(Step::Query(name.clone()));
+        }
     }
 
     /// Whether a lookup of the name runs.
@@ -248,7 +348,7 @@ impl<Q: Copy + Eq + Hash> Lookups<Q> {
         self.settle(&name, now);
     }
 
-    /// A rendezvous point has answered, or failed to; its providers came by
+    /// A point has answered, or failed to; its providers came by
     /// [`on_candidate`](Self::on_candidate).
     pub(crate) fn on_discovered(
         &mut self,
@@ -257,10 +357,20 @@ impl<Q: Copy + Eq + Hash> Lookups<Q> {
         answered: bool,
         now: Instant,
     ) {
-        if let Some(lookup) = self.running.get_mut(name) {
+        if let Some(lookup) = self.running.get_mut(name)
+            && lookup.points.remove(point)
+        {
             lookup.answered |= answered;
-            lookup.points.remove(point);
+            lookup.failed |= !answered;
             self.settle(name, now);
+        }
+    }
+
+    /// A grape that was to be asked by its registry has none: it is asked by rendezvous.
+    pub(crate) fn on_deaf(&mut self, point: &PeerId, name: &ServiceName) {
+        let lookup = self.running.get(name);
+        if lookup.is_some_and(|lookup| lookup.points.contains(point)) {
+            self.steps.push_back(Step::Discover(*point, name.clone()));
         }
     }
 
@@ -403,6 +513,16 @@ impl<Q: Copy + Eq + Hash> Lookups<Q> {
 
     /// Ends the lookup when nothing can change its outcome in time.
     fn settle(&mut self, name: &ServiceName, now: Instant) {
+        let Some(lookup) = self.running.get_mut(name) else {
+            return;
+        };
+        if lookup.query == Query::Deferred {
+            match lookup.is_in_doubt(now) {
+                Some(true) => self.query(name),
+                Some(false) => lookup.query = Query::Done,
+                None => {}
+            }
+        }
         let Some(lookup) = self.running.get(name) else {
             return;
         };
@@ -435,6 +555,20 @@ impl<Q: Copy + Eq + Hash> Lookups<Q> {
 }
 
 impl<Q> Lookup<Q> {
+    /// Whether Kademlia may know of more than the points that were asked; `None`: it shows later.
+    fn is_in_doubt(&self, now: Instant) -> Option<bool> {
+        let waiting = !self.points.is_empty();
+        if self.failed || waiting && now >= self.started + PATIENCE {
+            return Some(true);
+        }
+        if waiting || self.candidates.values().any(Candidate::is_open) {
+            return None;
+        }
+        let is_withdrawn = |candidate: &Candidate| candidate.state == State::Withdrawn;
+        let nobody = self.candidates.values().all(is_withdrawn);
+        Some(self.live.is_empty() && !(nobody && self.all_asked))
+    }
+
     /// Whether as many as may be are dialled for a source.
     fn is_full(&self, source: Source) -> bool {
         let share = (MAX_CANDIDATES / self.sources).max(1);
@@ -522,11 +656,17 @@ impl Candidate {
 
 #[cfg(test)]
 mod tests {
-    use std::time::Duration;
-
     use proptest::prelude::*;
 
     use super::*;
+
+    /// Kademlia at once, and these by rendezvous.
+    fn by_rendezvous(points: &[PeerId]) -> Plan {
+        Plan {
+            points: points.to_vec(),
+            ..Plan::default()
+        }
+    }
 
     /// A machine under test, with the steps it has taken.
     struct Scene {
@@ -544,8 +684,8 @@ mod tests {
                 now: Instant::now(),
                 steps: Vec::new(),
             };
-            let points = points.iter().copied();
-            scene.lookups.start(&scene.name, points, scene.now);
+            let plan = by_rendezvous(points);
+            scene.lookups.start(&scene.name, &plan, scene.now);
             scene.collect();
             scene.lookups.on_query_started(&scene.name, 1);
             scene
@@ -771,7 +911,9 @@ mod tests {
     fn a_second_start_joins_the_first() {
         let mut scene = Scene::new(&[]);
         let before = scene.steps.len();
-        scene.lookups.start(&scene.name, [], scene.now);
+        scene
+            .lookups
+            .start(&scene.name, &Plan::default(), scene.now);
         scene.collect();
         assert_eq!(scene.steps.len(), before);
     }
@@ -814,11 +956,13 @@ mod tests {
         /// only those live that said so.
         #[test]
         fn every_lookup_ends_once_by_its_deadline(
-            happenings in proptest::collection::vec(happening(), 0..60)
+            happenings in proptest::collection::vec(happening(), 0..60),
+            keeps_all: bool,
+            all_asked: bool,
         ) {
             let peers: Vec<_> = (0..8).map(|_| PeerId::random()).collect();
             let point = PeerId::random();
-            let mut scene = Scene::new(&[point]);
+            let mut scene = if keeps_all { small(&[point], all_asked) } else { Scene::new(&[point]) };
             let mut said_yes = HashSet::new();
             for happening in happenings {
                 match happening {
@@ -855,12 +999,157 @@ mod tests {
         }
     }
 
+    /// A lookup in a small network, of which these grapes are asked.
+    fn small(witnesses: &[PeerId], all_asked: bool) -> Scene {
+        let mut scene = Scene {
+            lookups: Lookups::new(PeerId::random()),
+            name: "client1".parse().unwrap(),
+            now: Instant::now(),
+            steps: Vec::new(),
+        };
+        let plan = Plan {
+            registries: witnesses.to_vec(),
+            keep_all: true,
+            all_asked,
+            ..Plan::default()
+        };
+        scene.lookups.start(&scene.name, &plan, scene.now);
+        scene.collect();
+        scene
+    }
+
+    impl Scene {
+        fn asks_kademlia(&self) -> bool {
+            self.steps.contains(&Step::Query(self.name.clone()))
+        }
+
+        /// A grape names these peers, all of them connected.
+        fn witness(&mut self, grape: PeerId, named: &[PeerId]) {
+            for peer in named {
+                let source = Source::Point(grape);
+                let name = &self.name;
+                self.lookups
+                    .on_candidate(name, source, *peer, vec![], true, self.now);
+            }
+            self.says(grape, true);
+        }
+
+        fn says(&mut self, grape: PeerId, answered: bool) {
+            self.lookups
+                .on_discovered(&grape, &self.name, answered, self.now);
+            self.collect();
+        }
+    }
+
+    #[test]
+    fn in_a_small_network_a_live_provider_that_the_witnesses_name_is_enough() {
+        let (a, b, live) = (PeerId::random(), PeerId::random(), PeerId::random());
+        let mut scene = small(&[a, b], false);
+        assert!(scene.steps.contains(&Step::Find(a, scene.name.clone())));
+        scene.witness(a, &[live]);
+        scene.answer(live, Some(true));
+        assert_eq!(scene.outcome(), None, "the other may name others");
+        scene.witness(b, &[]);
+        assert_eq!(scene.outcome(), Some(&Outcome::Live(vec![live])));
+        assert!(!scene.asks_kademlia());
+    }
+
+    #[test]
+    fn nobody_is_known_when_all_grapes_there_are_say_so() {
+        let a = PeerId::random();
+        let mut scene = small(&[a], true);
+        scene.witness(a, &[]);
+        assert_eq!(scene.outcome(), Some(&Outcome::NotFound));
+        assert!(!scene.asks_kademlia());
+    }
+
+    #[test]
+    fn kademlia_is_asked_when_there_are_grapes_that_were_not_and_nobody_is_named() {
+        let a = PeerId::random();
+        let mut scene = small(&[a], false);
+        scene.witness(a, &[]);
+        assert!(scene.asks_kademlia());
+        assert_eq!(scene.outcome(), None);
+    }
+
+    #[test]
+    fn kademlia_is_asked_when_those_named_are_dead_even_if_all_grapes_were_asked() {
+        let (a, dead) = (PeerId::random(), PeerId::random());
+        let mut scene = small(&[a], true);
+        scene.witness(a, &[dead]);
+        assert!(!scene.asks_kademlia());
+        scene.answer(dead, None);
+        assert!(scene.asks_kademlia());
+        // One that has withdrawn is not dead.
+        let mut scene = small(&[a], true);
+        scene.witness(a, &[dead]);
+        scene.answer(dead, Some(false));
+        assert_eq!(scene.outcome(), Some(&Outcome::NotFound));
+    }
+
+    #[test]
+    fn kademlia_is_asked_at_once_when_a_witness_fails_and_soon_when_it_is_silent() {
+        let (a, b) = (PeerId::random(), PeerId::random());
+        let mut scene = small(&[a, b], true);
+        scene.says(a, false);
+        assert!(scene.asks_kademlia());
+        let mut scene = small(&[a, b], true);
+        scene.witness(a, &[]);
+        assert!(!scene.asks_kademlia());
+        scene.passes(PATIENCE);
+        assert!(scene.asks_kademlia());
+    }
+
+    #[test]
+    fn a_deaf_point_is_asked_by_rendezvous_as_long_as_it_is_waited_for() {
+        let a = PeerId::random();
+        let mut scene = small(&[a], true);
+        let (name, discover) = (scene.name.clone(), Step::Discover(a, scene.name.clone()));
+        scene.lookups.on_deaf(&a, &name);
+        scene.collect();
+        assert!(scene.steps.contains(&discover));
+        scene.witness(a, &[]);
+        scene.steps.clear();
+        scene.lookups.on_deaf(&a, &name);
+        scene.collect();
+        assert_eq!(scene.steps, []);
+    }
+
+    #[test]
+    fn a_plan_asks_some_grapes_of_a_small_network_and_kademlia_in_every_other() {
+        let peers: Vec<_> = (0..8).map(|_| PeerId::random()).collect();
+        let of = |bootstraps: usize, deaf: usize, others: usize, count| {
+            let kind = |(index, peer): (usize, &PeerId)| (*peer, index < deaf);
+            Plan::draw(&Grapes {
+                bootstraps: peers[..bootstraps].iter().enumerate().map(kind).collect(),
+                others: peers[bootstraps..bootstraps + others].to_vec(),
+                count,
+            })
+        };
+        for (plan, registries, points, keep_all, all_asked) in [
+            (of(1, 0, 0, Some(1)), 1, 0, true, true),
+            (of(1, 0, 5, Some(6)), 3, 0, true, false),
+            (of(5, 0, 0, Some(5)), 3, 0, true, false),
+            (of(2, 0, 1, Some(3)), 3, 0, true, true),
+            (of(2, 1, 0, Some(2)), 1, 1, true, true),
+            (of(2, 2, 3, Some(5)), 0, 2, false, false),
+            (of(5, 1, 0, None), 4, 1, false, false),
+            (of(5, 0, 3, Some(SMALL)), 5, 0, false, false),
+            (of(0, 0, 3, Some(3)), 0, 0, false, false),
+        ] {
+            let drawn = (plan.registries.len(), plan.points.len());
+            assert_eq!(drawn, (registries, points), "{plan:?}");
+            assert_eq!((plan.keep_all, plan.all_asked), (keep_all, all_asked));
+        }
+        assert!(of(1, 0, 5, Some(6)).registries.contains(&peers[0]));
+    }
+
     /// How a lookup ends whose one rendezvous point and whose Kademlia name nobody.
     fn outcome(point_answers: bool, kademlia_answers: bool) -> Outcome {
         let (now, point) = (Instant::now(), PeerId::random());
         let name: ServiceName = "client1".parse().unwrap();
         let mut lookups = Lookups::new(PeerId::random());
-        lookups.start(&name, [point], now);
+        lookups.start(&name, &by_rendezvous(&[point]), now);
         lookups.on_discovered(&point, &name, point_answers, now);
         let mut queries = 0;
         loop {

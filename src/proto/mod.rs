@@ -29,8 +29,7 @@
 //! # Ok::<(), grapevine::name::NameError>(())
 //! ```
 //!
-//! What Kademlia or a rendezvous point answers is a claim of whoever answered. A provider is believed
-//! when it has been dialled, has proved its peer id, and says that it [serves the name](#the-serves-question).
+//! What Kademlia or a grape answers is a claim of whoever answered. A provider is believed when it has been dialled, has proved its peer id, and says that it [serves the name](#the-serves-question).
 //!
 //! # Frames and calls
 //!
@@ -106,6 +105,36 @@
 //! that name now. The reply's payload is one byte, 1 for yes or 0 for no. A node that answers
 //! `unknown-service` does not know the question, and counts as serving the name.
 //!
+//! # Names at grapes
+//!
+//! A grape keeps, takes back and finds names by requests to the service `grapevine/names`, which
+//! peers answer with `unknown-service`. What is said this way and what is said by Kademlia and
+//! rendezvous goes into one table, so that each finds what came by the others. Where it is
+//! answered, a node need not announce or register the same names in another way.
+//!
+//! | map | keys |
+//! | --- | --- |
+//! | payload of the request | `{"announce": [name], "record": bytes?, "withdraw": [name], "find": [name]}` |
+//! | payload of the reply | `{"lease": uint, "refused": [uint], "found": [[provider]], "grapes": uint}` |
+//! | provider | `{"peer": bytes, "addresses": [bytes], "lease": uint}` |
+//!
+//! Names are taken back first, then announced, then looked up; any of the lists may be empty. They
+//! are the sender's own: it announces itself and nobody else. `record` is its signed peer record
+//! (libp2p's envelope of the type `/libp2p/routing-state-record`), there if and only if something
+//! is announced; the same bytes each time save the grape the work of verifying them.
+//!
+//! `lease` says for how many milliseconds the grape keeps what was announced, and of a provider how
+//! many are left; renew after a third. `refused` has the places, counted from 0, of the announced
+//! names that it does not keep, because the sender or others hold too many or because they come too
+//! fast: try them again later. `found` has a list for each name looked up, of providers drawn in
+//! turn if there are more. A provider's `peer` is its id and its addresses are multiaddrs, both in
+//! binary; one without an address is a grape that Kademlia knows. `grapes` is how many grapes
+//! this one knows, itself included.
+//!
+//! Which grapes are responsible for a name, Kademlia says: those closest to its key, 20 at most. So
+//! in a network of fewer than 20 each one keeps every name, and who knows them all need not ask
+//! Kademlia for a name that is found.
+//!
 //! # Payloads of peers
 //!
 //! A payload is the service's own business. The programs `peer` and `chat` use two kinds, told apart by
@@ -163,6 +192,13 @@
 //! | chat `from` | 255 |
 //! | chat `text` and `reply` | 65,536 |
 //! | nesting of CBOR | 128 levels |
+//! | names announced and names withdrawn in one request to a grape | 1,000 of each |
+//! | names looked up in one request | 16 |
+//! | `record` | 4,096 |
+//! | providers of one name in an answer | 64, and 61,440 bytes |
+//! | addresses of a provider | 8, of 256 bytes |
+//! | names that one peer announces | 2,000 a second, and 20,000 of them at once; a grape keeps 20,000 of it |
+//! | names that one peer looks up | 10,000 a second |
 //! | changes in one request to the registry | 1,000 |
 //! | keys asked for in one request to the registry | 16 |
 //! | workers of one service in an answer | 100 |
@@ -178,6 +214,7 @@ pub(crate) mod exploration;
 pub mod frame;
 pub(crate) mod lookup;
 pub(crate) mod rate;
+pub(crate) mod registrations;
 #[doc(hidden)]
 pub mod rendezvous;
 pub(crate) mod routes;

@@ -12,6 +12,7 @@
 
 mod chat;
 mod map;
+mod names;
 mod plain;
 mod registry;
 mod rpc;
@@ -21,6 +22,9 @@ use serde::{Serialize, de::DeserializeSeed};
 use map::{Draft, Fill};
 
 pub use chat::{ChatMessage, ChatReply, MAX_FROM, MAX_TEXT};
+pub use names::{
+    MAX_NAMES, MAX_PROVIDERS, MAX_RECORD, MAX_SOUGHT, NAMES, NamesReply, NamesRequest, Provided,
+};
 pub use registry::{Batch, BatchReply, Change, Digest, MAX_CHANGES, MAX_FIND, MAX_FOUND, REGISTRY};
 pub use rpc::{
     ErrorCode, MAX_CODE, MAX_MESSAGE, MAX_SERVICE, OtherCode, RemoteError, Reply, ReplyRef,

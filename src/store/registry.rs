@@ -4,6 +4,7 @@
 use std::borrow::Cow;
 use std::iter;
 use std::net::IpAddr;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Instant, SystemTime};
 use std::vec;
@@ -13,6 +14,7 @@ use libp2p::kad::store::{self, RecordStore};
 use libp2p::kad::{ProviderRecord, Record, RecordKey};
 use tokio::sync::Notify;
 
+use super::names::Rates;
 use super::values::{NotKept, Values};
 use super::workers::Workers;
 use super::{KADEMLIA_ANSWER, Prefix, Store};
@@ -40,6 +42,9 @@ pub(crate) struct Registry {
     providers: Mutex<Store>,
     workers: Mutex<Workers>,
     values: Mutex<Values>,
+    rates: Mutex<Rates>,
+    /// How many grapes this one knows, itself included.
+    grapes: AtomicU64,
     /// This grape's workers have changed.
     changed: Notify,
 }
@@ -56,6 +61,8 @@ impl Registry {
             providers: Mutex::new(providers),
             workers: Mutex::new(Workers::new(now)),
             values: Mutex::new(Values::new(now)),
+            rates: Mutex::default(),
+            grapes: AtomicU64::new(1),
             changed: Notify::new(),
         })
     }
@@ -75,6 +82,20 @@ impl Registry {
     /// The values.
     pub(crate) fn values(&self) -> MutexGuard<'_, Values> {
         self.values.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub(super) fn rates(&self) -> MutexGuard<'_, Rates> {
+        self.rates.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// How many grapes this one knows, itself included.
+    pub(super) fn grapes(&self) -> u64 {
+        self.grapes.load(Ordering::Relaxed)
+    }
+
+    /// This grape knows so many others.
+    pub(crate) fn on_grapes(&self, others: usize) {
+        self.grapes.store(others as u64 + 1, Ordering::Relaxed);
     }
 
     /// Keeps a value that came from a host of that prefix to be stored under that key, if it is
@@ -107,6 +128,7 @@ impl Registry {
     pub(crate) fn sweep(&self, now: Instant) {
         self.providers().sweep(now);
         self.values().sweep(now);
+        self.rates().sweep(now);
         if self.workers().sweep(now) {
             self.on_changed();
         }
@@ -146,7 +168,7 @@ impl Registry {
 
     /// The grapes that carry requests to workers of the service behind a key of Kademlia's: to a
     /// node of libp2p they are its providers.
-    fn carriers(&self, key: &RecordKey, limit: usize) -> Vec<ProviderRecord> {
+    pub(super) fn carriers(&self, key: &RecordKey, limit: usize) -> Vec<ProviderRecord> {
         let digest = key.as_ref().strip_prefix(&SHA2_256);
         let Some(digest) = digest.and_then(|digest| <&Digest>::try_from(digest).ok()) else {
             return Vec::new();

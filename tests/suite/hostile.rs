@@ -25,7 +25,7 @@ use grapevine::error::{LookupError, RequestError};
 use grapevine::limits::{
     CONNECT_TIMEOUT, FRAME_DEADLINE, LOOKUP_DEADLINE, MAX_CANDIDATES, MAX_STREAMS,
 };
-use grapevine::proto::wire::{ErrorCode, MAX_FRAME, MAX_PAYLOAD, Reply};
+use grapevine::proto::wire::{ErrorCode, MAX_FRAME, MAX_PAYLOAD, NamesReply, Reply};
 use grapevine::{Multiaddr, Node, PeerId, RequestOptions, Role, ServiceName};
 use libp2p::identity::Keypair;
 use tokio::io::AsyncReadExt as _;
@@ -261,10 +261,12 @@ mod frames {
     enum Expected {
         Ok(&'static [u8]),
         Error(u64, ErrorCode),
+        /// An answer on names without any.
+        Empty,
         Closed,
     }
 
-    use Expected::{Closed, Error, Ok as Answer};
+    use Expected::{Closed, Empty, Error, Ok as Answer};
 
     fn nested(depth: usize, opening: u8) -> Vec<u8> {
         let mut frame = cbor_head(5, 3);
@@ -298,6 +300,7 @@ mod frames {
         let service = || ("service", cbor_text("echo"));
         let payload = || ("payload", cbor_bytes(b"hello"));
         let of = |entries: &[(&str, Vec<u8>)]| prefixed(&cbor_map(entries));
+        let another = wire::envelope(&Keypair::generate_ed25519(), vec![anywhere()]);
         let reserved = |payload: &[u8]| prefixed(&request(7, "grapevine/serves", payload));
         vec![
             ("a request", prefixed(&hello()), Answer(b"Echo: hello")),
@@ -437,6 +440,47 @@ mod frames {
                 prefixed(&request(7, "grapevine/other", b"")),
                 Error(7, UnknownService),
             ),
+            ("names and nothing", wire::names(&[], None, &[]), Empty),
+            (
+                "names without a payload",
+                prefixed(&request(7, "grapevine/names", b"")),
+                Error(7, BadRequest),
+            ),
+            (
+                "a name that none can have",
+                wire::names(&[], None, &["a b".into()]),
+                Error(7, BadRequest),
+            ),
+            (
+                "announced without a record",
+                wire::names(&["a".into()], None, &[]),
+                Error(7, BadRequest),
+            ),
+            (
+                "announced with another's record",
+                wire::names(&["a".into()], Some(&another), &[]),
+                Error(7, BadRequest),
+            ),
+            (
+                "announced with what is no record",
+                wire::names(&["a".into()], Some(&[0; 4_096]), &[]),
+                Error(7, BadRequest),
+            ),
+            (
+                "a record over the limit",
+                wire::names(&["a".into()], Some(&[0; 4_097]), &[]),
+                Error(7, TooLarge),
+            ),
+            (
+                "more names than the limit",
+                wire::names(&vec!["a".into(); 1_001], Some(&another), &[]),
+                Error(7, TooLarge),
+            ),
+            (
+                "more names looked up than the limit",
+                wire::names(&[], None, &vec!["a".into(); 17]),
+                Error(7, TooLarge),
+            ),
             ("serves it echo?", reserved(b"echo"), Answer(&[1])),
             ("serves it nobody?", reserved(b"nobody"), Answer(&[0])),
             (
@@ -487,6 +531,10 @@ mod frames {
             Error(id, code) => {
                 let error = reply.outcome.expect_err(what);
                 assert_eq!((reply.id, &error.code), (*id, code), "{what}: {error}");
+            }
+            Empty => {
+                let reply = NamesReply::decode(&reply.outcome.unwrap()).unwrap();
+                assert!(reply.found.is_empty() && reply.refused.is_empty(), "{what}");
             }
             Closed => {}
         }
@@ -649,6 +697,143 @@ mod records {
             );
             assert!(figures.stored <= REGISTRATIONS as u64 + 100, "{figures:?}");
             report("registrations", started, &honest, victim.memory(), ceiling);
+        })
+        .await;
+    }
+}
+
+mod names {
+    use super::*;
+
+    /// Names in one message: as many as may be.
+    const BATCH: usize = 1_000;
+
+    /// Announces that many distinct names on one stream, a batch after the other; returns how many
+    /// the victim says that it keeps.
+    async fn announce(stranger: &Stranger, of: usize, count: usize) -> usize {
+        let record = wire::envelope(&stranger.keypair, vec![anywhere()]);
+        let mut stream = stranger.start(RPC, &[]).await.unwrap();
+        wire::accepted(&mut stream, RPC).await.unwrap();
+        let mut kept = 0;
+        for first in (0..count).step_by(BATCH) {
+            let names = (first..first + BATCH).map(|number| format!("{of}-{number}"));
+            let message = wire::names(&names.collect::<Vec<_>>(), Some(&record), &[]);
+            stream.write_all(&message).await.unwrap();
+            stream.flush().await.unwrap();
+            kept += BATCH - answer(&mut stream).await.refused.len();
+        }
+        kept
+    }
+
+    async fn answer(stream: &mut (impl futures::AsyncRead + Unpin)) -> NamesReply {
+        let (mut len, mut shift) = (0, 0);
+        loop {
+            let mut byte = [0];
+            stream.read_exact(&mut byte).await.unwrap();
+            len |= usize::from(byte[0] & 0x7f) << shift;
+            shift += 7;
+            if byte[0] < 0x80 {
+                break;
+            }
+        }
+        let mut frame = vec![0; len];
+        stream.read_exact(&mut frame).await.unwrap();
+        let reply = Reply::decode(&frame).unwrap();
+        NamesReply::decode(&reply.outcome.unwrap()).unwrap()
+    }
+
+    #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+    async fn names_without_end_of_one_peer_stay_within_its_share() {
+        in_turn(async {
+            let (started, ceiling) = (Instant::now(), IDLE + 24);
+            let mut victim = victim_grape();
+            let stranger = Stranger::connect(victim.address()).await.unwrap();
+            let attack = announce(&stranger, 0, 10 * RECORDS);
+            let (kept, honest) = during(victim.address(), attack).await;
+            assert_eq!(kept, RECORDS);
+            let expected = RECORDS as u64;
+            let figures = figures_when(&mut victim, |figures| figures.stored >= expected).await;
+            println!("{} names of one peer: {kept} kept", 10 * RECORDS);
+            assert!(figures.stored < expected + 100, "{figures:?}");
+            report(
+                "one peer's names",
+                started,
+                &honest,
+                victim.memory(),
+                ceiling,
+            );
+        })
+        .await;
+    }
+
+    #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+    async fn names_without_end_of_many_peers_stay_within_their_networks_share() {
+        in_turn(async {
+            let (started, ceiling) = (Instant::now(), IDLE + 96);
+            let mut victim = victim_grape();
+            let address = victim.address().clone();
+            let attack = async {
+                let mut peers = JoinSet::new();
+                for peer in 0..PEERS {
+                    let stranger = Stranger::connect(&address).await.unwrap();
+                    peers.spawn(async move {
+                        announce(&stranger, peer, RECORDS / 2).await;
+                        stranger
+                    });
+                }
+                peers.join_all().await
+            };
+            let (strangers, honest) = during(&address, attack).await;
+            // Of one address prefix, half the store; honest names have come and gone.
+            let (half, most) = (100_000, 100_000 - 100);
+            let figures = figures_when(&mut victim, |figures| figures.stored >= most).await;
+            assert!(figures.stored <= half, "{figures:?}");
+            drop(strangers);
+            report(
+                "many peers' names",
+                started,
+                &honest,
+                victim.memory(),
+                ceiling,
+            );
+        })
+        .await;
+    }
+
+    #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+    async fn answers_on_names_that_nobody_reads_take_a_bounded_room() {
+        in_turn(async {
+            // The room for replies, what yamux takes in of each connection, and what has arrived.
+            let (started, ceiling) = (Instant::now(), IDLE + 64 + 96);
+            let mut victim = victim_grape();
+            let address = victim.address().clone();
+            let long: Multiaddr = format!("/dns4/{}/tcp/1", "a".repeat(240)).parse().unwrap();
+            let attack = async {
+                let mut strangers = Vec::new();
+                for _ in 0..40 {
+                    let stranger = Stranger::connect(&address).await.unwrap();
+                    let record = wire::envelope(&stranger.keypair, vec![long.clone(); 8]);
+                    let message = wire::names(&["long".into()], Some(&record), &[]);
+                    let answer = stranger.exchange(RPC, &message).await.unwrap();
+                    assert!(!answer.is_empty());
+                    strangers.push(stranger);
+                }
+                // Each of these gets 16 times 60 KB.
+                let message = wire::names(&[], None, &vec!["long".into(); 16]);
+                let mut unread = Vec::new();
+                for stranger in &strangers {
+                    for _ in 0..10 {
+                        unread.push(stranger.start(RPC, &message.repeat(3)).await.unwrap());
+                    }
+                }
+                let held = figures_when(&mut victim, |figures| figures.open_requests > 0).await;
+                figures_when(&mut victim, |figures| figures.open_requests == 0).await;
+                held.open_requests
+            };
+            let (held, honest) = during(&address, attack).await;
+            println!("answers that nobody reads: {held} held, then cut off");
+            assert!(victim.is_up());
+            report("unread answers", started, &honest, victim.memory(), ceiling);
         })
         .await;
     }

@@ -437,6 +437,105 @@ mod stock_kademlia {
     }
 }
 
+/// A grape of another implementation: a stock rendezvous point and Kademlia server.
+mod stock_grape {
+    use super::*;
+
+    #[derive(NetworkBehaviour)]
+    struct Point {
+        rendezvous: rendezvous::server::Behaviour,
+        kad: kad::Behaviour<MemoryStore>,
+        rpc: request_response::Behaviour<by_hand::Codec>,
+        identify: identify::Behaviour,
+    }
+
+    /// Serves calls of a name that nobody calls, and nothing of the protocol's own. Returns where.
+    async fn start(agent: &str) -> Multiaddr {
+        let mut point = stock(|keypair| {
+            let peer = keypair.public().to_peer_id();
+            let protocol = StreamProtocol::new("/grapevine/kad/1.0.0");
+            let config = kad::Config::new(protocol);
+            let mut kad = kad::Behaviour::with_config(peer, MemoryStore::new(peer), config);
+            kad.set_mode(Some(kad::Mode::Server));
+            let config = identify::Config::new("/another/1.0.0".into(), keypair.public());
+            // By default it takes nothing for less than two hours.
+            let short = rendezvous::server::Config::default().with_min_ttl(1);
+            Point {
+                rendezvous: rendezvous::server::Behaviour::new(short),
+                kad,
+                rpc: by_hand::behaviour(),
+                identify: identify::Behaviour::new(config.with_agent_version(agent.into())),
+            }
+        });
+        let address = listen(&mut point).await;
+        let address = address.with_p2p(*point.local_peer_id()).unwrap();
+        tokio::spawn(async move {
+            loop {
+                let event = point.select_next_some().await;
+                let SwarmEvent::Behaviour(PointEvent::Rpc(request_response::Event::Message {
+                    message:
+                        Message::Request {
+                            request, channel, ..
+                        },
+                    ..
+                })) = event
+                else {
+                    continue;
+                };
+                let reply = by_hand::serve("nobody", &request);
+                let _ = point.behaviour_mut().rpc.send_response(channel, reply);
+            }
+        });
+        address
+    }
+
+    #[tokio::test]
+    async fn a_point_without_a_registry_is_told_and_asked_the_standard_ways() {
+        in_time(async {
+            // One says only when it is asked that it has none; of the other its agent tells it.
+            for agent in ["grapevine/0.0.0", "another/1.0.0"] {
+                let point = start(agent).await;
+                let peer = || {
+                    let peer = Node::builder(Role::Peer).listen([any_port()]);
+                    peer.bootstrap([point.clone()]).spawn()
+                };
+                let (server, client) = (peer().await.unwrap(), peer().await.unwrap());
+                let service = server.announce(&client1()).await.unwrap();
+                let live = client.lookup(&client1()).await.unwrap();
+                assert_eq!(live[0].peer, server.peer_id(), "{agent}");
+                service.withdraw().await;
+                let error = client.lookup(&client1()).await.unwrap_err();
+                assert_eq!(error, LookupError::NotFound(client1()), "{agent}");
+            }
+        })
+        .await;
+    }
+
+    #[tokio::test]
+    async fn a_name_is_found_across_grapes_of_both_kinds() {
+        in_time(async {
+            let (ours, point) = (grape().await, start("another/1.0.0").await);
+            let both = ours.addresses().into_iter().chain([point.clone()]);
+            let server = Node::builder(Role::Peer).listen([any_port()]);
+            let server = server.bootstrap(both).spawn().await.unwrap();
+            let _service = server.announce(&client1()).await.unwrap();
+            for by in [ours.addresses()[0].clone(), point] {
+                let client = Node::builder(Role::Peer).bootstrap([by]);
+                let client = client.spawn().await.unwrap();
+                // The second grape hears of the name a moment later than the first.
+                let live = loop {
+                    match client.lookup(&client1()).await {
+                        Err(LookupError::NotFound(_)) => tokio::task::yield_now().await,
+                        found => break found.unwrap(),
+                    }
+                };
+                assert_eq!(live[0].peer, server.peer_id());
+            }
+        })
+        .await;
+    }
+}
+
 #[tokio::test]
 async fn a_stock_request_response_client_gets_an_echo() {
     in_time(async {

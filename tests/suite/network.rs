@@ -226,11 +226,138 @@ async fn a_withdrawn_name_is_gone_from_every_grape() {
 
 /// Waits until every grape holds so many records.
 async fn stored(testnet: &Testnet, records: u64) {
-    for grape in testnet.grapes() {
+    all_store(testnet.grapes(), records).await;
+}
+
+async fn all_store(grapes: &[Node], records: u64) {
+    for grape in grapes {
         while grape.metrics().stored != records {
             tokio::time::sleep(Duration::from_millis(20)).await;
         }
     }
+}
+
+#[tokio::test]
+async fn a_name_reaches_and_leaves_the_grapes_that_its_peer_has_not_joined_by() {
+    in_time(async {
+        let testnet = Testnet::new(6).await.unwrap();
+        let grapes = testnet.grapes();
+        let joined = |grape: usize| testnet.joining(Role::Peer, [&grapes[grape]]).spawn();
+        let (server, client) = (joined(0).await.unwrap(), joined(5).await.unwrap());
+        let service = server.announce(&name("client1")).await.unwrap();
+        stored(&testnet, 1).await;
+        let live = client.lookup(&name("client1")).await.unwrap();
+        assert_eq!(live[0].peer, server.peer_id());
+        service.withdraw().await;
+        // The lease of 90 seconds would outlive this scenario.
+        stored(&testnet, 0).await;
+        let error = client.lookup(&name("client1")).await.unwrap_err();
+        assert_eq!(error, LookupError::NotFound(name("client1")));
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn in_a_large_network_a_name_is_kept_by_some_grapes_and_taken_back_from_each() {
+    in_time(async {
+        let testnet = Testnet::new(24).await.unwrap();
+        let grapes = testnet.grapes();
+        for grape in grapes {
+            let mut status = grape.status();
+            status.wait_for(|status| status.explored).await.unwrap();
+        }
+        let joined = |grape: usize| testnet.joining(Role::Peer, [&grapes[grape]]).spawn();
+        let (server, client) = (joined(0).await.unwrap(), joined(23).await.unwrap());
+        let service = server.announce(&name("client1")).await.unwrap();
+        let stored = || {
+            grapes
+                .iter()
+                .map(|grape| grape.metrics().stored)
+                .sum::<u64>()
+        };
+        // The closest twenty, and perhaps the one that it has joined by.
+        while stored() < 20 {
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+        let live = client.lookup(&name("client1")).await.unwrap();
+        assert_eq!(live[0].peer, server.peer_id());
+        service.withdraw().await;
+        while stored() > 0 {
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn a_lookup_in_a_small_network_needs_no_kademlia() {
+    in_time(async {
+        let testnet = Testnet::new(2).await.unwrap();
+        let (server, client) = (testnet.peer().await.unwrap(), testnet.peer().await.unwrap());
+        echo(&server, "client1").await;
+        // Once it has looked around, which Kademlia does not announce.
+        loop {
+            let before = client.metrics();
+            client.lookup(&name("client1")).await.unwrap();
+            let after = client.metrics();
+            if after.kademlia_requests == before.kademlia_requests {
+                assert_eq!(after.names_requests - before.names_requests, 2);
+                break;
+            }
+        }
+        let before = client.metrics();
+        client.lookup(&name("nobody")).await.unwrap_err();
+        let after = client.metrics();
+        assert_eq!(after.kademlia_requests, before.kademlia_requests);
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn a_grape_that_joins_later_is_told_of_every_name() {
+    in_time(async {
+        let first = on(Role::Grape, TCP, &[]).spawn().await.unwrap();
+        let server = on(Role::Peer, TCP, &[&first]).spawn().await.unwrap();
+        let names: Vec<_> = (0..50).map(|n| name(&format!("name{n}"))).collect();
+        let announced = names.iter().map(|name| server.announce(name));
+        let _services = futures::future::try_join_all(announced).await.unwrap();
+        let second = on(Role::Grape, TCP, &[&first]).spawn().await.unwrap();
+        let client = on(Role::Peer, TCP, &[&second]).spawn().await.unwrap();
+        all_store(&[first.clone(), second.clone()], 50).await;
+        for name in &names {
+            client.lookup(name).await.unwrap();
+        }
+    })
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn names_of_a_whole_directory_outlive_their_lease_and_go_with_their_peer() {
+    in_time(async {
+        const NAMES: u64 = 10_000;
+        let grape = || on(Role::Grape, TCP, &[]).lease(2 * MIN_LEASE);
+        let first = grape().spawn().await.unwrap();
+        let second = grape().bootstrap(first.addresses()).spawn().await.unwrap();
+        let server = on(Role::Peer, TCP, &[&first]).spawn().await.unwrap();
+        let names: Vec<_> = (0..NAMES).map(|n| name(&format!("name{n}"))).collect();
+        let services = futures::stream::iter(&names)
+            .map(|name| server.announce(name))
+            .buffer_unordered(1_000)
+            .map(Result::unwrap)
+            .collect::<Vec<_>>()
+            .await;
+        all_store(&[first.clone(), second.clone()], NAMES).await;
+        // Another peer's name that is not renewed shows that a lease has passed.
+        for _ in 0..2 {
+            let killed = Killable::spawn(on(Role::Peer, TCP, &[&second]));
+            killed.echo("killed").await;
+            drop(killed);
+            all_store(&[first.clone(), second.clone()], NAMES).await;
+        }
+        drop(services);
+        all_store(&[first, second], 0).await;
+    })
+    .await;
 }
 
 #[tokio::test]

@@ -30,6 +30,8 @@ pub(super) struct Budget {
 pub(super) struct Usage {
     requests: AtomicUsize,
     bytes: AtomicUsize,
+    /// The bytes of short answers that have not left.
+    short: AtomicUsize,
     /// The bytes that frames still arriving may take.
     arriving: Arc<Semaphore>,
 }
@@ -40,7 +42,16 @@ pub(super) struct Usage {
 pub(super) struct Held {
     requests: usize,
     bytes: usize,
+    short: usize,
 }
+
+/// The bytes of short answers that one peer may leave unread beside its requests, each counted as
+/// [`SHORT_ANSWER`] more: some hundred lookups under way. All connections that a node accepts may
+/// hold 256 MiB.
+const SHORT_ANSWERS: usize = 64 * 1024;
+
+/// What an answer takes beside its payload.
+const SHORT_ANSWER: usize = 128;
 
 impl Budget {
     pub(super) fn new(limits: &Limits) -> Self {
@@ -95,7 +106,7 @@ impl Budget {
         let of_peer_open = of_peer.requests.fetch_add(1, Ordering::AcqRel);
         let mut held = Held {
             requests: 1,
-            bytes: 0,
+            ..Held::default()
         };
         let fits = open < self.max_requests && of_peer_open < share(self.max_requests);
         if fits && self.grow(of_peer, &mut held, payload) {
@@ -105,9 +116,41 @@ impl Budget {
         None
     }
 
+    /// Takes a request in that is answered at once, and most often in few bytes: while the peer leaves
+    /// few of such answers unread, they hold nothing else.
+    pub(super) fn admit_short(&self, of_peer: &Usage) -> Option<Held> {
+        let mut held = Held::default();
+        let fits = Self::grow_short(of_peer, &mut held, SHORT_ANSWER);
+        if fits {
+            Some(held)
+        } else {
+            self.admit(of_peer, 0)
+        }
+    }
+
+    fn grow_short(of_peer: &Usage, held: &mut Held, bytes: usize) -> bool {
+        let unread = of_peer.short.fetch_add(bytes, Ordering::AcqRel);
+        let fits = unread + bytes <= SHORT_ANSWERS;
+        if fits {
+            held.short += bytes;
+        } else {
+            of_peer.short.fetch_sub(bytes, Ordering::AcqRel);
+        }
+        fits
+    }
+
     /// Takes room for a further payload of a request that was admitted; `false`, and nothing taken,
     /// if there is none.
     pub(super) fn grow(&self, of_peer: &Usage, held: &mut Held, payload: usize) -> bool {
+        if held.short > 0 {
+            if Self::grow_short(of_peer, held, payload) {
+                return true;
+            }
+            let admitted = self.admit(of_peer, payload);
+            let is_admitted = admitted.is_some();
+            held.merge(admitted.unwrap_or_default());
+            return is_admitted;
+        }
         let bytes = weight(payload);
         if bytes == 0 {
             return true;
@@ -126,7 +169,14 @@ impl Budget {
     }
 
     pub(super) fn give_back(&self, of_peer: &Usage, held: Held) {
-        let Held { requests, bytes } = held;
+        let Held {
+            requests,
+            bytes,
+            short,
+        } = held;
+        if short > 0 {
+            of_peer.short.fetch_sub(short, Ordering::AcqRel);
+        }
         if bytes > 0 {
             self.total.bytes.fetch_sub(bytes, Ordering::AcqRel);
             of_peer.bytes.fetch_sub(bytes, Ordering::AcqRel);
@@ -151,21 +201,23 @@ impl Usage {
         Self {
             requests: AtomicUsize::new(0),
             bytes: AtomicUsize::new(0),
+            short: AtomicUsize::new(0),
             arriving: Arc::new(arriving),
         }
     }
 }
 
 impl Held {
-    /// Whether a request was admitted.
+    /// Whether the request was admitted; others are answered without.
     pub(super) fn is_some(&self) -> bool {
-        self.requests > 0
+        self.requests > 0 || self.short > 0
     }
 
     /// Holds what another one holds as well.
     pub(super) fn merge(&mut self, other: Self) {
         self.requests += other.requests;
         self.bytes += other.bytes;
+        self.short += other.short;
     }
 }
 

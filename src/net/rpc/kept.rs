@@ -35,7 +35,9 @@ use crate::metrics::Counter;
 use crate::proto::frame::FrameReader;
 use crate::proto::wire::{self, Reply, RequestRef};
 
-use calls::{Caller, Calls, Written};
+use calls::{Calls, Written};
+
+pub(crate) use calls::Caller;
 
 /// How long a stream rests before it is closed: less than an idle connection.
 const KEPT_IDLE: Duration = Duration::from_secs(60);
@@ -132,6 +134,11 @@ impl Kept {
         self.max - self.slots.available_permits()
     }
 
+    /// Whether requests can be sent.
+    pub(crate) fn is_open(&self) -> bool {
+        self.lock().phase == Phase::Open
+    }
+
     /// Sends a request when there is a slot for it, and returns by the deadline. `None` if no stream
     /// is open, or it ended before the request was written to it.
     pub(crate) async fn ask(&self, question: Question<'_>) -> Option<Outcome> {
@@ -142,20 +149,39 @@ impl Kept {
                 Err(_) => return Some(Outcome::TimedOut),
             },
         }
-        match self.enter(question)?.await {
+        match self.asked(question)?.await {
             Outcome::NotSent(_) => None,
             outcome => Some(outcome),
         }
     }
 
-    /// Enters a request that has a slot; `None` if no stream is open.
-    fn enter(&self, question: Question<'_>) -> Option<Asked<'_>> {
+    /// Sends a request if that is possible at once, whether or not the caller waits for it.
+    pub(crate) fn offer(&self, question: Question<'_>, caller: Caller) -> Result<(), Caller> {
+        match self.slots.try_acquire() {
+            Ok(slot) => slot.forget(),
+            Err(_) => return Err(caller),
+        }
+        self.enter(question, caller).map(drop)
+    }
+
+    fn asked(&self, question: Question<'_>) -> Option<Asked<'_>> {
         let (caller, outcome) = oneshot::channel();
+        let id = self.enter(question, caller).ok()?;
+        Some(Asked {
+            kept: self,
+            id,
+            outcome,
+            has_ended: false,
+        })
+    }
+
+    /// Enters a request that has a slot, if a stream is open; returns its id.
+    fn enter(&self, question: Question<'_>, caller: Caller) -> Result<u64, Caller> {
         let mut state = self.lock();
         if state.phase != Phase::Open {
             drop(state);
             self.slots.add_permits(1);
-            return None;
+            return Err(caller);
         }
         let is_sooner = question.deadline < state.alarm;
         let watcher = state.watcher.take_if(|_| is_sooner);
@@ -164,12 +190,7 @@ impl Kept {
         for task in [watcher, writer].into_iter().flatten() {
             task.wake();
         }
-        Some(Asked {
-            kept: self,
-            id,
-            outcome,
-            has_ended: false,
-        })
+        Ok(id)
     }
 
     /// Whether a stream should be opened now; it is then to be [kept](Self::keep).
@@ -515,7 +536,7 @@ mod tests {
             deadline: Instant::now() + time,
         };
         kept.slots.try_acquire().expect("a slot").forget();
-        kept.enter(question)
+        kept.asked(question)
     }
 
     impl Far {

@@ -21,15 +21,29 @@ pub(crate) mod serve;
 pub(crate) mod single;
 pub(crate) mod streams;
 
+use crate::proto::wire::{ErrorCode, RemoteError};
+
 /// What became of a caller's request.
 #[derive(Debug)]
 pub(crate) enum Outcome {
     /// The provider answered.
-    Answered(Result<Vec<u8>, crate::proto::wire::RemoteError>),
+    Answered(Result<Vec<u8>, RemoteError>),
     /// It was never sent.
     NotSent(String),
     /// It was sent, and may have run.
     Broken(String),
     /// Its deadline has passed; it may have run, and may still.
     TimedOut,
+}
+
+impl Outcome {
+    /// What it says as the answer to whether a name is served; `None`: it is none.
+    pub(crate) fn serves(self) -> Option<bool> {
+        match self {
+            Self::Answered(Ok(payload)) => Some(payload == [1]),
+            // Another implementation, which cannot be asked this.
+            Self::Answered(Err(error)) if error.code == ErrorCode::UnknownService => Some(true),
+            Self::Answered(Err(_)) | Self::NotSent(_) | Self::Broken(_) | Self::TimedOut => None,
+        }
+    }
 }

@@ -222,7 +222,16 @@ impl State {
 impl Responder {
     /// Takes a part of the budget for a request with such a payload; `false` if there is none.
     pub(super) fn admit(&mut self, payload: usize) -> bool {
-        let admitted = self.replies.budget.admit(&self.replies.of_peer, payload);
+        self.hold(|budget, of_peer| budget.admit(of_peer, payload))
+    }
+
+    /// The same for a request that is answered at once.
+    pub(super) fn admit_short(&mut self) -> bool {
+        self.hold(Budget::admit_short)
+    }
+
+    fn hold(&mut self, admit: impl FnOnce(&Budget, &Usage) -> Option<Held>) -> bool {
+        let admitted = admit(&self.replies.budget, &self.replies.of_peer);
         let is_admitted = admitted.is_some();
         self.held = admitted.unwrap_or_default();
         is_admitted

@@ -26,8 +26,10 @@ use crate::limits::{FRAME_DEADLINE, Limits, MAX_SERVED_STREAMS};
 use crate::metrics::Metrics;
 use crate::name::ServiceName;
 use crate::proto::frame::{FrameError, FrameReader};
-use crate::proto::wire::{self, Batch, DecodeError, ErrorCode, RemoteError, Request, RequestRef};
-use crate::store::Registry;
+use crate::proto::wire::{
+    self, Batch, DecodeError, ErrorCode, NamesRequest, RemoteError, Request, RequestRef,
+};
+use crate::store::{NotTaken, Registry};
 
 /// What is said to whoever calls a name that nobody serves here.
 const NOT_SERVED: &str = "not served here";
@@ -257,6 +259,37 @@ impl Server {
         let reply = registry.on_batch(remote.peer, remote.host, &batch, Instant::now());
         reply.encode().map_err(|error| refuse(&error))
     }
+
+    /// Keeps, takes back and finds names for another node.
+    fn on_names(&self, remote: Remote, payload: &[u8], mut responder: Responder) {
+        let answer = match self.registry.get() {
+            None => Err(RemoteError::new(ErrorCode::UnknownService, NOT_SERVED)),
+            Some(registry) if responder.admit_short() => answer_on_names(registry, remote, payload),
+            Some(_) => {
+                let message = "too many answers wait to be read";
+                Err(RemoteError::new(ErrorCode::Busy, message))
+            }
+        };
+        responder.answer(answer);
+    }
+}
+
+fn answer_on_names(
+    registry: &Registry,
+    remote: Remote,
+    payload: &[u8],
+) -> Result<Vec<u8>, RemoteError> {
+    let request = NamesRequest::decode(payload).map_err(|error| match error {
+        DecodeError::TooLarge { .. } => RemoteError::new(ErrorCode::TooLarge, error.to_string()),
+        error => RemoteError::new(ErrorCode::BadRequest, error.to_string()),
+    })?;
+    let reply = registry.on_names(remote.peer, remote.host, &request, Instant::now());
+    let reply = reply.map_err(|error| match error {
+        NotTaken::TooFast => RemoteError::new(ErrorCode::Busy, error.to_string()),
+        error => RemoteError::new(ErrorCode::BadRequest, error.to_string()),
+    })?;
+    let encoded = reply.encode();
+    encoded.map_err(|error| RemoteError::new(ErrorCode::HandlerFailed, error.to_string()))
 }
 
 /// Serves one stream until the remote has closed its side and every reply has left, or it fails.
@@ -372,6 +405,7 @@ fn dispatch(
     match request.service {
         wire::SERVES => return server.on_serves(request.payload, responder),
         wire::REGISTRY => return responder.answer(server.on_batch(remote, request.payload)),
+        wire::NAMES => return server.on_names(remote, request.payload, responder),
         _ => {}
     }
     let refuse = |responder: Responder, code, message: &str| {

@@ -19,7 +19,7 @@ use super::Outcome;
 use crate::limits::FRAME_DEADLINE;
 use crate::name::ServiceName;
 use crate::proto::frame::{read_frame, write_frame};
-use crate::proto::wire::{self, ErrorCode, Reply, RequestRef};
+use crate::proto::wire::{self, Reply, RequestRef};
 
 /// The request-response behaviour of the Swarm.
 pub(crate) type Behaviour = request_response::Behaviour<Codec>;
@@ -76,17 +76,20 @@ impl Requests {
         self.open.insert(id, open);
     }
 
-    /// Asks a peer whether it serves a name.
+    /// Asks a peer whether it serves a name. Returns whether it is being asked of another one already.
     pub(crate) fn ask_serves(
         &mut self,
         behaviour: &mut Behaviour,
         peer: PeerId,
         name: ServiceName,
-    ) {
+    ) -> bool {
+        let is_asked = |open: &Open| matches!(open, Open::Serves(asked, _) if *asked == peer);
+        let again = self.open.values().any(is_asked);
         let payload = Bytes::copy_from_slice(name.as_ref().as_bytes());
         let call = self.outgoing(wire::SERVES.into(), payload, Arc::default());
         let id = behaviour.send_request(&peer, call);
         self.open.insert(id, Open::Serves(peer, name));
+        again
     }
 
     /// Asks a peer something, so that neither side takes the connection for idle.
@@ -153,17 +156,7 @@ impl Requests {
                 let _ = caller.send(outcome);
                 None
             }
-            Open::Serves(peer, name) => {
-                let serves = match outcome {
-                    Outcome::Answered(Ok(payload)) => Some(payload == [1]),
-                    // Another implementation, which cannot be asked this.
-                    Outcome::Answered(Err(error)) if error.code == ErrorCode::UnknownService => {
-                        Some(true)
-                    }
-                    _ => None,
-                };
-                Some(Serves(peer, name, serves))
-            }
+            Open::Serves(peer, name) => Some(Serves(peer, name, outcome.serves())),
         }
     }
 }

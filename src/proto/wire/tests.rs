@@ -3,6 +3,7 @@
 use proptest::{collection::vec, option, prelude::*, sample::Index};
 
 use super::*;
+use crate::name::ServiceName;
 
 fn hex(bytes: &[u8]) -> String {
     bytes.iter().map(|byte| format!("{byte:02x}")).collect()
@@ -540,6 +541,184 @@ fn the_id_of_a_broken_request_is_salvaged() {
     }
 }
 
+fn names_request() -> NamesRequest {
+    NamesRequest {
+        announce: vec!["client1".parse().expect("a name")],
+        record: Some(vec![1, 2, 3]),
+        withdraw: vec!["a".parse().expect("a name")],
+        find: vec!["hé".parse().expect("a name")],
+    }
+}
+
+fn names_reply() -> NamesReply {
+    let peer = "12D3KooWDpJ7As7BWAwRMfu1VU2WCqNjvq387JEYKDBj4kx6nXTN";
+    NamesReply {
+        lease: 90_000,
+        refused: vec![0, 999],
+        found: vec![
+            vec![Provided {
+                peer: peer.parse().expect("an id"),
+                addresses: vec!["/ip4/127.0.0.1/tcp/1".parse().expect("an address")],
+                lease: 1,
+            }],
+            vec![],
+        ],
+        grapes: 2,
+    }
+}
+
+#[test]
+fn messages_on_names_have_these_bytes() {
+    for (request, golden) in [
+        (
+            names_request(),
+            "a4 68616e6e6f756e6365 81 67636c69656e7431 667265636f7264 43010203 \
+             687769746864726177 81 6161 6466696e64 81 6368c3a9",
+        ),
+        (
+            NamesRequest::default(),
+            "a3 68616e6e6f756e6365 80 687769746864726177 80 6466696e64 80",
+        ),
+    ] {
+        let encoded = request.encode().expect("encodes");
+        assert_eq!(hex(&encoded), hex(&bytes(golden)));
+        assert_eq!(NamesRequest::decode(&encoded), Ok(request));
+    }
+    let golden = "a4 656c65617365 1a00015f90 6772656675736564 82 00 1903e7 65666f756e64 82 \
+         81 a3 6470656572 5826 0024080112203b6a27bcceb6a42d62a3a8d02a6f0d73653215771de243a63ac048a18b59da29 \
+         69616464726573736573 81 48047f000001060001 656c65617365 01 80 66677261706573 02";
+    let encoded = names_reply().encode().expect("encodes");
+    assert_eq!(hex(&encoded), hex(&bytes(golden)));
+    assert_eq!(NamesReply::decode(&encoded), Ok(names_reply()));
+}
+
+#[test]
+fn messages_on_names_that_break_a_rule_are_refused() {
+    let record = "667265636f7264 40";
+    for dump in [
+        // An announcement without a record, and a record without an announcement.
+        "a3 68616e6e6f756e6365 81 6161 687769746864726177 80 6466696e64 80".to_owned(),
+        format!("a4 68616e6e6f756e6365 80 {record} 687769746864726177 80 6466696e64 80"),
+        // No names: with a blank, reserved, not normalised, of bytes.
+        "a3 68616e6e6f756e6365 80 687769746864726177 81 63612062 6466696e64 80".to_owned(),
+        "a3 68616e6e6f756e6365 80 687769746864726177 80 6466696e64 81 6b677261706576696e652f61"
+            .to_owned(),
+        "a3 68616e6e6f756e6365 80 687769746864726177 80 6466696e64 81 6365cc81".to_owned(),
+        "a3 68616e6e6f756e6365 80 687769746864726177 80 6466696e64 81 4161".to_owned(),
+        // A list that is missing, and one that is there twice.
+        "a2 68616e6e6f756e6365 80 687769746864726177 80".to_owned(),
+        "a4 68616e6e6f756e6365 80 687769746864726177 80 6466696e64 80 6466696e64 80".to_owned(),
+        "a4 68616e6e6f756e6365 80 687769746864726177 80 6466696e64 80 6161 80".to_owned(),
+        "83 80 80 80".to_owned(),
+    ] {
+        let refused = NamesRequest::decode(&bytes(&dump));
+        assert!(
+            matches!(refused, Err(DecodeError::Malformed(_))),
+            "{dump}: {refused:?}"
+        );
+    }
+    for dump in [
+        "a4 656c65617365 00 6772656675736564 80 65666f756e64 80 66677261706573 20",
+        "a4 656c65617365 00 6772656675736564 80 65666f756e64 81 81 a3 6470656572 41 00 \
+         69616464726573736573 80 656c65617365 01 66677261706573 02",
+        "a3 656c65617365 00 6772656675736564 80 65666f756e64 80",
+    ] {
+        let refused = NamesReply::decode(&bytes(dump));
+        assert!(
+            matches!(refused, Err(DecodeError::Malformed(_))),
+            "{dump}: {refused:?}"
+        );
+    }
+}
+
+#[test]
+fn messages_on_names_over_a_limit_are_neither_sent_nor_read() {
+    let name: ServiceName = "a".parse().expect("a name");
+    let full = NamesRequest {
+        announce: vec![name.clone(); MAX_NAMES],
+        record: Some(vec![0; MAX_RECORD]),
+        withdraw: vec![name.clone(); MAX_NAMES],
+        find: vec![name.clone(); MAX_SOUGHT],
+    };
+    let encoded = full.encode().expect("encodes");
+    assert_eq!(NamesRequest::decode(&encoded), Ok(full.clone()));
+    let one_more: [fn(&mut NamesRequest, ServiceName); 4] = [
+        |request, name| request.announce.push(name),
+        |request, _| request.record = Some(vec![0; MAX_RECORD + 1]),
+        |request, name| request.withdraw.push(name),
+        |request, name| request.find.push(name),
+    ];
+    for add in one_more {
+        let mut over = full.clone();
+        add(&mut over, name.clone());
+        assert!(matches!(over.encode(), Err(EncodeError::TooLarge { .. })));
+    }
+    let long = "a".repeat(255).parse().expect("a name");
+    let longest = NamesRequest {
+        announce: vec![long; MAX_NAMES],
+        record: Some(vec![0; MAX_RECORD]),
+        ..NamesRequest::default()
+    };
+    assert!(longest.encode().expect("encodes").len() < MAX_PAYLOAD);
+}
+
+#[test]
+fn an_answer_on_names_fits_however_long_the_addresses_are() {
+    let long = format!("/dns4/{}/tcp/1", "a".repeat(240));
+    let long: libp2p::Multiaddr = long.parse().expect("an address");
+    let named =
+        || (0..).map(|_| Provided::new(libp2p::PeerId::random(), vec![long.clone(); 20], 1));
+    let full = NamesReply {
+        found: vec![Provided::that_fit(named()); MAX_SOUGHT],
+        ..NamesReply::default()
+    };
+    let encoded = full.encode().expect("encodes");
+    assert!(encoded.len() <= MAX_PAYLOAD, "{}", encoded.len());
+    assert_eq!(NamesReply::decode(&encoded), Ok(full));
+    // Ordinary ones are not cut.
+    let short = names_reply().found.swap_remove(0).swap_remove(0);
+    let many = Provided::that_fit(std::iter::repeat(short));
+    assert_eq!(many.len(), MAX_PROVIDERS);
+}
+
+fn any_name() -> impl Strategy<Value = ServiceName> {
+    "[a-z0-9é]{1,12}".prop_map(|name| name.parse().expect("a name"))
+}
+
+fn any_names_request() -> impl Strategy<Value = NamesRequest> {
+    let names = || vec(any_name(), 0..8);
+    (names(), vec(any::<u8>(), 0..64), names(), names()).prop_map(
+        |(announce, record, withdraw, find)| NamesRequest {
+            record: (!announce.is_empty()).then_some(record),
+            announce,
+            withdraw,
+            find,
+        },
+    )
+}
+
+fn any_provided() -> impl Strategy<Value = Provided> {
+    (any::<[u8; 4]>(), any::<u16>(), 0..3usize, any::<u64>()).prop_map(
+        |(ip, port, count, lease)| {
+            let ip = std::net::Ipv4Addr::from(ip);
+            let address = format!("/ip4/{ip}/tcp/{port}").parse().expect("an address");
+            Provided::new(libp2p::PeerId::random(), vec![address; count], lease)
+        },
+    )
+}
+
+fn any_names_reply() -> impl Strategy<Value = NamesReply> {
+    let found = vec(vec(any_provided(), 0..3), 0..3);
+    (any::<u64>(), vec(256..999u64, 0..4), found, any::<u64>()).prop_map(
+        |(lease, refused, found, grapes)| NamesReply {
+            lease,
+            refused,
+            found,
+            grapes,
+        },
+    )
+}
+
 fn any_request() -> impl Strategy<Value = Request> {
     (any::<u64>(), "\\PC{0,60}", vec(any::<u8>(), 0..400)).prop_map(|(id, service, payload)| {
         Request {
@@ -583,6 +762,8 @@ fn any_encoded() -> impl Strategy<Value = Vec<u8>> {
         any_reply().prop_map(|reply| reply.as_ref().encode()),
         any_message().prop_map(|message| message.encode()),
         any_chat_reply().prop_map(|reply| reply.encode()),
+        any_names_request().prop_map(|request| request.encode()),
+        any_names_reply().prop_map(|reply| reply.encode()),
     ]
     .prop_map(|encoded| encoded.expect("encodes"))
 }
@@ -640,6 +821,18 @@ fn holds_together(bytes: &[u8]) {
             Ok(message)
         );
     }
+    if let Ok(request) = NamesRequest::decode(bytes) {
+        assert_eq!(
+            NamesRequest::decode(&request.encode().expect("encodes")),
+            Ok(request)
+        );
+    }
+    if let Ok(reply) = NamesReply::decode(bytes) {
+        assert_eq!(
+            NamesReply::decode(&reply.encode().expect("encodes")),
+            Ok(reply)
+        );
+    }
     if let Ok(reply) = ChatReply::decode(bytes) {
         assert_eq!(
             ChatReply::decode(&reply.encode().expect("encodes")),
@@ -668,6 +861,12 @@ proptest! {
     fn chat_messages_come_back(message in any_message(), reply in any_chat_reply()) {
         prop_assert_eq!(ChatMessage::decode(&message.encode().expect("encodes")), Ok(message));
         prop_assert_eq!(ChatReply::decode(&reply.encode().expect("encodes")), Ok(reply));
+    }
+
+    #[test]
+    fn messages_on_names_come_back(request in any_names_request(), reply in any_names_reply()) {
+        prop_assert_eq!(NamesRequest::decode(&request.encode().expect("encodes")), Ok(request));
+        prop_assert_eq!(NamesReply::decode(&reply.encode().expect("encodes")), Ok(reply));
     }
 
     #[test]

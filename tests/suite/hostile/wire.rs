@@ -276,6 +276,23 @@ pub(crate) fn request(id: u64, service: &str, payload: &[u8]) -> Vec<u8> {
     ])
 }
 
+fn cbor_texts(texts: &[String]) -> Vec<u8> {
+    let texts = texts.iter().map(|text| cbor_text(text));
+    let head = cbor_head(4, texts.len() as u64);
+    [head, texts.collect::<Vec<_>>().concat()].concat()
+}
+
+/// The frame, with its length, of a request on names.
+pub(crate) fn names(announce: &[String], record: Option<&[u8]>, find: &[String]) -> Vec<u8> {
+    let mut entries = vec![
+        ("announce", cbor_texts(announce)),
+        ("withdraw", cbor_texts(&[])),
+        ("find", cbor_texts(find)),
+    ];
+    entries.extend(record.map(|record| ("record", cbor_bytes(record))));
+    prefixed(&request(7, "grapevine/names", &cbor_map(&entries)))
+}
+
 fn field(number: u8, bytes: &[u8]) -> Vec<u8> {
     [&[number << 3 | 2], prefixed(bytes).as_slice()].concat()
 }

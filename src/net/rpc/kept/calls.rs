@@ -18,7 +18,7 @@ const SLOT_BITS: u32 = 10;
 const _: () = assert!(MAX_PIPELINED_TO_PEER <= 1 << SLOT_BITS);
 
 /// Who waits for an outcome.
-pub(super) type Caller = oneshot::Sender<Outcome>;
+pub(crate) type Caller = oneshot::Sender<Outcome>;
 
 /// When a request is written to the stream.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -1,13 +1,15 @@
 //! Announcing and looking up: against one grape in a process of its own, and in networks of grapes
 //! inside this process.
 //!
-//! `cargo bench --bench discovery`, or only networks, of some sizes:
-//! `cargo bench --bench discovery -- 10 100`. 1,000 must be asked for: every grape holds hundreds of
+//! `cargo bench --bench discovery`, or only one grape, `-- grape`, only what a grape's registry of names
+//! costs, `-- registry`, or only networks, of some sizes: `-- 10 100`. 1,000 must be asked for: every grape holds hundreds of
 //! connections, and each end of one takes about 70 KB.
 
 #![allow(clippy::print_stdout, reason = "a benchmark prints its figures")]
 
+#[path = "../common/mod.rs"]
 mod common;
+mod registry;
 
 use std::process::id;
 use std::sync::Arc;
@@ -45,12 +47,20 @@ const BOOTSTRAP: usize = 2;
 #[tokio::main]
 async fn main() {
     let arguments = common::arguments();
-    if common::part(&arguments).is_some() {
-        return serve().await;
+    match common::part(&arguments) {
+        Some(("announcer", rest)) => return registry::announcer(rest).await,
+        Some(_) => return serve().await,
+        None => {}
     }
     common::raise_open_files();
+    match arguments.first().map(String::as_str) {
+        Some("grape") => return one_grape(&arguments).await,
+        Some("registry") => return registry::measure(&arguments).await,
+        _ => {}
+    }
     if arguments.is_empty() {
         one_grape(&arguments).await;
+        registry::measure(&arguments).await;
         return networks(&SIZES, &arguments).await;
     }
     let sizes = arguments.iter().map(|size| size.parse());
@@ -304,6 +314,7 @@ async fn networks(sizes: &[usize], arguments: &[String]) {
         "p50 ms",
         "p99 ms",
         "Kademlia requests per lookup",
+        "requests to registries per lookup",
         "missed",
     ]);
     for &size in sizes {
@@ -329,6 +340,7 @@ async fn networks(sizes: &[usize], arguments: &[String]) {
             format!("{:.1}", over(|run| millis_at(&run.run.latencies, 0.5))),
             format!("{:.1}", over(|run| millis_at(&run.run.latencies, 0.99))),
             format!("{:.1}", over(|run| run.kademlia_requests)),
+            format!("{:.1}", over(|run| run.names_requests)),
             format!(
                 "{} of {}",
                 runs.iter().map(|run| run.run.failed).sum::<usize>(),
@@ -347,11 +359,12 @@ struct NetworkRun {
     run: Run,
     /// For each lookup.
     kademlia_requests: f64,
+    names_requests: f64,
 }
 
 impl NetworkRun {
     async fn measure(lookers: &[Node], names: &Arc<[ServiceName]>) -> Self {
-        let before = kademlia_requests(lookers);
+        let before = requests(lookers);
         let start = Instant::now();
         let mut callers = JoinSet::new();
         for node in lookers {
@@ -368,17 +381,24 @@ impl NetworkRun {
             });
         }
         let run = Run::of(callers, start).await;
-        let sent = kademlia_requests(lookers) - before;
+        let after = requests(lookers);
+        let each =
+            |index: usize| (after[index] - before[index]) as f64 / run.latencies.len() as f64;
         Self {
-            kademlia_requests: sent as f64 / run.latencies.len() as f64,
+            kademlia_requests: each(0),
+            names_requests: each(1),
             run,
         }
     }
 }
 
-fn kademlia_requests(nodes: &[Node]) -> u64 {
-    let sent = nodes.iter().map(|node| node.metrics().kademlia_requests);
-    sent.sum()
+/// What these nodes have sent: requests of Kademlia, and to registries.
+fn requests(nodes: &[Node]) -> [u64; 2] {
+    let sent = nodes.iter().map(Node::metrics);
+    sent.fold([0, 0], |[kademlia, names], metrics| {
+        let kademlia = kademlia + metrics.kademlia_requests;
+        [kademlia, names + metrics.names_requests]
+    })
 }
 
 async fn announce_in(testnet: &Testnet) -> (Vec<Node>, Arc<[ServiceName]>) {

@@ -1,0 +1,330 @@
+//! Carries out what the concerns decide.
+
+use std::sync::Arc;
+use std::time::Instant;
+
+use libp2p::swarm::DialError;
+use libp2p::swarm::dial_opts::{DialOpts, PeerCondition};
+use libp2p::{Multiaddr, PeerId, kad};
+
+use super::Driver;
+use crate::error::{AnnounceError, LookupError};
+use crate::name::ServiceName;
+use crate::net::connectivity::{KnownGrape, describe};
+use crate::net::names;
+use crate::net::rpc::kept::Question;
+use crate::net::rpc::link::Lane;
+use crate::net::rpc::single::Outbound;
+use crate::proto::announce::Place;
+use crate::proto::lookup::{Outcome, SMALL, Step};
+use crate::proto::registrations::{Known, Scope};
+
+impl Driver {
+    pub(super) fn carry_out(&mut self) {
+        let now = Instant::now();
+        if std::mem::take(&mut self.grapes_changed) {
+            self.tell_grapes(now);
+        }
+        self.carry_out_lookups(now);
+        self.carry_out_names(now);
+        while let Some((name, place)) = self.discovery.announcements.poll_publish(now) {
+            self.publish(name, place, now);
+        }
+        self.measure();
+    }
+
+    pub(super) fn carry_out_names(&mut self, now: Instant) {
+        let announces = self.discovery.announcements.len() > 0;
+        let record = announces.then(|| self.rendezvous.signed()).flatten();
+        while let Some(message) = self.names.poll_message(record.as_ref(), now) {
+            self.metrics.names_requests.add(1);
+            self.send(message);
+        }
+        while let Some(name) = self.names.registrations.poll_walk(now) {
+            let kad = &mut self.swarm.behaviour_mut().kad;
+            self.discovery.walk(kad, name);
+        }
+        while let Some(grape) = self.names.registrations.poll_deaf() {
+            self.on_deaf(grape);
+        }
+        let by_kademlia = self.registrar || self.names.registrations.knows_deaf();
+        self.discovery.announcements.use_kademlia(by_kademlia);
+    }
+
+    /// Asks a provider by a stream of its own, and keeps one open for further questions if lookups ask
+    /// it again and again.
+    pub(super) fn ask_serves(&mut self, peer: PeerId, name: ServiceName) {
+        let behaviour = self.swarm.behaviour_mut();
+        let asked_again = self.requests.ask_serves(&mut behaviour.single, peer, name);
+        if asked_again {
+            self.keep_stream(peer, Lane::Small);
+        }
+    }
+
+    /// Keeps a stream to a peer, if it is one of ours.
+    pub(super) fn keep_stream(&mut self, peer: PeerId, lane: Lane) {
+        if self.connectivity.is_ours(&peer) {
+            let streams = &mut self.swarm.behaviour_mut().streams;
+            let metrics = Arc::clone(&self.metrics);
+            self.routes
+                .link(peer)
+                .keep(lane, metrics, || streams.open(peer));
+        }
+    }
+
+    /// Sends a message over a kept stream if there is one, and otherwise over one of its own. What
+    /// finds no room is not sent.
+    pub(super) fn send(&mut self, message: names::Message) {
+        let (peer, lane) = (message.peer, Lane::of(&message.payload));
+        let (service, payload) = (message.service.into(), message.payload.into());
+        let question = Question {
+            service: &service,
+            payload: &payload,
+            deadline: message.deadline,
+        };
+        let link = self.routes.link(peer);
+        let Err(outcome) = link.lane(lane).offer(question, message.outcome) else {
+            return;
+        };
+        let Ok(slot) = Arc::clone(link.single()).try_acquire_owned() else {
+            return;
+        };
+        let request = Outbound {
+            provider: peer,
+            service,
+            payload,
+            outcome,
+            slot,
+        };
+        let behaviour = self.swarm.behaviour_mut();
+        self.requests.call(&mut behaviour.single, request);
+        self.keep_stream(peer, lane);
+    }
+
+    pub(super) fn tell_grapes(&mut self, now: Instant) {
+        let kad = &mut self.swarm.behaviour_mut().kad;
+        let routed = kad.kbuckets().flat_map(|bucket| {
+            let peers = bucket.iter().map(|entry| *entry.node.key.preimage());
+            peers.collect::<Vec<_>>()
+        });
+        let known = self.connectivity.known_grapes(routed);
+        self.registry.on_grapes(known.len());
+        let known_few = (1..SMALL).contains(&known.len());
+        let scope = match known.len() < SMALL {
+            true => Scope::All,
+            false => Scope::Closest,
+        };
+        let bootstraps = self.connectivity.bootstraps.connected();
+        let kinds = known.iter().map(|grape| Known {
+            peer: grape.peer,
+            is_bootstrap: bootstraps.contains(&grape.peer),
+            is_foreign: self.connectivity.is_foreign(&grape.peer),
+        });
+        let registrations = &mut self.names.registrations;
+        registrations.on_grapes(&kinds.collect::<Vec<_>>(), scope, now);
+        let exploration = &mut self.exploration;
+        self.grapes.send_if_modified(|before| {
+            let peer = |grape: &KnownGrape| grape.peer;
+            let met_another = before.iter().map(peer).ne(known.iter().map(peer));
+            if met_another {
+                tracing::debug!(grapes = known.len(), "the known grapes have changed");
+                exploration.on_grapes(known_few, now);
+            }
+            let changed = *before != known;
+            *before = known;
+            changed
+        });
+    }
+
+    pub(super) fn measure(&mut self) {
+        let stored = self.registry.providers().stats();
+        self.metrics.stored.set(stored.records);
+        self.metrics.evicted.set(stored.evicted);
+        self.metrics.refused.set(stored.refused);
+        let open = self.server.open_requests();
+        self.metrics.open_requests.set(open as u64);
+        let announced = self.discovery.announcements.len();
+        self.metrics.announced.set(announced as u64);
+    }
+
+    pub(super) fn carry_out_lookups(&mut self, now: Instant) {
+        while let Some(step) = self.discovery.lookups.poll_step() {
+            self.carry_out_lookup(step, now);
+        }
+    }
+
+    pub(super) fn carry_out_lookup(&mut self, step: Step<kad::QueryId>, now: Instant) {
+        let behaviour = self.swarm.behaviour_mut();
+        match step {
+            Step::Query(name) => self.discovery.query(&mut behaviour.kad, &name),
+            Step::FinishQuery(id) => {
+                if let Some(mut query) = behaviour.kad.query_mut(&id) {
+                    query.finish();
+                }
+            }
+            Step::Find(grape, name) => self.names.find(grape, name),
+            Step::Discover(grape, name) => {
+                let learned = self
+                    .rendezvous
+                    .discover(&mut behaviour.rendezvous, grape, name);
+                self.on_rendezvous(learned, now);
+            }
+            Step::Dial(peer, addresses) => self.dial_candidate(peer, addresses, now),
+            Step::Ask(peer, name) if self.routes.link(peer).lane(Lane::Small).is_open() => {
+                let message = self.names.ask_serves(peer, name);
+                self.send(message);
+            }
+            Step::Ask(peer, name) => self.ask_serves(peer, name),
+            Step::Found(name, provider) => {
+                self.routes.found(&name, provider, now);
+                self.discovery.on_found(&name, provider);
+            }
+            Step::Done(name, outcome) => {
+                let live: &[PeerId] = match &outcome {
+                    Outcome::Live(providers) => providers,
+                    _ => &[],
+                };
+                self.metrics.lookups_found.add(u64::from(!live.is_empty()));
+                self.routes.looked_up(&name, live, now);
+                match outcome {
+                    // A grape alone knows all there is to know.
+                    Outcome::Unanswered if !self.registrar => {
+                        let silent = self.connectivity.bootstraps.silent();
+                        self.discovery.refuse(&name, LookupError::NoGrape(silent));
+                    }
+                    outcome => self.discovery.on_done(&name, &outcome),
+                }
+                self.release_held();
+            }
+        }
+    }
+
+    pub(super) fn dial_candidate(&mut self, peer: PeerId, addresses: Vec<Multiaddr>, now: Instant) {
+        if self.connectivity.is_dialling(&peer) {
+            self.discovery.lookups.put_back(&peer, &addresses);
+            return;
+        }
+        // Kademlia may be dialling it with fewer addresses; the connection limits bear a second.
+        // A port of its own, as for every dial here: one that is dialled from again and again is
+        // refused by the system while an earlier connection to the same address winds down.
+        let opts = DialOpts::peer_id(peer)
+            .addresses(addresses)
+            .extend_addresses_through_behaviour()
+            .condition(PeerCondition::Disconnected)
+            .allocate_new_port()
+            .build();
+        let connection = opts.connection_id();
+        match self.swarm.dial(opts) {
+            Ok(()) => self.connectivity.on_dialling(peer, connection),
+            Err(DialError::DialPeerConditionFalse(_)) => {
+                self.discovery.lookups.on_connected(&peer, now);
+            }
+            Err(_) => self.discovery.lookups.on_dial_failed(&peer, now),
+        }
+    }
+
+    pub(super) fn publish(&mut self, name: ServiceName, place: Place, now: Instant) {
+        let behaviour = self.swarm.behaviour_mut();
+        match place {
+            Place::Kademlia => self.discovery.provide(&mut behaviour.kad, name, now),
+            Place::Rendezvous(grape) => {
+                let behaviour = &mut behaviour.rendezvous;
+                let sent = self.rendezvous.register(behaviour, grape, name.clone());
+                if !sent {
+                    let published = self.discovery.announcements.on_refused(&name, place, now);
+                    self.on_published(published, &name);
+                }
+            }
+        }
+    }
+
+    pub(super) fn on_published(&mut self, published: bool, name: &ServiceName) {
+        if published && let Some(done) = self.publishing.remove(name) {
+            // Who asked may be gone.
+            let _ = done.send(Ok(()));
+        }
+    }
+
+    pub(super) fn dial_bootstraps(&mut self, now: Instant) {
+        while let Some((index, address, expected)) = self.connectivity.bootstraps.due(now) {
+            if let Some(peer) = expected
+                && self.swarm.is_connected(&peer)
+            {
+                self.connectivity.bootstraps.on_known(index, peer, now);
+                self.on_bootstrap(peer, None);
+                continue;
+            }
+            let opts = match expected {
+                Some(peer) => DialOpts::peer_id(peer)
+                    .addresses(vec![address.clone()])
+                    .condition(PeerCondition::Always)
+                    .allocate_new_port()
+                    .build(),
+                None => DialOpts::unknown_peer_id()
+                    .address(address.clone())
+                    .allocate_new_port()
+                    .build(),
+            };
+            let connection = opts.connection_id();
+            match self.swarm.dial(opts) {
+                Ok(()) => self.connectivity.bootstraps.on_dialling(index, connection),
+                Err(error) => {
+                    let failure = describe(&error, expected);
+                    self.connectivity.bootstraps.refuse(index, failure, now);
+                }
+            }
+        }
+        self.connectivity.publish();
+        self.after_bootstrap_change();
+    }
+
+    pub(super) fn after_bootstrap_change(&mut self) {
+        self.release_held();
+        if self.is_cut_off() {
+            let failures = self.connectivity.bootstraps.failures();
+            for (name, done) in std::mem::take(&mut self.publishing) {
+                // Who asked may be gone.
+                let _ = done.send(Err(AnnounceError::NoGrape(failures.clone())));
+                self.withdraw(&name);
+            }
+        }
+    }
+
+    /// A bootstrap grape is connected.
+    pub(super) fn on_bootstrap(&mut self, grape: PeerId, address: Option<Multiaddr>) {
+        if let Some(address) = address {
+            // So that the first query need not wait for identify.
+            self.swarm.behaviour_mut().kad.add_address(&grape, address);
+        }
+        self.grapes_changed = true;
+        if self.names.registrations.is_deaf(&grape) {
+            self.discovery.announcements.on_grape(grape);
+        }
+        if self.connectivity.bootstraps.connected().len() == 1 {
+            // Finds the neighbours, at once and once. The rest of the table Kademlia fills by
+            // itself half a second later; to walk all of it for each bootstrap grape would only
+            // multiply the connections.
+            self.look_around();
+        }
+        self.connectivity.publish();
+    }
+
+    /// Asks for the grapes nearest to this node.
+    pub(super) fn look_around(&mut self) {
+        let local = *self.swarm.local_peer_id();
+        let kad = &mut self.swarm.behaviour_mut().kad;
+        self.discovery.look_around(kad, local);
+    }
+
+    pub(super) fn on_address(&mut self, address: Multiaddr) {
+        // Kademlia and rendezvous tell others of external addresses only.
+        self.swarm.add_external_address(address.clone());
+        self.on_addresses();
+        self.connectivity.on_listening(address);
+    }
+
+    pub(super) fn on_addresses(&mut self) {
+        let addresses = self.swarm.external_addresses().cloned().collect();
+        self.rendezvous.on_addresses(addresses);
+    }
+}

@@ -1,0 +1,376 @@
+//! Routes what the Swarm tells, and what other nodes answer.
+
+use std::time::Instant;
+
+use libp2p::core::ConnectedPoint;
+use libp2p::swarm::dial_opts::{DialOpts, PeerCondition};
+use libp2p::swarm::{ConnectionId, DialError, SwarmEvent};
+use libp2p::{Multiaddr, PeerId, identify, kad, ping};
+
+use super::Driver;
+use crate::limits::MAX_ADDRESSES;
+use crate::name::ServiceName;
+use crate::net::connectivity::Connectivity;
+use crate::net::discovery::{self, Discovery};
+use crate::net::names;
+use crate::net::rendezvous;
+use crate::net::rpc::single::Serves;
+use crate::net::swarm::BehaviourEvent;
+use crate::proto::announce::Place;
+use crate::proto::lookup::{SMALL, Source};
+use crate::store::{NewRecord, Origin, Prefix};
+
+impl Driver {
+    pub(super) fn on_swarm_event(&mut self, event: SwarmEvent<BehaviourEvent>) {
+        let now = Instant::now();
+        match event {
+            SwarmEvent::Behaviour(event) => self.on_behaviour_event(event, now),
+            SwarmEvent::ConnectionEstablished {
+                peer_id,
+                connection_id,
+                endpoint,
+                ..
+            } => self.on_established(peer_id, connection_id, &endpoint, now),
+            SwarmEvent::ConnectionClosed {
+                peer_id,
+                connection_id,
+                ..
+            } => self.on_closed(peer_id, connection_id, now),
+            SwarmEvent::OutgoingConnectionError {
+                connection_id,
+                peer_id,
+                error,
+            } => {
+                if let (Some(peer), DialError::Transport(_)) = (peer_id, &error)
+                    && !self.connectivity.is_connected(&peer)
+                {
+                    // Kademlia keeps a dead grape until its bucket is full, and each query would
+                    // wait for it.
+                    self.swarm.behaviour_mut().kad.remove_peer(&peer);
+                    self.grapes_changed = true;
+                }
+                let failed = self
+                    .connectivity
+                    .on_dial_failed(connection_id, peer_id, &error, now);
+                if let Some(peer) = failed {
+                    self.discovery.lookups.on_dial_failed(&peer, now);
+                }
+                self.after_bootstrap_change();
+            }
+            SwarmEvent::NewListenAddr { address, .. } => self.on_address(address),
+            SwarmEvent::ExpiredListenAddr { address, .. } => {
+                self.swarm.remove_external_address(&address);
+                self.on_addresses();
+                self.connectivity.on_unlistened(address);
+            }
+            SwarmEvent::ListenerError { error, .. } => {
+                tracing::warn!(%error, "a listener has trouble");
+            }
+            _ => {}
+        }
+    }
+
+    pub(super) fn on_established(
+        &mut self,
+        peer: PeerId,
+        connection: ConnectionId,
+        endpoint: &ConnectedPoint,
+        now: Instant,
+    ) {
+        let change = self
+            .connectivity
+            .on_established(peer, connection, endpoint, now);
+        if change.peer {
+            self.metrics
+                .peers
+                .set(self.swarm.network_info().num_peers() as u64);
+            self.routes.on_connected(peer);
+            self.names.registrations.on_connected(&peer, now);
+            self.grapes_changed = true;
+        }
+        if change.bootstrap {
+            let address = endpoint.get_remote_address().clone();
+            tracing::debug!(%peer, %address, "a bootstrap grape is connected");
+            self.on_bootstrap(peer, Some(address));
+            self.after_bootstrap_change();
+        }
+        self.discovery.lookups.on_connected(&peer, now);
+    }
+
+    pub(super) fn on_closed(&mut self, peer: PeerId, connection: ConnectionId, now: Instant) {
+        let change = self.connectivity.on_closed(peer, connection, now);
+        if change.peer {
+            self.metrics
+                .peers
+                .set(self.swarm.network_info().num_peers() as u64);
+            self.routes.on_disconnected(&peer);
+            self.rendezvous.on_disconnected(&peer);
+            self.names.on_disconnected(&peer, now);
+            self.records.forget(&peer);
+            self.puts.forget(&peer);
+            self.grapes_changed = true;
+        }
+        if change.bootstrap {
+            tracing::debug!(%peer, "a bootstrap grape is gone");
+            self.discovery.announcements.on_grape_gone(&peer);
+            self.after_bootstrap_change();
+        }
+    }
+
+    pub(super) fn on_behaviour_event(&mut self, event: BehaviourEvent, now: Instant) {
+        match event {
+            BehaviourEvent::Kad(event) => {
+                if let kad::Event::OutboundQueryProgressed {
+                    result: kad::QueryResult::GetProviders(_),
+                    stats,
+                    step,
+                    ..
+                } = &event
+                    && step.last
+                {
+                    self.metrics
+                        .kademlia_requests
+                        .add(stats.num_requests().into());
+                }
+                if Discovery::has_explored(&event) {
+                    self.connectivity.on_explored();
+                }
+                self.grapes_changed |= matches!(event, kad::Event::RoutingUpdated { .. });
+                let Some(event) = self.values.on_event(event) else {
+                    return;
+                };
+                let kad = &mut self.swarm.behaviour_mut().kad;
+                let learned = self.discovery.on_event(kad, event, now);
+                self.on_kademlia(learned, now);
+            }
+            BehaviourEvent::Rendezvous(event) => {
+                let behaviour = self.swarm.behaviour_mut();
+                let connectivity = &self.connectivity;
+                let learned = self.rendezvous.on_event(
+                    &mut behaviour.rendezvous,
+                    &mut self.registry.providers(),
+                    |peer| prefix(connectivity, peer),
+                    event,
+                    now,
+                );
+                self.on_rendezvous(learned, now);
+            }
+            BehaviourEvent::Single(event) => {
+                if let Some(Serves(peer, name, serves)) = self.requests.on_event(event) {
+                    self.discovery.lookups.on_answer(&peer, &name, serves, now);
+                }
+            }
+            BehaviourEvent::Identify(identify::Event::Received { peer_id, info, .. }) => {
+                self.on_identified(peer_id, &info);
+            }
+            // A peer need not speak ping; the transport tells when its connection breaks.
+            BehaviourEvent::Ping(ping::Event {
+                result: Err(ping::Failure::Unsupported),
+                ..
+            }) => {}
+            BehaviourEvent::Ping(ping::Event {
+                peer,
+                connection,
+                result: Err(error),
+            }) => {
+                tracing::debug!(%peer, %error, "a connection is dead");
+                self.swarm.close_connection(connection);
+            }
+            _ => {}
+        }
+    }
+
+    pub(super) fn on_kademlia(&mut self, learned: Option<discovery::Learned>, now: Instant) {
+        match learned {
+            Some(discovery::Learned::Providers(name, providers)) => {
+                for peer in providers {
+                    let kad = &mut self.swarm.behaviour_mut().kad;
+                    let addresses = Discovery::stored_addresses(kad, &peer);
+                    self.on_candidate(&name, Source::Kademlia, peer, addresses, now);
+                }
+            }
+            Some(discovery::Learned::Record(record)) => self.on_record(&record, now),
+            Some(discovery::Learned::Value(peer, record)) => self.on_value(peer, &record, now),
+            // Kademlia reports success before delivery; with no grape connected there was none.
+            Some(discovery::Learned::Provided(name, true))
+                if !self.connectivity.grapes().is_empty() =>
+            {
+                let published = self.discovery.announcements.on_provided(&name, now);
+                self.on_published(published, &name);
+            }
+            Some(discovery::Learned::Provided(name, _)) if self.registrar => {
+                // Its own store holds the name: who asks this grape finds it.
+                let published = self.discovery.announcements.on_provided(&name, now);
+                self.on_published(published, &name);
+            }
+            Some(discovery::Learned::Provided(name, _)) => {
+                self.discovery
+                    .announcements
+                    .on_refused(&name, Place::Kademlia, now);
+            }
+            Some(discovery::Learned::Walked(name, closest)) => {
+                self.names.registrations.on_walked(&name, &closest, now);
+            }
+            Some(discovery::Learned::LookedAround(somebody)) => self.looked_around |= somebody,
+            None => {}
+        }
+    }
+
+    pub(super) fn on_names(&mut self, answered: names::Answered) {
+        let now = Instant::now();
+        match self.names.on_answer(answered, now) {
+            names::Learned::Kept(names) => {
+                for name in names {
+                    let published = self.discovery.announcements.on_kept(&name);
+                    self.on_published(published, &name);
+                }
+            }
+            names::Learned::Deaf(grape, sought) => {
+                for name in sought {
+                    self.discovery.lookups.on_deaf(&grape, &name);
+                }
+            }
+            names::Learned::Found(grape, found) => {
+                for (name, providers) in found {
+                    self.on_found(grape, &name, providers, now);
+                }
+            }
+            names::Learned::Serves(peer, name, serves) => {
+                self.discovery.lookups.on_answer(&peer, &name, serves, now);
+            }
+            names::Learned::NotAsked(peer, name) => self.ask_serves(peer, name),
+        }
+        if self.names.counts_changed() {
+            let known = self.grapes.borrow().len();
+            if self.names.most_grapes() != known as u64 {
+                let known_few = (1..SMALL).contains(&known);
+                self.exploration.on_grapes(known_few, now);
+            }
+        }
+    }
+
+    /// A grape that is asked directly has named providers, or has not answered.
+    pub(super) fn on_found(
+        &mut self,
+        grape: PeerId,
+        name: &ServiceName,
+        providers: Option<names::Providers>,
+        now: Instant,
+    ) {
+        let answered = providers.is_some();
+        for (peer, addresses) in providers.unwrap_or_default() {
+            self.on_candidate(name, Source::Point(grape), peer, addresses, now);
+        }
+        self.discovery
+            .lookups
+            .on_discovered(&grape, name, answered, now);
+    }
+
+    /// A grape without a registry is told of names by rendezvous and Kademlia.
+    pub(super) fn on_deaf(&mut self, grape: PeerId) {
+        if self.connectivity.bootstraps.connected().contains(&grape) {
+            self.discovery.announcements.on_grape(grape);
+        }
+    }
+
+    pub(super) fn on_record(&mut self, record: &kad::ProviderRecord, now: Instant) {
+        if !self.registrar || !self.records.admit(record.provider, now) {
+            return;
+        }
+        let prefix = prefix(&self.connectivity, &record.provider);
+        let mut store = self.registry.providers();
+        let new = NewRecord {
+            key: record.key.as_ref(),
+            peer: record.provider,
+            prefix,
+            addresses: &record.addresses,
+            origin: Origin::Kademlia,
+            ttl: store.lease(),
+        };
+        if let Err(error) = store.insert(new, now) {
+            tracing::debug!(peer = %record.provider, %error, "a provider record was refused");
+        }
+    }
+
+    pub(super) fn on_value(&mut self, peer: PeerId, record: &kad::Record, now: Instant) {
+        if !self.registrar || !self.puts.admit(peer, now) {
+            return;
+        }
+        let prefix = prefix(&self.connectivity, &peer);
+        let key = record.key.as_ref();
+        if let Err(error) = self.registry.put(key, &record.value, prefix, now) {
+            tracing::debug!(%peer, %error, "a value was refused");
+        }
+    }
+
+    pub(super) fn on_rendezvous(&mut self, learned: Option<rendezvous::Learned>, now: Instant) {
+        let announcements = &mut self.discovery.announcements;
+        match learned {
+            Some(rendezvous::Learned::Registered(grape, name, lease)) => {
+                let published = announcements.on_registered(&name, grape, lease, now);
+                self.on_published(published, &name);
+            }
+            Some(rendezvous::Learned::Refused(grape, name)) => {
+                let place = Place::Rendezvous(grape);
+                let published = announcements.on_refused(&name, place, now);
+                self.on_published(published, &name);
+            }
+            Some(rendezvous::Learned::Discovered(grape, name, providers)) => {
+                self.on_found(grape, &name, providers, now);
+            }
+            Some(rendezvous::Learned::Resume(grape, name)) => {
+                self.publish(name, Place::Rendezvous(grape), now);
+            }
+            None => {}
+        }
+    }
+
+    pub(super) fn on_candidate(
+        &mut self,
+        name: &ServiceName,
+        source: Source,
+        peer: PeerId,
+        mut addresses: Vec<Multiaddr>,
+        now: Instant,
+    ) {
+        addresses.truncate(MAX_ADDRESSES);
+        let connected = self.connectivity.is_connected(&peer);
+        self.discovery
+            .lookups
+            .on_candidate(name, source, peer, addresses, connected, now);
+        // Kademlia keeps the addresses it heard only while its query runs: dial from inside it.
+        self.carry_out_lookups(now);
+    }
+
+    pub(super) fn on_identified(&mut self, peer: PeerId, info: &identify::Info) {
+        let back = self.connectivity.on_identified(peer, info, self.registrar);
+        self.grapes_changed = true;
+        // A grape is dialled back for its place in the routing table.
+        if back.is_empty() || !self.has_room_for(&peer) {
+            return;
+        }
+        let opts = DialOpts::peer_id(peer)
+            .addresses(back)
+            .condition(PeerCondition::Always)
+            .allocate_new_port()
+            .build();
+        // The second connection goes when it has rested: Kademlia may ask by either, and would wait
+        // for the answer to a question that was cut off.
+        if let Err(error) = self.swarm.dial(opts) {
+            tracing::debug!(%peer, %error, "cannot dial a grape back");
+        }
+    }
+
+    /// Whether Kademlia's routing table would take a peer that it does not hold yet.
+    pub(super) fn has_room_for(&mut self, peer: &PeerId) -> bool {
+        let bucket = self.swarm.behaviour_mut().kad.kbucket(*peer);
+        bucket.is_some_and(|bucket| bucket.num_entries() < kad::K_VALUE.get())
+    }
+}
+
+/// Where a peer's connection comes from.
+fn prefix(connectivity: &Connectivity, peer: &PeerId) -> Prefix {
+    connectivity
+        .remote_address(peer)
+        .map_or(Prefix::Local, Prefix::from)
+}

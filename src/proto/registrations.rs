@@ -1,0 +1,1179 @@
+//! Keeps a node's names at the grapes that have a registry of names: decides what each is told when.
+//!
+//! In a network of few grapes each one is responsible for every name. In a larger one a name belongs
+//! to the grapes closest to its key, which Kademlia finds by a *walk*: once, again after a long
+//! while, and when one of those grapes fails. The bootstrap grapes are told of every name in any case.
+//!
+//! * One message at a time is under way to a grape, with all that it has to be told: what it is told
+//!   has an order, so that a withdrawal is never overtaken.
+//! * A grape is told of new names at once, and of all of its names again in *rounds*, each begun
+//!   when a third of the lease that it grants has passed, jittered. One that (re)connects may have
+//!   lost everything and is told of every name.
+//! * One that has no registry is *deaf*: it is left to Kademlia and rendezvous until it reconnects.
+//!   One that does not answer is tried again after growing pauses.
+//!
+//! Does no I/O: it takes what happened and `now`.
+
+use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
+use std::ops::Bound;
+use std::time::{Duration, Instant};
+
+use libp2p::PeerId;
+use rand::RngExt;
+
+use crate::limits::{LEASE, MAX_ANNOUNCED, MIN_LEASE, RENEWALS_PER_LEASE};
+use crate::name::ServiceName;
+use crate::proto::wire::MAX_NAMES;
+
+/// The walks under way at once: each asks some twenty grapes.
+const MAX_WALKS: usize = 16;
+
+/// How long the grapes that a walk has found are good, while none of them fails.
+const WALK_INTERVAL: Duration = Duration::from_secs(600);
+
+/// The first and the longest pause before a grape that did not answer is told again. The very first
+/// time there is none: a stream that had rested closes just as it is used.
+const RETRY_MIN: Duration = Duration::from_secs(1);
+const RETRY_MAX: Duration = Duration::from_secs(30);
+
+/// How soon a name is told again that a grape did not take.
+const REFUSED: Duration = Duration::from_secs(2);
+
+/// The failures in a row after which a grape's names are taken elsewhere.
+const FAILED: u32 = 2;
+
+/// Names in the order in which they were announced. No number is used twice.
+type Number = u64;
+
+/// Which grapes are responsible for a name.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Scope {
+    /// Every grape that is known.
+    All,
+    /// Those closest to its key.
+    Closest,
+}
+
+/// A grape that is known.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Known {
+    pub(crate) peer: PeerId,
+    /// It is told of every name, whatever the scope.
+    pub(crate) is_bootstrap: bool,
+    /// It runs another implementation.
+    pub(crate) is_foreign: bool,
+}
+
+/// What a grape is told in one message.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Update {
+    pub(crate) grape: PeerId,
+    pub(crate) announce: Vec<ServiceName>,
+    pub(crate) withdraw: Vec<ServiceName>,
+}
+
+/// What became of an [`Update`].
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) enum Answer {
+    /// The grape keeps what was announced for so long, but for those at these places.
+    Taken {
+        lease: Duration,
+        refused: BTreeSet<usize>,
+    },
+    /// It has no registry.
+    Deaf,
+    /// It did not answer, or is busy.
+    Failed,
+}
+
+/// The names of a node and the grapes that keep them.
+#[derive(Debug)]
+pub(crate) struct Registrations {
+    numbers: HashMap<ServiceName, Number>,
+    names: BTreeMap<Number, Name>,
+    last: Number,
+    grapes: HashMap<PeerId, Grape>,
+    /// When each grape has to be told something.
+    due: BTreeSet<(Instant, PeerId)>,
+    scope: Scope,
+    /// When the closest grapes of each name are looked for.
+    walks: BTreeSet<(Instant, Number)>,
+    walking: usize,
+    /// Grapes that turned out to be deaf.
+    turned_deaf: Vec<PeerId>,
+}
+
+#[derive(Debug)]
+struct Name {
+    name: ServiceName,
+    /// Some grape was told of it, and may keep it even if it has not answered.
+    told: bool,
+    /// A grape keeps it, or has.
+    confirmed: bool,
+    /// Its entry in [`Registrations::walks`].
+    walk: Option<Instant>,
+}
+
+#[derive(Debug)]
+struct Grape {
+    /// It is told of every name, and otherwise of those that it is among the closest to.
+    every: bool,
+    closest_to: BTreeSet<Number>,
+    /// The lease that it grants.
+    lease: Duration,
+    /// Has answered as a grape with a registry does, over this connection.
+    answers: bool,
+    deaf: bool,
+    /// Those that it is told of next.
+    fresh: BTreeSet<Number>,
+    /// Those that it may keep and that are taken back.
+    gone: BTreeSet<ServiceName>,
+    /// Where the round is, if one is under way.
+    round: Option<Number>,
+    next_round: Instant,
+    in_flight: Option<InFlight>,
+    failures: u32,
+    /// Nothing is told before.
+    not_before: Option<Instant>,
+    /// Its entry in [`Registrations::due`].
+    due: Option<Instant>,
+}
+
+#[derive(Debug)]
+struct InFlight {
+    announce: Vec<Number>,
+    withdraw: Vec<ServiceName>,
+}
+
+impl Registrations {
+    pub(crate) fn new() -> Self {
+        Self {
+            numbers: HashMap::new(),
+            names: BTreeMap::new(),
+            last: 0,
+            grapes: HashMap::new(),
+            due: BTreeSet::new(),
+            scope: Scope::All,
+            walks: BTreeSet::new(),
+            walking: 0,
+            turned_deaf: Vec::new(),
+        }
+    }
+
+    /// Starts to announce a name, which is not announced yet.
+    pub(crate) fn announce(&mut self, name: &ServiceName, now: Instant) {
+        self.last += 1;
+        let number = self.last;
+        // A grape that was to be told that it is gone may still keep it.
+        let mut told = false;
+        for grape in self.grapes.values_mut() {
+            told |= grape.gone.remove(name);
+            if grape.every && !grape.deaf {
+                grape.fresh.insert(number);
+            }
+        }
+        self.numbers.insert(name.clone(), number);
+        let entry = Name {
+            name: name.clone(),
+            told,
+            confirmed: false,
+            walk: None,
+        };
+        self.names.insert(number, entry);
+        if self.scope == Scope::Closest {
+            self.walk_at(number, now);
+        }
+        self.reschedule_all(now);
+    }
+
+    /// Stops announcing a name.
+    pub(crate) fn withdraw(&mut self, name: &ServiceName, now: Instant) {
+        let Some(number) = self.numbers.remove(name) else {
+            return;
+        };
+        let Some(entry) = self.names.remove(&number) else {
+            return;
+        };
+        if let Some(at) = entry.walk {
+            self.walks.remove(&(at, number));
+        }
+        for grape in self.grapes.values_mut() {
+            grape.fresh.remove(&number);
+            let is_kept = grape.closest_to.remove(&number) || grape.every;
+            if is_kept && entry.told && !grape.deaf && grape.gone.len() < MAX_ANNOUNCED {
+                grape.gone.insert(name.clone());
+            }
+        }
+        self.reschedule_all(now);
+    }
+
+    /// The grapes that are known now.
+    pub(crate) fn on_grapes(&mut self, known: &[Known], scope: Scope, now: Instant) {
+        let has_grown = self.scope == Scope::All && scope == Scope::Closest;
+        if self.scope != scope {
+            self.scope = scope;
+            self.share_out(now);
+        }
+        self.drop_unknown(known, now);
+        for known in known {
+            let every = known.is_bootstrap || scope == Scope::All;
+            let grape = self
+                .grapes
+                .entry(known.peer)
+                .or_insert_with(|| Grape::new(now));
+            if known.is_foreign && grape.turn_deaf() {
+                self.turned_deaf.push(known.peer);
+            }
+            if every && !grape.every && !grape.deaf {
+                let all = self.names.keys();
+                let new = all.filter(|number| !grape.closest_to.contains(number));
+                grape.fresh.extend(new);
+            }
+            if has_grown && grape.every {
+                // Until a walk says otherwise.
+                grape.closest_to = self.names.keys().copied().collect();
+            }
+            grape.every = every;
+        }
+        self.reschedule_all(now);
+    }
+
+    /// The network is a large one from now on, and every name belongs to some grapes; or it is not
+    /// any more.
+    fn share_out(&mut self, now: Instant) {
+        match self.scope {
+            Scope::Closest => self.walk_for(self.names.keys().copied().collect(), now),
+            Scope::All => {
+                self.walks.clear();
+                for entry in self.names.values_mut() {
+                    entry.walk = None;
+                }
+            }
+        }
+    }
+
+    /// Forgets grapes that are not known any more; of a large network only those that keep nothing,
+    /// because a walk finds some that no routing table has room for.
+    fn drop_unknown(&mut self, known: &[Known], now: Instant) {
+        let scope = self.scope;
+        let known: HashSet<_> = known.iter().map(|known| known.peer).collect();
+        let is_lost = |peer: &PeerId, grape: &Grape| {
+            let is_needed = scope == Scope::Closest && grape.is_needed();
+            !known.contains(peer) && !is_needed
+        };
+        let lost: Vec<_> = self
+            .grapes
+            .extract_if(|peer, grape| is_lost(peer, grape))
+            .collect();
+        for (peer, grape) in lost {
+            if let Some(at) = grape.due {
+                self.due.remove(&(at, peer));
+            }
+            self.walk_for(grape.closest_to, now);
+        }
+    }
+
+    /// A grape is connected: it may be new or have lost everything.
+    pub(crate) fn on_connected(&mut self, peer: &PeerId, now: Instant) {
+        let Some(grape) = self.grapes.get_mut(peer) else {
+            return;
+        };
+        (grape.answers, grape.deaf) = (false, false);
+        (grape.failures, grape.not_before) = (0, None);
+        grape.fresh = match grape.every {
+            true => self.names.keys().copied().collect(),
+            false => grape.closest_to.clone(),
+        };
+        grape.round = None;
+        self.reschedule(peer, now);
+    }
+
+    /// A grape's last connection has closed: what it keeps is told again soon, which connects.
+    pub(crate) fn on_disconnected(&mut self, peer: &PeerId, now: Instant) {
+        let Some(grape) = self.grapes.get_mut(peer) else {
+            return;
+        };
+        grape.answers = false;
+        let soon = now + RETRY_MIN.mul_f64(rand::rng().random_range(0.5..1.0));
+        grape.next_round = grape.next_round.min(soon);
+        grape.not_before = Some(soon);
+        self.reschedule(peer, now);
+    }
+
+    /// The next message to send, if one is due.
+    pub(crate) fn poll_update(&mut self, now: Instant) -> Option<Update> {
+        while let Some(&(at, peer)) = self.due.first()
+            && at <= now
+        {
+            let grape = self.grapes.get_mut(&peer);
+            let update = grape.and_then(|grape| grape.next_update(&mut self.names, now));
+            self.reschedule(&peer, now);
+            if let Some((announce, withdraw)) = update {
+                return Some(Update {
+                    grape: peer,
+                    announce,
+                    withdraw,
+                });
+            }
+        }
+        None
+    }
+
+    /// The next name whose closest grapes are to be looked for.
+    pub(crate) fn poll_walk(&mut self, now: Instant) -> Option<ServiceName> {
+        let (at, _) = self.walks.first()?;
+        if *at > now || self.walking >= MAX_WALKS {
+            return None;
+        }
+        let (_, number) = self.walks.pop_first()?;
+        let entry = self.names.get_mut(&number)?;
+        entry.walk = None;
+        self.walking += 1;
+        Some(entry.name.clone())
+    }
+
+    /// When time alone makes something due.
+    pub(crate) fn next_due(&self) -> Option<Instant> {
+        let update = self.due.first().map(|(at, _)| *at);
+        let walk = self.walks.first().map(|(at, _)| *at);
+        let walk = walk.filter(|_| self.walking < MAX_WALKS);
+        update.into_iter().chain(walk).min()
+    }
+
+    /// A walk has ended at these grapes.
+    pub(crate) fn on_walked(&mut self, name: &ServiceName, closest: &[PeerId], now: Instant) {
+        self.walking = self.walking.saturating_sub(1);
+        let Some(&number) = self.numbers.get(name) else {
+            return;
+        };
+        if self.scope == Scope::All {
+            return;
+        }
+        if closest.is_empty() {
+            return self.walk_at(number, now + REFUSED);
+        }
+        let jitter = rand::rng().random_range(0.8..1.0);
+        self.walk_at(number, now + WALK_INTERVAL.mul_f64(jitter));
+        let told = self.names.get(&number).is_some_and(|entry| entry.told);
+        for (peer, grape) in &mut self.grapes {
+            let is_lost = !closest.contains(peer) && grape.closest_to.remove(&number);
+            if !is_lost || grape.every {
+                continue;
+            }
+            grape.fresh.remove(&number);
+            if told && !grape.deaf {
+                // It would not hear of a withdrawal any more.
+                grape.gone.insert(name.clone());
+            }
+        }
+        for peer in closest {
+            let grape = self.grapes.entry(*peer).or_insert_with(|| Grape::new(now));
+            if grape.closest_to.insert(number) && !grape.every && !grape.deaf {
+                grape.gone.remove(name);
+                grape.fresh.insert(number);
+            }
+        }
+        self.reschedule_all(now);
+    }
+
+    /// What became of the message that was under way to a grape. Returns the names that it keeps and
+    /// that no grape has kept before.
+    pub(crate) fn on_answer(
+        &mut self,
+        peer: &PeerId,
+        answer: Answer,
+        now: Instant,
+    ) -> Vec<ServiceName> {
+        let Some(told) = self.grapes.get_mut(peer).and_then(|g| g.in_flight.take()) else {
+            return Vec::new();
+        };
+        let confirmed = match answer {
+            Answer::Taken { lease, refused } => self.on_taken(peer, &told, lease, &refused, now),
+            Answer::Deaf => {
+                self.on_asked(peer, false, now);
+                Vec::new()
+            }
+            Answer::Failed => {
+                self.on_failed(peer, told, now);
+                Vec::new()
+            }
+        };
+        self.reschedule(peer, now);
+        confirmed
+    }
+
+    fn on_taken(
+        &mut self,
+        peer: &PeerId,
+        told: &InFlight,
+        lease: Duration,
+        refused: &BTreeSet<usize>,
+        now: Instant,
+    ) -> Vec<ServiceName> {
+        let Some(grape) = self.grapes.get_mut(peer) else {
+            return Vec::new();
+        };
+        grape.answers = true;
+        grape.failures = 0;
+        grape.not_before = None;
+        // A longer one is no reason to be heard of less often.
+        grape.lease = lease.clamp(MIN_LEASE, LEASE);
+        grape.next_round = grape.next_round.min(now + grape.renewal());
+        let mut confirmed = Vec::new();
+        for (index, number) in told.announce.iter().enumerate() {
+            let Some(entry) = self.names.get_mut(number) else {
+                continue;
+            };
+            if refused.contains(&index) {
+                grape.fresh.insert(*number);
+            } else if !std::mem::replace(&mut entry.confirmed, true) {
+                confirmed.push(entry.name.clone());
+            }
+        }
+        if !refused.is_empty() {
+            grape.not_before = Some(now + REFUSED);
+        }
+        confirmed
+    }
+
+    fn on_failed(&mut self, peer: &PeerId, told: InFlight, now: Instant) {
+        let Some(grape) = self.grapes.get_mut(peer) else {
+            return;
+        };
+        let announced = told.announce.into_iter();
+        let still = announced.filter(|number| self.names.contains_key(number));
+        grape.fresh.extend(still);
+        for name in told.withdraw {
+            let again = self.numbers.get(&name);
+            match again.and_then(|number| self.names.get_mut(number)) {
+                Some(entry)
+                    if grape.every || again.is_some_and(|n| grape.closest_to.contains(n)) =>
+                {
+                    entry.told = true;
+                }
+                _ => {
+                    grape.gone.insert(name);
+                }
+            }
+        }
+        grape.failures += 1;
+        if grape.failures > 1 {
+            let doublings = (grape.failures - FAILED).min(8);
+            grape.not_before = Some(now + (RETRY_MIN * (1 << doublings)).min(RETRY_MAX));
+        }
+        if grape.failures == FAILED && self.scope == Scope::Closest {
+            let numbers = grape.closest_to.clone();
+            self.walk_for(numbers, now);
+        }
+    }
+
+    /// How many grapes have to be told that a name is gone, and may yet take that.
+    pub(crate) fn withdrawing(&self) -> usize {
+        let is_open = |grape: &&Grape| {
+            let told = grape.in_flight.as_ref();
+            let telling = told.is_some_and(|told| !told.withdraw.is_empty());
+            grape.failures == 0 && (telling || !grape.gone.is_empty())
+        };
+        self.grapes.values().filter(is_open).count()
+    }
+
+    /// Whether a grape has said that it has no registry.
+    pub(crate) fn is_deaf(&self, peer: &PeerId) -> bool {
+        self.grapes.get(peer).is_some_and(|grape| grape.deaf)
+    }
+
+    /// Whether a grape has answered by its registry.
+    pub(crate) fn answers(&self, peer: &PeerId) -> bool {
+        self.grapes.get(peer).is_some_and(|grape| grape.answers)
+    }
+
+    /// A grape has answered something else than an update; `false`: it has no registry.
+    pub(crate) fn on_asked(&mut self, peer: &PeerId, answers: bool, now: Instant) {
+        let Some(grape) = self.grapes.get_mut(peer) else {
+            return;
+        };
+        grape.answers |= answers;
+        if !answers && grape.turn_deaf() {
+            self.turned_deaf.push(*peer);
+        }
+        self.reschedule(peer, now);
+    }
+
+    /// The next grape that turned out to be deaf.
+    pub(crate) fn poll_deaf(&mut self) -> Option<PeerId> {
+        self.turned_deaf.pop()
+    }
+
+    /// Whether a grape that is known has no registry, so that Kademlia has to tell it.
+    pub(crate) fn knows_deaf(&self) -> bool {
+        self.grapes.values().any(|grape| grape.deaf)
+    }
+
+    /// Looks for the grapes of names, again or for the first time.
+    fn walk_for(&mut self, numbers: BTreeSet<Number>, now: Instant) {
+        if self.scope == Scope::Closest {
+            for number in numbers {
+                self.walk_at(number, now);
+            }
+        }
+    }
+
+    fn walk_at(&mut self, number: Number, at: Instant) {
+        let Some(entry) = self.names.get_mut(&number) else {
+            return;
+        };
+        if let Some(before) = entry.walk.replace(at) {
+            self.walks.remove(&(before, number));
+        }
+        self.walks.insert((at, number));
+    }
+
+    fn reschedule_all(&mut self, now: Instant) {
+        let peers: Vec<_> = self.grapes.keys().copied().collect();
+        for peer in peers {
+            self.reschedule(&peer, now);
+        }
+    }
+
+    fn reschedule(&mut self, peer: &PeerId, now: Instant) {
+        let Some(grape) = self.grapes.get_mut(peer) else {
+            return;
+        };
+        let due = grape.next_due(self.names.is_empty(), now);
+        if due == grape.due {
+            return;
+        }
+        if let Some(before) = std::mem::replace(&mut grape.due, due) {
+            self.due.remove(&(before, *peer));
+        }
+        if let Some(at) = due {
+            self.due.insert((at, *peer));
+        }
+    }
+}
+
+impl Grape {
+    fn new(now: Instant) -> Self {
+        let mut grape = Self {
+            every: false,
+            closest_to: BTreeSet::new(),
+            lease: LEASE,
+            answers: false,
+            deaf: false,
+            fresh: BTreeSet::new(),
+            gone: BTreeSet::new(),
+            round: None,
+            next_round: now,
+            in_flight: None,
+            failures: 0,
+            not_before: None,
+            due: None,
+        };
+        grape.next_round += grape.renewal();
+        grape
+    }
+
+    /// Whether it keeps names by itself, or is to hear that one is gone.
+    fn is_needed(&self) -> bool {
+        !self.closest_to.is_empty() || !self.gone.is_empty() || self.in_flight.is_some()
+    }
+
+    /// How long after one round the next one begins.
+    fn renewal(&self) -> Duration {
+        let jitter = rand::rng().random_range(0.8..1.0);
+        (self.lease / RENEWALS_PER_LEASE).mul_f64(jitter)
+    }
+
+    /// Returns whether it was not before.
+    fn turn_deaf(&mut self) -> bool {
+        self.fresh.clear();
+        self.gone.clear();
+        !std::mem::replace(&mut self.deaf, true)
+    }
+
+    /// When there is something to tell.
+    fn next_due(&self, nothing_announced: bool, now: Instant) -> Option<Instant> {
+        if self.deaf || self.in_flight.is_some() {
+            return None;
+        }
+        let keeps_nothing = match self.every {
+            true => nothing_announced,
+            false => self.closest_to.is_empty(),
+        };
+        let at_once = !self.fresh.is_empty() || !self.gone.is_empty() || self.round.is_some();
+        let due = match (at_once, keeps_nothing) {
+            // An earlier one stays as it is.
+            (true, _) => self.due.map_or(now, |due| due.min(now)),
+            (false, true) => return None,
+            (false, false) => self.next_round,
+        };
+        Some(self.not_before.map_or(due, |at| at.max(due)))
+    }
+
+    /// What to tell now, which is then under way.
+    fn next_update(
+        &mut self,
+        names: &mut BTreeMap<Number, Name>,
+        now: Instant,
+    ) -> Option<(Vec<ServiceName>, Vec<ServiceName>)> {
+        if self.in_flight.is_some() || self.deaf {
+            return None;
+        }
+        if self.round.is_none() && self.next_round <= now {
+            self.round = Some(Number::MIN);
+            self.next_round = now + self.renewal();
+        }
+        let mut announce: Vec<Number> = Vec::new();
+        while announce.len() < MAX_NAMES
+            && let Some(number) = self.fresh.pop_first()
+        {
+            announce.push(number);
+        }
+        self.go_on(names, &mut announce);
+        let mut withdraw = Vec::new();
+        while withdraw.len() < MAX_NAMES
+            && let Some(name) = self.gone.pop_first()
+        {
+            withdraw.push(name);
+        }
+        if announce.is_empty() && withdraw.is_empty() {
+            return None;
+        }
+        let mut told = Vec::with_capacity(announce.len());
+        for number in &announce {
+            if let Some(entry) = names.get_mut(number) {
+                entry.told = true;
+                told.push(entry.name.clone());
+            }
+        }
+        self.in_flight = Some(InFlight {
+            announce,
+            withdraw: withdraw.clone(),
+        });
+        Some((told, withdraw))
+    }
+
+    /// Fills a message with the next names of the round, which ends with the last one.
+    fn go_on(&mut self, names: &BTreeMap<Number, Name>, announce: &mut Vec<Number>) {
+        let Some(from) = self.round else {
+            return;
+        };
+        let new = announce.len();
+        let range = (Bound::Included(from), Bound::Unbounded);
+        let mut rest: Box<dyn Iterator<Item = Number>> = match self.every {
+            true => Box::new(names.range(range).map(|(number, _)| *number)),
+            false => Box::new(self.closest_to.range(range).copied()),
+        };
+        self.round = loop {
+            if announce.len() >= MAX_NAMES {
+                break rest.next();
+            }
+            let Some(number) = rest.next() else {
+                break None;
+            };
+            if announce[..new].binary_search(&number).is_err() && !self.fresh.contains(&number) {
+                announce.push(number);
+            }
+        };
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    const SECOND: Duration = Duration::from_secs(1);
+
+    fn name(number: usize) -> ServiceName {
+        format!("name{number}").parse().unwrap()
+    }
+
+    fn known(peer: PeerId) -> Known {
+        Known {
+            peer,
+            is_bootstrap: false,
+            is_foreign: false,
+        }
+    }
+
+    fn taken() -> Answer {
+        Answer::Taken {
+            lease: LEASE,
+            refused: BTreeSet::new(),
+        }
+    }
+
+    /// A machine under test, and what its grapes keep.
+    struct Scene {
+        registrations: Registrations,
+        now: Instant,
+        kept: HashMap<PeerId, HashMap<ServiceName, Instant>>,
+    }
+
+    impl Scene {
+        fn new(grapes: &[PeerId]) -> Self {
+            let mut scene = Self {
+                registrations: Registrations::new(),
+                now: Instant::now(),
+                kept: HashMap::new(),
+            };
+            scene.knows(grapes, Scope::All);
+            scene
+        }
+
+        fn knows(&mut self, grapes: &[PeerId], scope: Scope) {
+            let known: Vec<_> = grapes.iter().copied().map(known).collect();
+            self.registrations.on_grapes(&known, scope, self.now);
+        }
+
+        fn announce(&mut self, numbers: impl IntoIterator<Item = usize>) {
+            for number in numbers {
+                self.registrations.announce(&name(number), self.now);
+            }
+        }
+
+        fn withdraw(&mut self, number: usize) {
+            self.registrations.withdraw(&name(number), self.now);
+        }
+
+        fn update(&mut self) -> Option<Update> {
+            self.registrations.poll_update(self.now)
+        }
+
+        fn answer(&mut self, peer: &PeerId, answer: Answer) -> Vec<ServiceName> {
+            self.registrations.on_answer(peer, answer, self.now)
+        }
+
+        /// Lets every grape keep what it is told; returns how many messages that took.
+        fn settle(&mut self) -> usize {
+            let mut messages = 0;
+            while let Some(update) = self.update() {
+                messages += 1;
+                assert!(update.announce.len() <= MAX_NAMES && update.withdraw.len() <= MAX_NAMES);
+                let kept = self.kept.entry(update.grape).or_default();
+                for name in &update.withdraw {
+                    kept.remove(name);
+                }
+                for name in update.announce {
+                    kept.insert(name, self.now);
+                }
+                self.answer(&update.grape, taken());
+            }
+            messages
+        }
+
+        fn kept_by(&self, grape: &PeerId) -> usize {
+            self.kept.get(grape).map_or(0, HashMap::len)
+        }
+    }
+
+    fn grapes(count: usize) -> Vec<PeerId> {
+        (0..count).map(|_| PeerId::random()).collect()
+    }
+
+    #[test]
+    fn every_grape_of_a_small_network_is_told_of_every_name_in_few_messages() {
+        let grapes = grapes(3);
+        let mut scene = Scene::new(&grapes);
+        scene.announce(0..2_500);
+        assert_eq!(scene.settle(), 9);
+        assert!(grapes.iter().all(|grape| scene.kept_by(grape) == 2_500));
+        assert_eq!(scene.settle(), 0);
+    }
+
+    #[test]
+    fn a_name_is_told_at_once_and_confirmed_by_the_first_grape_that_keeps_it() {
+        let grapes = grapes(2);
+        let mut scene = Scene::new(&grapes);
+        scene.announce([1]);
+        let (first, second) = (scene.update().unwrap(), scene.update().unwrap());
+        assert_eq!(first.announce, [name(1)]);
+        assert_eq!(scene.answer(&first.grape, taken()), [name(1)]);
+        assert_eq!(scene.answer(&second.grape, taken()), []);
+    }
+
+    #[test]
+    fn all_names_are_renewed_within_a_third_of_the_lease_that_the_grape_grants() {
+        let grapes = grapes(2);
+        let mut scene = Scene::new(&grapes);
+        scene.announce([1, 2]);
+        let absurd = Answer::Taken {
+            lease: Duration::MAX,
+            refused: BTreeSet::new(),
+        };
+        let update = scene.update().unwrap();
+        scene.answer(&update.grape, absurd);
+        let update = scene.update().unwrap();
+        let lease = 6 * SECOND;
+        let refused = BTreeSet::new();
+        scene.answer(&update.grape, Answer::Taken { lease, refused });
+        scene.settle();
+        scene.now += 2 * SECOND;
+        let renewed = scene.update().unwrap();
+        assert_eq!(renewed.announce, [name(1), name(2)]);
+        // One that wants it more often makes nobody else be told more often.
+        assert_eq!((renewed.grape, scene.update()), (update.grape, None));
+        scene.now += LEASE / RENEWALS_PER_LEASE;
+        assert_eq!(scene.update().unwrap().announce, [name(1), name(2)]);
+    }
+
+    #[test]
+    fn one_message_at_a_time_is_under_way_to_a_grape() {
+        let grapes = grapes(1);
+        let mut scene = Scene::new(&grapes);
+        scene.announce([1]);
+        scene.update().unwrap();
+        scene.announce([2]);
+        scene.withdraw(1);
+        assert_eq!(scene.update(), None);
+        scene.answer(&grapes[0], taken());
+        let next = scene.update().unwrap();
+        assert_eq!(
+            (next.announce, next.withdraw),
+            (vec![name(2)], vec![name(1)])
+        );
+    }
+
+    #[test]
+    fn a_name_that_no_grape_was_told_of_is_not_taken_back_there() {
+        let grapes = grapes(1);
+        let mut scene = Scene::new(&grapes);
+        scene.announce([1]);
+        scene.withdraw(1);
+        assert_eq!(scene.update(), None);
+        assert_eq!(scene.registrations.withdrawing(), 0);
+        // One that may be kept is, even if it is to be told again.
+        scene.announce([2]);
+        scene.settle();
+        scene.registrations.on_connected(&grapes[0], scene.now);
+        scene.withdraw(2);
+        assert_eq!(scene.registrations.withdrawing(), 1);
+        assert_eq!(scene.update().unwrap().withdraw, [name(2)]);
+    }
+
+    #[test]
+    fn a_name_announced_again_is_told_after_its_withdrawal() {
+        let grapes = grapes(1);
+        let mut scene = Scene::new(&grapes);
+        scene.announce([1]);
+        scene.settle();
+        scene.withdraw(1);
+        let update = scene.update().unwrap();
+        assert_eq!(update.withdraw, [name(1)]);
+        scene.announce([1]);
+        scene.answer(&grapes[0], taken());
+        let update = scene.update().unwrap();
+        assert_eq!((update.announce, update.withdraw), (vec![name(1)], vec![]));
+    }
+
+    #[test]
+    fn a_grape_that_comes_back_is_told_of_every_name_at_once() {
+        let grapes = grapes(1);
+        let mut scene = Scene::new(&grapes);
+        scene.announce(0..10);
+        scene.settle();
+        scene.registrations.on_disconnected(&grapes[0], scene.now);
+        scene.kept.clear();
+        scene.registrations.on_connected(&grapes[0], scene.now);
+        scene.settle();
+        assert_eq!(scene.kept_by(&grapes[0]), 10);
+    }
+
+    #[test]
+    fn a_grape_whose_connection_has_closed_is_told_again_soon() {
+        let grapes = grapes(1);
+        let mut scene = Scene::new(&grapes);
+        scene.announce([1]);
+        scene.settle();
+        scene.registrations.on_disconnected(&grapes[0], scene.now);
+        assert_eq!(scene.update(), None, "not at once");
+        scene.now += RETRY_MIN;
+        assert_eq!(scene.update().unwrap().announce, [name(1)]);
+    }
+
+    #[test]
+    fn what_a_grape_refuses_is_told_again_and_nothing_else() {
+        let grapes = grapes(1);
+        let mut scene = Scene::new(&grapes);
+        scene.announce([1, 2]);
+        scene.update().unwrap();
+        let refused = BTreeSet::from([1]);
+        let kept = scene.answer(
+            &grapes[0],
+            Answer::Taken {
+                lease: LEASE,
+                refused,
+            },
+        );
+        assert_eq!(kept, [name(1)]);
+        assert_eq!(scene.update(), None);
+        scene.now += REFUSED;
+        assert_eq!(scene.update().unwrap().announce, [name(2)]);
+    }
+
+    #[test]
+    fn a_silent_grape_is_told_again_at_once_and_then_ever_less_often() {
+        let grapes = grapes(1);
+        let mut scene = Scene::new(&grapes);
+        scene.announce([1]);
+        let mut pause = RETRY_MIN;
+        assert!(scene.update().is_some());
+        scene.answer(&grapes[0], Answer::Failed);
+        for _ in 0..10 {
+            assert_eq!(
+                scene.update().map(|update| update.announce),
+                Some(vec![name(1)])
+            );
+            scene.answer(&grapes[0], Answer::Failed);
+            assert_eq!(scene.update(), None);
+            scene.now += pause;
+            pause = (2 * pause).min(RETRY_MAX);
+        }
+    }
+
+    #[test]
+    fn a_withdrawal_that_failed_is_repeated_unless_the_name_is_announced_again() {
+        let grapes = grapes(1);
+        let mut scene = Scene::new(&grapes);
+        scene.announce([1, 2]);
+        scene.settle();
+        scene.withdraw(1);
+        scene.withdraw(2);
+        scene.update().unwrap();
+        scene.announce([2]);
+        scene.answer(&grapes[0], Answer::Failed);
+        let again = scene.update().unwrap();
+        assert_eq!(
+            (again.announce, again.withdraw),
+            (vec![name(2)], vec![name(1)])
+        );
+    }
+
+    #[test]
+    fn a_deaf_grape_is_left_alone_until_it_reconnects() {
+        let grapes = grapes(2);
+        let mut scene = Scene::new(&grapes);
+        scene.announce([1]);
+        let update = scene.update().unwrap();
+        scene.answer(&update.grape, Answer::Deaf);
+        scene.settle();
+        assert_eq!(scene.registrations.poll_deaf(), Some(update.grape));
+        assert_eq!(scene.registrations.poll_deaf(), None);
+        assert!(scene.registrations.knows_deaf());
+        scene.announce([2]);
+        scene.withdraw(1);
+        scene.settle();
+        assert_eq!(scene.kept_by(&update.grape), 0);
+        scene.registrations.on_connected(&update.grape, scene.now);
+        scene.settle();
+        assert_eq!(scene.kept_by(&update.grape), 1);
+    }
+
+    #[test]
+    fn a_foreign_grape_is_not_even_asked() {
+        let (ours, foreign) = (PeerId::random(), PeerId::random());
+        let mut scene = Scene::new(&[]);
+        let is_foreign = true;
+        let foreign = Known {
+            is_foreign,
+            ..known(foreign)
+        };
+        let known = [known(ours), foreign];
+        scene.registrations.on_grapes(&known, Scope::All, scene.now);
+        assert_eq!(scene.registrations.poll_deaf(), Some(foreign.peer));
+        scene.registrations.on_grapes(&known, Scope::All, scene.now);
+        assert_eq!(scene.registrations.poll_deaf(), None, "only once");
+        scene.announce([1]);
+        assert_eq!(scene.update().unwrap().grape, ours);
+        assert_eq!(scene.update(), None);
+    }
+
+    #[test]
+    fn a_large_network_is_walked_for_each_name_and_the_closest_are_told() {
+        let grapes = grapes(30);
+        let mut scene = Scene::new(&[]);
+        scene.knows(&grapes[..25], Scope::Closest);
+        scene.announce(0..40);
+        assert_eq!(scene.update(), None);
+        let mut walked = 0;
+        while let Some(name) = scene.registrations.poll_walk(scene.now) {
+            // One of them is not in the routing table.
+            let closest = [grapes[walked % 20], grapes[29]];
+            scene.registrations.on_walked(&name, &closest, scene.now);
+            walked += 1;
+        }
+        assert_eq!(walked, 40);
+        scene.settle();
+        assert_eq!(scene.kept_by(&grapes[0]), 2);
+        assert_eq!(scene.kept_by(&grapes[29]), 40);
+        assert_eq!(scene.kept_by(&grapes[24]), 0);
+        // It goes on being told, and of withdrawals too.
+        scene.knows(&grapes[..25], Scope::Closest);
+        scene.withdraw(0);
+        scene.settle();
+        assert_eq!(scene.kept_by(&grapes[29]), 39);
+    }
+
+    #[test]
+    fn names_of_a_grape_that_fails_are_walked_again() {
+        let grapes = grapes(25);
+        let mut scene = Scene::new(&[]);
+        scene.knows(&grapes, Scope::Closest);
+        scene.announce([1]);
+        scene.registrations.poll_walk(scene.now).unwrap();
+        scene
+            .registrations
+            .on_walked(&name(1), &grapes[..2], scene.now);
+        scene.settle();
+        scene.now += LEASE / RENEWALS_PER_LEASE;
+        for _ in 0..FAILED {
+            while let Some(update) = scene.update() {
+                let fails = update.grape == grapes[0];
+                scene.answer(&update.grape, if fails { Answer::Failed } else { taken() });
+            }
+        }
+        assert_eq!(scene.registrations.poll_walk(scene.now), Some(name(1)));
+        assert_eq!(scene.registrations.poll_walk(scene.now), None);
+    }
+
+    #[test]
+    fn a_network_that_grows_and_shrinks_keeps_every_name() {
+        let grapes = grapes(25);
+        let mut scene = Scene::new(&grapes[..5]);
+        scene.announce([1]);
+        scene.settle();
+        scene.knows(&grapes, Scope::Closest);
+        assert_eq!(scene.registrations.poll_walk(scene.now), Some(name(1)));
+        scene
+            .registrations
+            .on_walked(&name(1), &grapes[20..], scene.now);
+        scene.settle();
+        assert!(grapes[20..].iter().all(|grape| scene.kept_by(grape) == 1));
+        assert!(grapes[..20].iter().all(|grape| scene.kept_by(grape) == 0));
+        scene.knows(&grapes[5..10], Scope::All);
+        scene.settle();
+        assert!(grapes[5..10].iter().all(|grape| scene.kept_by(grape) == 1));
+        assert_eq!(scene.registrations.poll_walk(scene.now), None);
+    }
+
+    #[test]
+    fn a_bootstrap_grape_of_a_large_network_is_told_of_every_name_while_it_is_one() {
+        let grapes = grapes(25);
+        let mut scene = Scene::new(&[]);
+        let mut known: Vec<_> = grapes.iter().copied().map(known).collect();
+        known[0].is_bootstrap = true;
+        let (first, now) = (grapes[0], scene.now);
+        scene.registrations.on_grapes(&known, Scope::Closest, now);
+        scene.announce([1, 2]);
+        while let Some(walked) = scene.registrations.poll_walk(now) {
+            let closest = if walked == name(1) {
+                &grapes[..2]
+            } else {
+                &grapes[2..4]
+            };
+            scene.registrations.on_walked(&walked, closest, now);
+        }
+        scene.settle();
+        assert_eq!(scene.kept_by(&first), 2);
+        assert_eq!(
+            (scene.kept_by(&grapes[1]), scene.kept_by(&grapes[4])),
+            (1, 0)
+        );
+        // As one of many it goes on being told of what it is among the closest to.
+        known[0].is_bootstrap = false;
+        scene.registrations.on_grapes(&known, Scope::Closest, now);
+        scene.kept.clear();
+        scene.now += LEASE / RENEWALS_PER_LEASE;
+        scene.settle();
+        assert_eq!(scene.kept_by(&first), 1);
+        assert_eq!(scene.registrations.poll_walk(scene.now), None);
+    }
+
+    #[derive(Clone, Debug)]
+    enum Happening {
+        Announce(usize),
+        Withdraw(usize),
+        Connects(usize),
+        Disconnects(usize),
+        Knows(usize),
+        Asks(u8),
+        Passes(u32),
+    }
+
+    fn happening() -> impl Strategy<Value = Happening> {
+        prop_oneof![
+            (0..6usize).prop_map(Happening::Announce),
+            (0..6usize).prop_map(Happening::Withdraw),
+            (0..3usize).prop_map(Happening::Connects),
+            (0..3usize).prop_map(Happening::Disconnects),
+            (1..4usize).prop_map(Happening::Knows),
+            (0..4u8).prop_map(Happening::Asks),
+            (0..40u32).prop_map(Happening::Passes),
+        ]
+    }
+
+    proptest! {
+        /// Whatever happens, once grapes answer they keep exactly what is announced, and renewals
+        /// never stop.
+        #[test]
+        fn grapes_keep_in_the_end_exactly_what_is_announced(
+            happenings in proptest::collection::vec(happening(), 0..80)
+        ) {
+            let grapes = grapes(3);
+            let mut scene = Scene::new(&grapes);
+            let mut announced = HashSet::new();
+            for happening in happenings {
+                match happening {
+                    Happening::Announce(number) => if announced.insert(name(number)) {
+                        scene.announce([number]);
+                    },
+                    Happening::Withdraw(number) => {
+                        announced.remove(&name(number));
+                        scene.withdraw(number);
+                    }
+                    Happening::Connects(grape) => {
+                        scene.kept.remove(&grapes[grape]);
+                        scene.registrations.on_connected(&grapes[grape], scene.now);
+                    }
+                    Happening::Disconnects(grape) => {
+                        scene.registrations.on_disconnected(&grapes[grape], scene.now);
+                    }
+                    Happening::Knows(count) => {
+                        for lost in &grapes[count..] {
+                            scene.kept.remove(lost);
+                        }
+                        scene.knows(&grapes[..count], Scope::All);
+                    }
+                    // One in four messages arrives and its answer does not; one is lost.
+                    Happening::Asks(luck) => if luck > 1 {
+                        scene.settle();
+                    } else if let Some(update) = scene.update() {
+                        if luck == 0 {
+                            let now = scene.now;
+                            let kept = scene.kept.entry(update.grape).or_default();
+                            for name in &update.withdraw {
+                                kept.remove(name);
+                            }
+                            kept.extend(update.announce.into_iter().map(|name| (name, now)));
+                        }
+                        scene.answer(&update.grape, Answer::Failed);
+                    },
+                    Happening::Passes(seconds) => scene.now += seconds * SECOND,
+                }
+            }
+            scene.knows(&grapes, Scope::All);
+            for _ in 0..4 {
+                scene.now += LEASE / RENEWALS_PER_LEASE;
+                scene.settle();
+            }
+            for grape in &grapes {
+                let kept = scene.kept.remove(grape).unwrap_or_default();
+                let fresh = kept.values().all(|at| *at + LEASE > scene.now);
+                prop_assert!(fresh);
+                prop_assert_eq!(kept.into_keys().collect::<HashSet<_>>(), announced.clone());
+            }
+        }
+    }
+}
