@@ -67,6 +67,14 @@ impl Prompt {
         }
     }
 
+    /// Whether a person types the lines, who sees what comes of each before the next one.
+    pub(crate) fn is_typed(&self) -> bool {
+        match self {
+            Self::Editor(_) => true,
+            Self::Lines { asks, .. } => *asks,
+        }
+    }
+
     /// Completes this name from now on.
     pub(crate) fn remember(&mut self, name: &ServiceName) {
         if let Self::Editor(editor) = self
