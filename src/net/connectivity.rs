@@ -294,7 +294,8 @@ fn is_kademlia(protocol: &StreamProtocol) -> bool {
 /// A dial error in words for a person.
 pub(crate) fn describe(error: &DialError, expected: Option<PeerId>) -> DialFailure {
     match error {
-        DialError::LocalPeerId { .. } => DialFailure::OwnAddress,
+        // The Swarm leaves out the addresses that it listens on itself.
+        DialError::LocalPeerId { .. } | DialError::NoAddresses => DialFailure::OwnAddress,
         DialError::WrongPeerId { obtained, .. } => match expected {
             Some(expected) => DialFailure::WrongPeer {
                 expected,
