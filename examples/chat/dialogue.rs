@@ -10,7 +10,7 @@ use crate::Cli;
 use crate::common::output::Output;
 use crate::common::{Failure, USAGE, short};
 use crate::mail::{Mail, failure};
-use crate::prompt::Prompt;
+use crate::prompt::{NotUtf8, Prompt};
 use crate::talk::{Answer, attend};
 
 const RULES: &str = "empty line: another name; exit: leave";
@@ -121,13 +121,20 @@ impl Dialogue {
     }
 
     async fn ask(&mut self, question: &'static str) -> Line {
-        match self.prompt.ask(question).await {
-            None => Line::Leave,
-            Some(line) => match line.trim() {
-                "" => Line::Empty,
-                "exit" => Line::Leave,
-                _ => Line::Text(line),
-            },
+        loop {
+            return match self.prompt.ask(question).await {
+                None => Line::Leave,
+                Some(Ok(line)) => match line.trim() {
+                    "" => Line::Empty,
+                    "exit" => Line::Leave,
+                    _ => Line::Text(line),
+                },
+                Some(Err(NotUtf8)) => {
+                    let line = "left out a line that is not UTF-8: convert the input first";
+                    self.complain(&Failure::new(USAGE, line)).await;
+                    continue;
+                }
+            };
         }
     }
 

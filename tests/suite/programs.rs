@@ -208,6 +208,13 @@ async fn a_script_sends_nobody_else_what_was_meant_for_a_name_that_failed() {
         }
         assert_eq!(chat.end().await.code(), Some(2));
         assert_eq!(chat.output().await, "");
+        let mut chat = conversation(&grape.address);
+        for line in [&b"client1\r"[..], b"caf\xe9", b"hello\r", b"exit"] {
+            chat.types(line).await;
+        }
+        chat.says("error: left out a line that is not UTF-8").await;
+        assert_eq!(chat.end().await.code(), Some(2));
+        assert_eq!(chat.output().await, "Echo: hello\n");
     })
     .await;
 }
@@ -293,6 +300,11 @@ async fn the_id_of_a_grape_is_learned_or_checked() {
         second
             .says(&format!("cannot join by {}", refused.trim()))
             .await;
+        let own = free_address();
+        let refused = format!("{own}: this is the node's own address\n");
+        run("peer", &["client1", "--listen", &own, "--bootstrap", &own])
+            .await
+            .fails(1, &format!("error: no grape to announce at: {refused}"));
     })
     .await;
 }
