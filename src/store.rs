@@ -56,7 +56,7 @@ const KADEMLIA_ANSWER: usize = 20;
 /// Longest rendezvous namespace in bytes, from the rendezvous specification.
 const MAX_NAMESPACE_BYTES: usize = 255;
 
-/// Bytes of addresses and envelope that weigh as much as one record: about what a record costs.
+/// Bytes of addresses and envelope that weigh as much as one record, which takes some 200 itself.
 /// An ordinary peer (four addresses, one envelope) stays below it and weighs its records only.
 const BYTES_PER_LOAD: usize = 512;
 

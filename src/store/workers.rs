@@ -26,7 +26,7 @@ use super::slab::Slab;
 use super::{Nanos, Prefix, nanos};
 use crate::proto::wire::{Change, Digest};
 
-/// The workers of this grape, and as many of all others together. 200,000 take about 30 MB.
+/// The workers of this grape, and as many of all others together. 200,000 take 27 MB.
 const MAX_WORKERS: usize = 200_000;
 
 /// The workers of one service: ten times what one answer names.
