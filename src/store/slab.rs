@@ -48,6 +48,10 @@ impl<T> Slab<T> {
     pub(super) fn remove(&mut self, slot: u32) -> Option<T> {
         let item = self.items.get_mut(slot as usize)?.take()?;
         self.free.push(slot);
+        if self.len() == 0 {
+            // Gives back what a flood has taken.
+            *self = Self::default();
+        }
         Some(item)
     }
 
