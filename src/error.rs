@@ -1,6 +1,6 @@
 //! One error enum for each verb. All are `Clone + PartialEq` and name no libp2p type but addresses and
-//! ids. Those of a running node say in [`is_retryable`](RequestError::is_retryable) whether the same
-//! call may succeed later without a change.
+//! ids. They say in [`is_retryable`](RequestError::is_retryable) whether the same call may succeed
+//! later without a change.
 
 use std::io::{self, ErrorKind};
 use std::{error, fmt};
@@ -34,6 +34,17 @@ pub enum SpawnError {
     /// The encrypted transport could not be set up.
     #[error("cannot set up the transport: {0}")]
     Transport(String),
+}
+
+impl SpawnError {
+    /// Whether the same call may succeed later: the program that uses a port may end, an address
+    /// may come up.
+    pub fn is_retryable(&self) -> bool {
+        match self {
+            Self::Listen { .. } => true,
+            Self::TooManyBootstrap { .. } | Self::Transport(_) => false,
+        }
+    }
 }
 
 /// Why a name could not be announced.

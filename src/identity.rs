@@ -65,8 +65,12 @@ impl Identity {
         if bytes.len() as u64 > MAX_FILE {
             return Err(not_a_key(format!("it is longer than {MAX_FILE} bytes")));
         }
+        if bytes.is_empty() {
+            return Err(not_a_key("it is empty".into()));
+        }
+        // libp2p's own words are about its cargo features.
         let keypair = Keypair::from_protobuf_encoding(&bytes)
-            .map_err(|error| not_a_key(error.to_string()))?;
+            .map_err(|_| not_a_key("it holds no Ed25519 key in libp2p's encoding".into()))?;
         // Not before: who names some other file must not be told to change or delete that.
         refuse_if_shared(path, &metadata)?;
         Ok(Self(keypair))
@@ -383,7 +387,7 @@ mod tests {
             let path = folder.path().join("peer.key");
             private_file(&path, content);
             let refused = message(Identity::load_or_generate(&path));
-            assert!(refused.contains("is not a key file ("), "{refused}");
+            assert!(refused.contains("is not a key file (it "), "{refused}");
             assert!(!refused.contains('\n'), "{refused}");
             assert_eq!(fs::read(&path).expect("kept"), content);
         }

@@ -180,8 +180,8 @@ impl Default for Limits {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Bounds {
     /// Records in total, where each full 512 bytes of a peer's addresses and envelope count as one
-    /// more. 200,000: measured 57 MB when ten peers announce them all (76 MB by rendezvous), and
-    /// 350 MB when an attacker makes up a peer for each.
+    /// more. 200,000: measured 30 MB when ten peers announce them all (45 MB by rendezvous), and
+    /// 310 MB when an attacker makes up a peer for each, with almost 512 bytes of addresses.
     pub records: usize,
     /// Records of one address prefix. 100,000: one network never takes more than half the store.
     pub per_prefix: usize,

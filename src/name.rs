@@ -151,10 +151,15 @@ pub enum NameError {
         /// Bytes it may have.
         max: usize,
     },
-    /// It has a control, white-space, format or zero-width character.
+    /// It has a space, a tab or other white space.
+    #[error("the name has white space at byte {position}: make it one word, such as team-chat")]
+    WhiteSpace {
+        /// Where the first begins, in bytes from the start of the text as it was given.
+        position: usize,
+    },
+    /// It has a control, format or zero-width character.
     #[error(
-        "the name has a character that cannot be seen, U+{:04X} at byte {position}: \
-         leave out white space, control and zero-width characters",
+        "the name has a character that cannot be seen, U+{:04X} at byte {position}: leave it out",
         u32::from(*.character)
     )]
     Forbidden {
@@ -182,6 +187,9 @@ fn check_len(name: &str) -> Result<(), NameError> {
 fn check_characters(name: &str) -> Result<(), NameError> {
     let forbidden = |c: char| c.is_control() || c.is_whitespace() || is_hidden(c);
     match name.char_indices().find(|&(_, c)| forbidden(c)) {
+        Some((position, character)) if character.is_whitespace() => {
+            Err(NameError::WhiteSpace { position })
+        }
         Some((position, character)) => Err(NameError::Forbidden {
             character,
             position,
@@ -265,12 +273,8 @@ mod tests {
     #[test]
     fn what_cannot_be_seen_is_refused_with_its_place() {
         for (name, character, position) in [
-            ("two words", ' ', 3),
-            ("é\n", '\n', 2),
             ("\u{1b}[31m", '\u{1b}', 0),
-            ("a\u{85}", '\u{85}', 1),
-            ("a\u{a0}b", '\u{a0}', 1),
-            ("a\u{3000}b", '\u{3000}', 1),
+            ("a\0b c", '\0', 1),
             ("ab\u{202e}c", '\u{202e}', 2),
             ("ab\u{200b}c", '\u{200b}', 2),
             ("ab\u{200d}c", '\u{200d}', 2),
@@ -278,12 +282,27 @@ mod tests {
             ("a\u{ad}", '\u{ad}', 1),
             ("a\u{fe0f}", '\u{fe0f}', 1),
             ("a\u{e0041}", '\u{e0041}', 1),
-            ("\u{2001}", '\u{2001}', 0),
         ] {
             let expected = Err(NameError::Forbidden {
                 character,
                 position,
             });
+            assert_eq!(parse(name), expected);
+            assert_eq!(ServiceName::from_wire(name), expected);
+        }
+    }
+
+    #[test]
+    fn white_space_is_refused_with_its_place() {
+        for (name, position) in [
+            ("two words", 3),
+            ("é\n", 2),
+            ("a\u{85}", 1),
+            ("a\u{a0}b", 1),
+            ("a\u{3000}b", 1),
+            ("\u{2001}", 0),
+        ] {
+            let expected = Err(NameError::WhiteSpace { position });
             assert_eq!(parse(name), expected);
             assert_eq!(ServiceName::from_wire(name), expected);
         }
@@ -306,10 +325,13 @@ mod tests {
         assert_eq!(
             message("a\u{200b}"),
             Err(
-                "the name has a character that cannot be seen, U+200B at byte 1: \
-                 leave out white space, control and zero-width characters"
+                "the name has a character that cannot be seen, U+200B at byte 1: leave it out"
                     .into()
             )
+        );
+        assert_eq!(
+            message("two words"),
+            Err("the name has white space at byte 3: make it one word, such as team-chat".into())
         );
         assert_eq!(
             message(&"x".repeat(256)),

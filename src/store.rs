@@ -15,10 +15,12 @@
 //! What it leaves to others: whether a record is true, who may announce it, and how often.
 
 use std::{
+    collections::hash_map::RandomState,
     collections::{BTreeMap, BTreeSet, HashMap},
-    mem,
+    hash::BuildHasher,
+    iter, mem,
     net::IpAddr,
-    num::NonZeroU64,
+    num::{NonZeroU32, NonZeroU64},
     ops::Bound,
     sync::{
         Arc,
@@ -34,9 +36,13 @@ use libp2p::{
 };
 
 use crate::limits::Bounds;
+use crate::name;
 
+mod heap;
+mod index;
 mod names;
 mod registry;
+mod slab;
 pub(crate) mod values;
 mod withdrawn;
 pub(crate) mod workers;
@@ -44,6 +50,9 @@ pub(crate) mod workers;
 pub(crate) use names::NotTaken;
 pub(crate) use registry::{Records, Registry};
 
+use heap::{Heap, Order};
+use index::Index;
+use slab::Slab;
 use withdrawn::Withdrawn;
 
 /// Providers in one answer of Kademlia, which cuts its answers at the replication factor of 20.
@@ -52,7 +61,7 @@ const KADEMLIA_ANSWER: usize = 20;
 /// Longest rendezvous namespace in bytes, from the rendezvous specification.
 const MAX_NAMESPACE_BYTES: usize = 255;
 
-/// Bytes of addresses and envelope that weigh as much as one record: about what a record costs.
+/// Bytes of addresses and envelope that weigh as much as one record, which takes some 200 itself.
 /// An ordinary peer (four addresses, one envelope) stays below it and weighs its records only.
 const BYTES_PER_LOAD: usize = 512;
 
@@ -219,14 +228,15 @@ pub(crate) struct Store {
     epoch: Instant,
     next_sequence: u64,
     own: HashMap<RecordKey, ProviderRecord>,
-    key_slots: HashMap<Arc<[u8]>, KeySlot>,
+    hasher: RandomState,
     keys: Slab<Key>,
-    peer_slots: HashMap<PeerId, PeerSlot>,
+    by_key: Index,
     peers: Slab<Peer>,
-    records: BTreeMap<RecordId, Lease>,
-    by_expiry: BTreeSet<(Nanos, RecordId)>,
-    by_peer: BTreeSet<(PeerSlot, Nanos, KeySlot)>,
-    by_sequence: BTreeMap<NonZeroU64, RecordId>,
+    by_peer: Index,
+    records: Slab<Record>,
+    by_id: Index,
+    by_expiry: Heap<OfAll>,
+    by_sequence: BTreeMap<NonZeroU64, RecordSlot>,
     weights: Weights,
     withdrawn: Withdrawn,
     evicted: u64,
@@ -247,13 +257,14 @@ impl Store {
             epoch: now,
             next_sequence: first_sequence.max(1),
             own: HashMap::new(),
-            key_slots: HashMap::new(),
+            hasher: RandomState::new(),
             keys: Slab::default(),
-            peer_slots: HashMap::new(),
+            by_key: Index::default(),
             peers: Slab::default(),
-            records: BTreeMap::new(),
-            by_expiry: BTreeSet::new(),
-            by_peer: BTreeSet::new(),
+            by_peer: Index::default(),
+            records: Slab::default(),
+            by_id: Index::default(),
+            by_expiry: Heap::default(),
             by_sequence: BTreeMap::new(),
             weights: Weights::default(),
             withdrawn: Withdrawn::default(),
@@ -291,17 +302,17 @@ impl Store {
     }
 
     fn drop_record(&mut self, key: &[u8], peer: &PeerId) -> bool {
-        self.find(key, peer).is_some_and(|id| self.remove(id))
+        self.find(key, peer).is_some_and(|slot| self.remove(slot))
     }
 
     /// Drops all records of `peer`, at most [`Bounds::per_peer`], and returns their number.
     pub(crate) fn withdraw_all(&mut self, peer: &PeerId) -> usize {
-        let Some(&slot) = self.peer_slots.get(peer) else {
+        let Some((slot, _)) = self.peer(peer) else {
             return 0;
         };
         let mut withdrawn = 0;
-        while let Some(id) = self.soonest_of(slot) {
-            withdrawn += usize::from(self.remove(id));
+        while let Some(soonest) = self.soonest_of(slot) {
+            withdrawn += usize::from(self.remove(soonest));
         }
         withdrawn
     }
@@ -311,27 +322,20 @@ impl Store {
     /// Each call goes on where the last one for this key stopped, so that n providers have all been
     /// returned after n / `limit` calls.
     pub(crate) fn sample(&self, key: &[u8], limit: usize, now: Instant) -> Vec<Provider> {
-        let Some((slot, key)) = self.key(key) else {
+        let Some((_, key)) = self.key(key) else {
             return Vec::new();
         };
         let now = self.nanos(now);
-        let start = RecordId {
-            key: slot,
-            peer: PeerSlot(key.next_sample.load(Ordering::Relaxed)),
-        };
-        let (first, last) = RecordId::all_of(slot);
         let sampled: Vec<_> = self
-            .records
-            .range(start..=last)
-            .chain(self.records.range(first..start))
-            .filter(|(_, lease)| lease.expires > now)
+            .records_of_key(key)
+            .filter(|(_, record)| record.expires > now)
             .take(limit)
             .collect();
-        if let Some((id, _)) = sampled.last() {
-            let next = id.peer.0.wrapping_add(1);
-            key.next_sample.store(next, Ordering::Relaxed);
+        if let Some((_, record)) = sampled.last() {
+            key.next_sample
+                .store(record.next.index(), Ordering::Relaxed);
         }
-        let provider = |(id, lease)| self.provider(id, lease);
+        let provider = |(_, record)| self.provider(record);
         sampled.into_iter().filter_map(provider).collect()
     }
 
@@ -376,15 +380,14 @@ impl Store {
 
     /// The signed record of a peer that has registered something.
     pub(crate) fn envelope(&self, peer: &PeerId) -> Option<Arc<[u8]>> {
-        let slot = self.peer_slots.get(peer)?;
-        self.peers.get(slot.0)?.payload.envelope.clone()
+        let (_, peer) = self.peer(peer)?;
+        peer.payload.envelope.clone()
     }
 
     /// The addresses at which a peer that provides something can be dialled; none of an unknown one.
     pub(crate) fn addresses(&self, peer: &PeerId) -> Vec<Multiaddr> {
-        let slot = self.peer_slots.get(peer);
-        slot.and_then(|slot| self.peers.get(slot.0))
-            .map(|peer| peer.payload.addresses.to_vec())
+        self.peer(peer)
+            .map(|(_, peer)| peer.payload.addresses.to_vec())
             .unwrap_or_default()
     }
 
@@ -393,8 +396,8 @@ impl Store {
         Stats {
             records: self.records.len() as u64,
             registrations: self.by_sequence.len() as u64,
-            keys: self.key_slots.len() as u64,
-            peers: self.peer_slots.len() as u64,
+            keys: self.keys.len() as u64,
+            peers: self.peers.len() as u64,
             own: self.own.len() as u64,
             evicted: self.evicted,
             refused: self.refused,
@@ -413,17 +416,15 @@ impl Store {
         }
         let lease = new.ttl.min(self.bounds.lease);
         let expires = now.saturating_add(nanos(lease));
-        let id = match self.find(new.key, &new.peer) {
-            Some(id) => {
-                // The lease is renewed whether or not there is room for what else changed.
-                let _ = self.refresh(id.peer, new);
-                self.extend(id, expires);
-                id
+        let slot = match self.find(new.key, &new.peer) {
+            Some(slot) => {
+                self.renew(slot, new, expires);
+                slot
             }
             None => self.add(new, expires)?,
         };
         if let Origin::Rendezvous { namespace, .. } = &new.origin {
-            self.register(id, namespace, lease);
+            self.register(slot, namespace, lease);
         }
         Ok(())
     }
@@ -446,9 +447,10 @@ impl Store {
         }
     }
 
-    fn add(&mut self, new: &NewRecord<'_>, expires: Nanos) -> Result<RecordId, Refused> {
-        let known = self.peer_slots.get(&new.peer).copied();
-        let held = known.map_or(0, |slot| self.records_of(slot));
+    fn add(&mut self, new: &NewRecord<'_>, expires: Nanos) -> Result<RecordSlot, Refused> {
+        let known = self.peer(&new.peer);
+        let held = known.map_or(0, |(_, peer)| peer.records.len());
+        let known = known.map(|(slot, _)| slot);
         if held >= self.bounds.per_peer {
             return Err(Refused::PeerFull);
         }
@@ -465,19 +467,35 @@ impl Store {
                 self.add_peer(new, payload)
             }
         };
-        if let Some(id) = replaced {
-            self.evicted += u64::from(self.remove(id));
+        if let Some(slot) = replaced {
+            self.evicted += u64::from(self.remove(slot));
         }
         let key = self.key_slot(new);
-        let id = RecordId { key, peer };
-        self.records.insert(id, Lease::until(expires));
-        self.by_expiry.insert((expires, id));
-        self.by_peer.insert((peer, expires, key));
-        self.reweigh(peer, |peer| peer.records += 1);
-        if let Some(key) = self.keys.get_mut(key.0) {
-            key.providers += 1;
-        }
-        Ok(id)
+        Ok(self.add_record(RecordId { key, peer }, expires))
+    }
+
+    fn add_record(&mut self, id: RecordId, expires: Nanos) -> RecordSlot {
+        let slot = RecordSlot::new(self.records.vacant());
+        self.records.insert(Record {
+            id,
+            expires,
+            sequence: None,
+            ttl_seconds: 0,
+            next: slot,
+            previous: slot,
+            in_all: 0,
+            in_peer: 0,
+        });
+        let (records, hasher) = (&self.records, &self.hasher);
+        let hash_of = |slot| records.get(slot).map_or(0, |held| hasher.hash_one(held.id));
+        self.by_id
+            .insert(hasher.hash_one(id), slot.index(), hash_of);
+        self.by_expiry.insert(slot.index(), &mut self.records);
+        self.reweigh(id.peer, |peer, records| {
+            peer.records.insert(slot.index(), records);
+        });
+        self.link(slot, id.key);
+        slot
     }
 
     fn add_peer(&mut self, new: &NewRecord<'_>, payload: Payload) -> PeerSlot {
@@ -485,47 +503,54 @@ impl Store {
             id: new.peer,
             prefix: new.prefix,
             payload,
-            records: 0,
+            records: Heap::default(),
             registrations: 0,
         }));
-        self.peer_slots.insert(new.peer, slot);
+        let (peers, hasher) = (&self.peers, &self.hasher);
+        let hash_of = |slot| peers.get(slot).map_or(0, |held| hasher.hash_one(held.id));
+        self.by_peer
+            .insert(hasher.hash_one(new.peer), slot.0, hash_of);
         slot
     }
 
     fn key_slot(&mut self, new: &NewRecord<'_>) -> KeySlot {
-        if let Some(&slot) = self.key_slots.get(new.key) {
+        if let Some((slot, _)) = self.key(new.key) {
             return slot;
         }
-        let bytes: Arc<[u8]> = new.key.into();
         let slot = KeySlot(self.keys.insert(Key {
-            bytes: Arc::clone(&bytes),
+            bytes: new.key.into(),
             namespace: None,
             providers: 0,
             next_sample: AtomicU32::new(0),
         }));
-        self.key_slots.insert(bytes, slot);
+        let (keys, hasher) = (&self.keys, &self.hasher);
+        let hash_of = |slot| {
+            let held = keys.get(slot);
+            held.map_or(0, |held| hasher.hash_one(held.bytes.as_slice()))
+        };
+        self.by_key
+            .insert(hasher.hash_one(new.key), slot.0, hash_of);
         slot
     }
 
     /// The record that goes when `new` comes to a full key: of the most crowded prefix there, the
     /// soonest to expire. One pass over the key's records, so at most [`Bounds::per_key`] steps.
-    fn crowded_out_by(&self, new: &NewRecord<'_>) -> Result<Option<RecordId>, Refused> {
+    fn crowded_out_by(&self, new: &NewRecord<'_>) -> Result<Option<RecordSlot>, Refused> {
         let full = |key: &Key| key.providers as usize >= self.bounds.per_key;
-        let Some((slot, _)) = self.key(new.key).filter(|(_, key)| full(key)) else {
+        let Some((_, key)) = self.key(new.key).filter(|(_, key)| full(key)) else {
             return Ok(None);
         };
-        let mut crowds: HashMap<Prefix, (usize, (Nanos, RecordId))> = HashMap::new();
-        let (first, last) = RecordId::all_of(slot);
-        for (&id, lease) in self.records.range(first..=last) {
-            let candidate = (lease.expires, id);
-            let prefix = self.weight(id.peer).prefix;
+        let mut crowds: HashMap<Prefix, (usize, (Nanos, RecordSlot))> = HashMap::new();
+        for (slot, record) in self.records_of_key(key) {
+            let candidate = (record.expires, slot);
+            let prefix = self.weight(record.id.peer).prefix;
             let (crowd, soonest) = crowds.entry(prefix).or_insert((0, candidate));
             *crowd += 1;
             *soonest = candidate.min(*soonest);
         }
         let newcomers = crowds.get(&new.prefix).map_or(0, |&(crowd, _)| crowd);
         match crowds.into_values().max() {
-            Some((crowd, (_, id))) if crowd > newcomers + 1 => Ok(Some(id)),
+            Some((crowd, (_, slot))) if crowd > newcomers + 1 => Ok(Some(slot)),
             _ => Err(Refused::KeyFull),
         }
     }
@@ -533,7 +558,7 @@ impl Store {
     /// Evicts until `load` more fits, as far as `newcomer` has a claim to it.
     fn make_room(&mut self, newcomer: Weight, load: u32) -> Result<(), Refused> {
         while let Some(peer) = self.next_to_yield(newcomer, load)? {
-            let evicted = self.soonest_of(peer).is_some_and(|id| self.remove(id));
+            let evicted = self.soonest_of(peer).is_some_and(|slot| self.remove(slot));
             if !evicted {
                 return Err(Refused::Full);
             }
@@ -568,7 +593,7 @@ impl Store {
         let weight = self.weight(slot);
         let moved = self.weights.of(new.prefix) + weight.load;
         if new.prefix != weight.prefix && moved as usize <= self.bounds.per_prefix {
-            self.reweigh(slot, |peer| peer.prefix = new.prefix);
+            self.reweigh(slot, |peer, _| peer.prefix = new.prefix);
         }
         let Some(peer) = self.peers.get(slot.0) else {
             return Ok(());
@@ -578,7 +603,7 @@ impl Store {
         if growth > 0 {
             self.make_room(self.weight(slot), growth)?;
         }
-        self.reweigh(slot, |peer| peer.payload = payload);
+        self.reweigh(slot, |peer, _| peer.payload = payload);
         Ok(())
     }
 
@@ -606,33 +631,38 @@ impl Store {
         }
     }
 
-    fn extend(&mut self, id: RecordId, expires: Nanos) {
-        let Some(lease) = self.records.get_mut(&id) else {
+    fn renew(&mut self, slot: RecordSlot, new: &NewRecord<'_>, expires: Nanos) {
+        let Some(record) = self.records.get_mut(slot.index()) else {
             return;
         };
-        if expires <= lease.expires {
-            return;
+        let (peer, goes_on) = (record.id.peer, expires > record.expires);
+        if goes_on {
+            record.expires = expires;
+            self.by_expiry.update(slot.index(), &mut self.records);
+            if let Some(peer) = self.peers.get_mut(peer.0) {
+                peer.records.update(slot.index(), &mut self.records);
+            }
         }
-        self.by_expiry.remove(&(lease.expires, id));
-        self.by_peer.remove(&(id.peer, lease.expires, id.key));
-        lease.expires = expires;
-        self.by_expiry.insert((expires, id));
-        self.by_peer.insert((id.peer, expires, id.key));
+        // The lease is renewed whether or not there is room for what else changed.
+        let _ = self.refresh(peer, new);
     }
 
     /// Gives the record a number, unless there was no room for its peer's envelope.
-    fn register(&mut self, id: RecordId, namespace: &Arc<str>, ttl: Duration) {
-        let peer = self.peers.get(id.peer.0);
-        let has_envelope = peer.is_some_and(|peer| peer.payload.envelope.is_some());
-        let Some(lease) = self.records.get_mut(&id).filter(|_| has_envelope) else {
+    fn register(&mut self, slot: RecordSlot, namespace: &Arc<str>, ttl: Duration) {
+        let Some(record) = self.records.get_mut(slot.index()) else {
             return;
         };
+        let id = record.id;
+        let peer = self.peers.get(id.peer.0);
+        if peer.is_none_or(|peer| peer.payload.envelope.is_none()) {
+            return;
+        }
         let sequence = NonZeroU64::new(self.next_sequence);
         self.next_sequence = self.next_sequence.saturating_add(1);
-        let earlier = mem::replace(&mut lease.sequence, sequence);
-        lease.ttl_seconds = u32::try_from(ttl.as_secs()).unwrap_or(u32::MAX);
+        let earlier = mem::replace(&mut record.sequence, sequence);
+        record.ttl_seconds = u32::try_from(ttl.as_secs()).unwrap_or(u32::MAX);
         if let Some(sequence) = sequence {
-            self.by_sequence.insert(sequence, id);
+            self.by_sequence.insert(sequence, slot);
         }
         if let Some(key) = self.keys.get_mut(id.key.0) {
             key.namespace.get_or_insert_with(|| Arc::clone(namespace));
@@ -641,7 +671,7 @@ impl Store {
             Some(earlier) => {
                 self.by_sequence.remove(&earlier);
             }
-            None => self.reweigh(id.peer, |peer| peer.registrations += 1),
+            None => self.reweigh(id.peer, |peer, _| peer.registrations += 1),
         }
     }
 
@@ -652,61 +682,65 @@ impl Store {
         limit: usize,
         now: Nanos,
     ) -> Vec<Registration> {
-        let Some((slot, _)) = self.key(key) else {
+        let Some((_, key)) = self.key(key) else {
             return Vec::new();
         };
-        let (first, last) = RecordId::all_of(slot);
         let mut numbered: Vec<_> = self
-            .records
-            .range(first..=last)
-            .filter(|(_, lease)| lease.expires > now)
-            .filter_map(|(&id, lease)| Some((lease.sequence.filter(|n| n.get() > after)?, id)))
+            .records_of_key(key)
+            .filter(|(_, record)| record.expires > now)
+            .filter_map(|(slot, record)| Some((record.sequence.filter(|n| n.get() > after)?, slot)))
             .collect();
         numbered.sort_unstable();
-        let ids = numbered.into_iter().take(limit).map(|(_, id)| id);
-        ids.filter_map(|id| self.registration(id)).collect()
+        let slots = numbered.into_iter().take(limit).map(|(_, slot)| slot);
+        slots.filter_map(|slot| self.registration(slot)).collect()
     }
 
     fn all_registrations(&self, after: u64, limit: usize, now: Nanos) -> Vec<Registration> {
         let above = NonZeroU64::new(after).map_or(Bound::Unbounded, Bound::Excluded);
-        let live = |id: &RecordId| self.records.get(id).is_some_and(|l| l.expires > now);
+        let live = |slot: &RecordSlot| {
+            let record = self.records.get(slot.index());
+            record.is_some_and(|record| record.expires > now)
+        };
         self.by_sequence
             .range((above, Bound::Unbounded))
-            .map(|(_, &id)| id)
+            .map(|(_, &slot)| slot)
             .filter(live)
             .take(limit)
-            .filter_map(|id| self.registration(id))
+            .filter_map(|slot| self.registration(slot))
             .collect()
     }
 
-    fn registration(&self, id: RecordId) -> Option<Registration> {
-        let lease = self.records.get(&id)?;
-        let peer = self.peers.get(id.peer.0)?;
+    fn registration(&self, slot: RecordSlot) -> Option<Registration> {
+        let record = self.records.get(slot.index())?;
+        let peer = self.peers.get(record.id.peer.0)?;
         Some(Registration {
-            namespace: self.keys.get(id.key.0)?.namespace.clone()?,
+            namespace: self.keys.get(record.id.key.0)?.namespace.clone()?,
             peer: peer.id,
             envelope: peer.payload.envelope.clone()?,
-            ttl: Duration::from_secs(lease.ttl_seconds.into()),
-            expires: self.instant(lease.expires),
-            sequence: lease.sequence?.get(),
+            ttl: Duration::from_secs(record.ttl_seconds.into()),
+            expires: self.instant(record.expires),
+            sequence: record.sequence?.get(),
         })
     }
 
-    fn provider(&self, id: &RecordId, lease: &Lease) -> Option<Provider> {
-        let peer = self.peers.get(id.peer.0)?;
+    fn provider(&self, record: &Record) -> Option<Provider> {
+        let peer = self.peers.get(record.id.peer.0)?;
         Some(Provider {
             peer: peer.id,
             addresses: peer.payload.addresses.to_vec(),
-            expires: self.instant(lease.expires),
+            expires: self.instant(record.expires),
         })
     }
 
     fn drop_expired(&mut self, now: Nanos, limit: usize) -> usize {
         let mut dropped = 0;
         while dropped < limit
-            && let Some(&(expires, id)) = self.by_expiry.first()
-            && expires <= now
-            && self.remove(id)
+            && let Some(first) = self.by_expiry.first()
+            && self
+                .records
+                .get(first)
+                .is_some_and(|first| first.expires <= now)
+            && self.remove(RecordSlot::new(first))
         {
             dropped += 1;
         }
@@ -714,44 +748,88 @@ impl Store {
         dropped
     }
 
-    fn remove(&mut self, id: RecordId) -> bool {
-        let Some(lease) = self.records.remove(&id) else {
+    fn remove(&mut self, slot: RecordSlot) -> bool {
+        let Some(record) = self.records.get(slot.index()) else {
             return false;
         };
-        self.by_expiry.remove(&(lease.expires, id));
-        self.by_peer.remove(&(id.peer, lease.expires, id.key));
-        if let Some(sequence) = lease.sequence {
+        let (id, sequence) = (record.id, record.sequence);
+        self.by_id.remove(self.hasher.hash_one(id), slot.index());
+        self.by_expiry.remove(slot.index(), &mut self.records);
+        if let Some(sequence) = sequence {
             self.by_sequence.remove(&sequence);
         }
-        self.reweigh(id.peer, |peer| peer.forget(&lease));
-        if let Some(key) = self.keys.get_mut(id.key.0) {
-            key.providers -= 1;
-            if key.providers == 0 {
-                self.key_slots.remove(&key.bytes);
-                self.keys.remove(id.key.0);
-            }
-        }
+        self.reweigh(id.peer, |peer, records| peer.forget(slot, records));
+        self.unlink(slot);
+        self.records.remove(slot.index());
         true
     }
 
+    /// Puts a record among those of its key, where the next sample comes to it last.
+    fn link(&mut self, slot: RecordSlot, key: KeySlot) {
+        let Some(key) = self.keys.get_mut(key.0) else {
+            return;
+        };
+        key.providers += 1;
+        let start = key.next_sample.get_mut();
+        if key.providers == 1 {
+            *start = slot.index();
+            return;
+        }
+        let next = RecordSlot::new(*start);
+        let Some(previous) = self.records.get(*start).map(|next| next.previous) else {
+            return;
+        };
+        self.join(previous, slot);
+        self.join(slot, next);
+    }
+
+    /// Takes a record from among those of its key, and drops the key with its last one.
+    fn unlink(&mut self, slot: RecordSlot) {
+        let Some(record) = self.records.get(slot.index()) else {
+            return;
+        };
+        let (key_slot, previous, next) = (record.id.key, record.previous, record.next);
+        let Some(key) = self.keys.get_mut(key_slot.0) else {
+            return;
+        };
+        key.providers -= 1;
+        if key.providers == 0 {
+            let hash = self.hasher.hash_one(key.bytes.as_slice());
+            self.by_key.remove(hash, key_slot.0);
+            self.keys.remove(key_slot.0);
+            return;
+        }
+        let start = key.next_sample.get_mut();
+        if *start == slot.index() {
+            *start = next.index();
+        }
+        self.join(previous, next);
+    }
+
+    /// Makes two records of a key neighbours.
+    fn join(&mut self, before: RecordSlot, after: RecordSlot) {
+        if let Some(record) = self.records.get_mut(before.index()) {
+            record.next = after;
+        }
+        if let Some(record) = self.records.get_mut(after.index()) {
+            record.previous = before;
+        }
+    }
+
     /// Changes a peer, keeps its weight in step and drops it with its last record.
-    fn reweigh(&mut self, slot: PeerSlot, change: impl FnOnce(&mut Peer)) {
+    fn reweigh(&mut self, slot: PeerSlot, change: impl FnOnce(&mut Peer, &mut Slab<Record>)) {
         let Some(peer) = self.peers.get_mut(slot.0) else {
             return;
         };
         let before = peer.weight();
-        change(peer);
+        change(peer, &mut self.records);
         let after = peer.weight();
-        if peer.records == 0 {
-            self.peer_slots.remove(&peer.id);
+        if peer.records.len() == 0 {
+            let hash = self.hasher.hash_one(peer.id);
+            self.by_peer.remove(hash, slot.0);
             self.peers.remove(slot.0);
         }
         self.weights.change(slot, before, after);
-    }
-
-    fn records_of(&self, slot: PeerSlot) -> usize {
-        let peer = self.peers.get(slot.0);
-        peer.map_or(0, |peer| peer.records as usize)
     }
 
     fn weight(&self, slot: PeerSlot) -> Weight {
@@ -759,23 +837,40 @@ impl Store {
         peer.map_or(Weight::none(Prefix::Local), Peer::weight)
     }
 
-    fn soonest_of(&self, peer: PeerSlot) -> Option<RecordId> {
-        let first = (peer, Nanos::MIN, KeySlot(u32::MIN));
-        let last = (peer, Nanos::MAX, KeySlot(u32::MAX));
-        let &(peer, _, key) = self.by_peer.range(first..=last).next()?;
-        Some(RecordId { key, peer })
+    fn soonest_of(&self, peer: PeerSlot) -> Option<RecordSlot> {
+        let soonest = self.peers.get(peer.0)?.records.first()?;
+        Some(RecordSlot::new(soonest))
     }
 
-    fn find(&self, key: &[u8], peer: &PeerId) -> Option<RecordId> {
-        let &key = self.key_slots.get(key)?;
-        let &peer = self.peer_slots.get(peer)?;
+    fn find(&self, key: &[u8], peer: &PeerId) -> Option<RecordSlot> {
+        let (key, _) = self.key(key)?;
+        let (peer, _) = self.peer(peer)?;
         let id = RecordId { key, peer };
-        self.records.contains_key(&id).then_some(id)
+        let is_it = |slot| self.records.get(slot).is_some_and(|held| held.id == id);
+        let slot = self.by_id.find(self.hasher.hash_one(id), is_it)?;
+        Some(RecordSlot::new(slot))
     }
 
     fn key(&self, key: &[u8]) -> Option<(KeySlot, &Key)> {
-        let &slot = self.key_slots.get(key)?;
-        Some((slot, self.keys.get(slot.0)?))
+        let is_it = |slot| {
+            let held = self.keys.get(slot);
+            held.is_some_and(|held| held.bytes.as_slice() == key)
+        };
+        let slot = self.by_key.find(self.hasher.hash_one(key), is_it)?;
+        Some((KeySlot(slot), self.keys.get(slot)?))
+    }
+
+    fn peer(&self, peer: &PeerId) -> Option<(PeerSlot, &Peer)> {
+        let is_it = |slot| self.peers.get(slot).is_some_and(|held| held.id == *peer);
+        let slot = self.by_peer.find(self.hasher.hash_one(peer), is_it)?;
+        Some((PeerSlot(slot), self.peers.get(slot)?))
+    }
+
+    /// The records of a key, expired or not, from where the next sample starts.
+    fn records_of_key(&self, key: &Key) -> impl Iterator<Item = (RecordSlot, &Record)> {
+        let start = RecordSlot::new(key.next_sample.load(Ordering::Relaxed));
+        let at = |slot: RecordSlot| Some((slot, self.records.get(slot.index())?));
+        iter::successors(at(start), move |(_, record)| at(record.next)).take(key.providers as usize)
     }
 
     fn nanos(&self, at: Instant) -> Nanos {
@@ -831,10 +926,9 @@ impl Store {
     /// Whether anybody else has announced a key.
     pub(crate) fn has_providers(&self, key: &[u8], now: Instant) -> bool {
         let now = self.nanos(now);
-        self.key(key).is_some_and(|(slot, _)| {
-            let (first, last) = RecordId::all_of(slot);
-            let mut leases = self.records.range(first..=last);
-            leases.any(|(_, lease)| lease.expires > now)
+        self.key(key).is_some_and(|(_, key)| {
+            let mut records = self.records_of_key(key);
+            records.any(|(_, record)| record.expires > now)
         })
     }
 
@@ -873,51 +967,112 @@ fn nanos(duration: Duration) -> Nanos {
     Nanos::try_from(duration.as_nanos()).unwrap_or(Nanos::MAX)
 }
 
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 struct KeySlot(u32);
 
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 struct PeerSlot(u32);
 
-/// A record is known by whose it is and for what; in this order the records of a key are adjacent.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+/// A record is known by whose it is and for what.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 struct RecordId {
     key: KeySlot,
     peer: PeerSlot,
 }
 
-impl RecordId {
-    fn all_of(key: KeySlot) -> (Self, Self) {
-        let [first, last] = [u32::MIN, u32::MAX].map(PeerSlot);
-        (Self { key, peer: first }, Self { key, peer: last })
+/// Never 0, so that a free place in the slab takes no more than a record.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+struct RecordSlot(NonZeroU32);
+
+impl RecordSlot {
+    fn new(index: u32) -> Self {
+        Self(NonZeroU32::MIN.saturating_add(index))
+    }
+
+    fn index(self) -> u32 {
+        self.0.get() - 1
     }
 }
 
 #[derive(Debug)]
-struct Lease {
+struct Record {
+    id: RecordId,
     expires: Nanos,
     /// The number of the last registration; none when the record came by Kademlia only.
     sequence: Option<NonZeroU64>,
     ttl_seconds: u32,
+    /// The other records of the key, in a ring.
+    next: RecordSlot,
+    previous: RecordSlot,
+    /// The places in the heap of all records and in that of the peer's.
+    in_all: u32,
+    in_peer: u32,
 }
 
-impl Lease {
-    fn until(expires: Nanos) -> Self {
-        Self {
-            expires,
-            sequence: None,
-            ttl_seconds: 0,
-        }
+/// All records, the soonest to expire first.
+#[derive(Debug)]
+struct OfAll;
+
+impl Order for OfAll {
+    type Item = Record;
+
+    fn due(record: &Record) -> Nanos {
+        record.expires
+    }
+
+    fn place(record: &mut Record) -> &mut u32 {
+        &mut record.in_all
+    }
+}
+
+/// The records of one peer, the soonest to expire first.
+#[derive(Debug)]
+struct OfPeer;
+
+impl Order for OfPeer {
+    type Item = Record;
+
+    fn due(record: &Record) -> Nanos {
+        record.expires
+    }
+
+    fn place(record: &mut Record) -> &mut u32 {
+        &mut record.in_peer
     }
 }
 
 #[derive(Debug)]
 struct Key {
-    bytes: Arc<[u8]>,
+    bytes: KeyBytes,
     namespace: Option<Arc<str>>,
     providers: u32,
-    /// The peer slot at which the next sample starts. Atomic, because Kademlia reads through `&self`.
+    /// The record at which the next sample starts. Atomic, because Kademlia reads through `&self`.
     next_sample: AtomicU32,
+}
+
+/// The bytes of a key, those of a name's in place.
+#[derive(Debug)]
+enum KeyBytes {
+    Name(name::Key),
+    Other(Box<[u8]>),
+}
+
+impl KeyBytes {
+    fn as_slice(&self) -> &[u8] {
+        match self {
+            Self::Name(bytes) => bytes,
+            Self::Other(bytes) => bytes,
+        }
+    }
+}
+
+impl From<&[u8]> for KeyBytes {
+    fn from(bytes: &[u8]) -> Self {
+        match bytes.try_into() {
+            Ok(name) => Self::Name(name),
+            Err(_) => Self::Other(bytes.into()),
+        }
+    }
 }
 
 #[derive(Debug)]
@@ -925,7 +1080,7 @@ struct Peer {
     id: PeerId,
     prefix: Prefix,
     payload: Payload,
-    records: u32,
+    records: Heap<OfPeer>,
     registrations: u32,
 }
 
@@ -934,16 +1089,19 @@ impl Peer {
         let payload = self.payload.load();
         Weight {
             prefix: self.prefix,
-            load: match self.records {
+            load: match self.records.len() {
                 0 => 0,
-                records => records + payload,
+                // Bounded by `Bounds::per_peer`.
+                records => records as u32 + payload,
             },
         }
     }
 
-    fn forget(&mut self, lease: &Lease) {
-        self.records -= 1;
-        self.registrations -= u32::from(lease.sequence.is_some());
+    fn forget(&mut self, slot: RecordSlot, records: &mut Slab<Record>) {
+        self.records.remove(slot.index(), records);
+        let record = records.get(slot.index());
+        let was_registered = record.is_some_and(|record| record.sequence.is_some());
+        self.registrations -= u32::from(was_registered);
         if self.registrations == 0 {
             self.payload.envelope = None;
         }
@@ -1029,49 +1187,6 @@ impl Weights {
         }
         if load > 0 {
             self.prefixes.insert((load, prefix));
-        }
-    }
-}
-
-/// Values under small numbers that are used again, so that the numbers never run out.
-#[derive(Debug)]
-struct Slab<T> {
-    items: Vec<Option<T>>,
-    free: Vec<u32>,
-}
-
-impl<T> Default for Slab<T> {
-    fn default() -> Self {
-        Self {
-            items: Vec::new(),
-            free: Vec::new(),
-        }
-    }
-}
-
-impl<T> Slab<T> {
-    fn get(&self, slot: u32) -> Option<&T> {
-        self.items.get(slot as usize)?.as_ref()
-    }
-
-    fn get_mut(&mut self, slot: u32) -> Option<&mut T> {
-        self.items.get_mut(slot as usize)?.as_mut()
-    }
-
-    fn insert(&mut self, item: T) -> u32 {
-        if let Some(slot) = self.free.pop() {
-            self.items[slot as usize] = Some(item);
-            return slot;
-        }
-        self.items.push(Some(item));
-        // Bounded by `Bounds::records`, of which a `u32` counts the load.
-        (self.items.len() - 1) as u32
-    }
-
-    fn remove(&mut self, slot: u32) {
-        let item = self.items.get_mut(slot as usize).and_then(Option::take);
-        if item.is_some() {
-            self.free.push(slot);
         }
     }
 }
@@ -1188,70 +1303,70 @@ mod tests {
         assert!(store.weights.total as usize <= bounds.records);
         assert!(store.own.len() <= bounds.own);
         assert_eq!(store.by_expiry.len(), records.len());
-        assert_eq!(store.by_peer.len(), records.len());
-        assert_eq!(store.keys.occupied(), store.key_slots.len());
-        assert_eq!(store.peers.occupied(), store.peer_slots.len());
+        assert_eq!(store.by_id.len(), records.len());
+        assert_eq!(store.by_key.len(), store.keys.len());
+        assert_eq!(store.by_peer.len(), store.peers.len());
 
         let mut registrations = 0;
-        for (id, lease) in records {
-            assert!(store.by_expiry.contains(&(lease.expires, *id)));
-            assert!(store.by_peer.contains(&(id.peer, lease.expires, id.key)));
-            if let Some(sequence) = lease.sequence {
-                assert_eq!(store.by_sequence.get(&sequence), Some(id));
-                assert!(store.registration(*id).is_some());
+        for (slot, record) in records.iter() {
+            let slot = RecordSlot::new(slot);
+            let key = store.keys.get(record.id.key.0).unwrap();
+            let peer = store.peers.get(record.id.peer.0).unwrap();
+            assert_eq!(store.find(key.bytes.as_slice(), &peer.id), Some(slot));
+            if let Some(sequence) = record.sequence {
+                assert_eq!(store.by_sequence.get(&sequence), Some(&slot));
+                assert!(store.registration(slot).is_some());
                 registrations += 1;
             }
         }
         assert_eq!(store.by_sequence.len(), registrations);
+        let soonest = records.iter().map(|(_, record)| record.expires).min();
+        let first = store.by_expiry.first().and_then(|slot| records.get(slot));
+        assert_eq!(first.map(|record| record.expires), soonest);
         check_keys(store);
         check_peers(store);
     }
 
     fn check_keys(store: &Store) {
-        for (bytes, slot) in &store.key_slots {
-            let key = store.keys.get(slot.0).unwrap();
-            let (first, last) = RecordId::all_of(*slot);
-            let records = store.records.range(first..=last).count();
-            assert_eq!(&key.bytes, bytes);
-            assert_eq!(key.providers as usize, records);
-            assert!((1..=store.bounds.per_key).contains(&records));
+        let mut held = 0;
+        for (slot, key) in store.keys.iter() {
+            let records: BTreeMap<_, _> = store.records_of_key(key).collect();
+            assert!(records.values().all(|record| record.id.key.0 == slot));
+            assert_eq!(records.len(), key.providers as usize);
+            assert!((1..=store.bounds.per_key).contains(&records.len()));
+            held += records.len();
         }
+        assert_eq!(held, store.records.len());
     }
 
     fn check_peers(store: &Store) {
-        let mut held: BTreeMap<PeerSlot, (u32, u32)> = BTreeMap::new();
-        for (id, lease) in &store.records {
-            let (records, registrations) = held.entry(id.peer).or_default();
+        let mut held: BTreeMap<PeerSlot, (usize, u32, Nanos)> = BTreeMap::new();
+        for (_, record) in store.records.iter() {
+            let none = (0, 0, Nanos::MAX);
+            let (records, registrations, soonest) = held.entry(record.id.peer).or_insert(none);
             *records += 1;
-            *registrations += u32::from(lease.sequence.is_some());
+            *registrations += u32::from(record.sequence.is_some());
+            *soonest = record.expires.min(*soonest);
         }
         let mut loads: HashMap<Prefix, u32> = HashMap::new();
-        for (id, slot) in &store.peer_slots {
-            let peer = store.peers.get(slot.0).unwrap();
-            assert_eq!(&peer.id, id);
-            assert_eq!(held[slot], (peer.records, peer.registrations));
-            assert!(peer.records as usize <= store.bounds.per_peer);
+        for (slot, peer) in store.peers.iter() {
+            let slot = PeerSlot(slot);
+            let first = store.soonest_of(slot).unwrap();
+            let soonest = store.records.get(first.index()).unwrap().expires;
+            let counts = (peer.records.len(), peer.registrations, soonest);
+            assert_eq!(held[&slot], counts);
+            assert!(peer.records.len() <= store.bounds.per_peer);
             let Weight { prefix, load } = peer.weight();
-            assert!(store.weights.peers.contains(&(prefix, load, *slot)));
+            assert!(store.weights.peers.contains(&(prefix, load, slot)));
             *loads.entry(prefix).or_default() += load;
         }
-        assert_eq!(store.weights.peers.len(), store.peer_slots.len());
+        assert_eq!(store.weights.peers.len(), store.peers.len());
         assert_eq!(store.weights.total, loads.values().sum::<u32>());
         let ranked = loads.iter().map(|(&prefix, &load)| (load, prefix));
         assert_eq!(store.weights.prefixes, ranked.collect());
         assert_eq!(store.weights.by_prefix, loads);
         for (load, _) in &store.weights.prefixes {
             assert!(*load as usize <= store.bounds.per_prefix);
-        }
-    }
-
-    impl<T> Slab<T> {
-        fn occupied(&self) -> usize {
-            assert_eq!(
-                self.items.iter().flatten().count() + self.free.len(),
-                self.items.len()
-            );
-            self.items.len() - self.free.len()
         }
     }
 
@@ -1698,7 +1813,7 @@ mod tests {
             }
         }
         check_invariants(&scene.store);
-        let slots = scene.store.keys.items.len() + scene.store.peers.items.len();
+        let slots = scene.store.keys.slots() + scene.store.peers.slots();
         assert!(slots <= 2 * 2_001, "{slots} slots");
     }
 
@@ -1749,8 +1864,8 @@ mod tests {
 
     /// Nobody who holds clearly more than the refused one would have, in its network or as one.
     fn check_refusal(store: &Store, who: u32, from: Prefix) {
-        let known = store.peer_slots.get(&peer(who));
-        let refused = known.map_or(Weight::none(from), |&slot| store.weight(slot));
+        let known = store.peer(&peer(who));
+        let refused = known.map_or(Weight::none(from), |(_, peer)| peer.weight());
         let neighbour = store.weights.heaviest_peer(refused.prefix);
         assert!(neighbour.is_none_or(|(_, load)| load <= refused.load + 1));
         let network = store.weights.of(refused.prefix);

@@ -8,9 +8,9 @@ use tokio::time::timeout;
 
 use crate::Cli;
 use crate::common::output::Output;
-use crate::common::short;
-use crate::mail::Mail;
-use crate::prompt::Prompt;
+use crate::common::{Failure, USAGE, short};
+use crate::mail::{Mail, failure};
+use crate::prompt::{NotUtf8, Prompt};
 use crate::talk::{Answer, attend};
 
 const RULES: &str = "empty line: another name; exit: leave";
@@ -26,6 +26,8 @@ pub(crate) struct Dialogue {
     prompt: Prompt,
     mail: Mail,
     output: Output,
+    /// The exit code: of a script, that of the first failure.
+    code: u8,
 }
 
 /// What a person typed.
@@ -41,11 +43,12 @@ impl Dialogue {
             prompt,
             mail,
             output,
+            code: 0,
         }
     }
 
-    /// Talks until the person leaves.
-    pub(crate) async fn hold(&mut self, cli: &Cli) {
+    /// Talks until the person leaves, and returns the exit code.
+    pub(crate) async fn hold(&mut self, cli: &Cli) -> u8 {
         self.output.note(RULES).await;
         if let Some(name) = &cli.name {
             self.prompt.remember(name);
@@ -58,13 +61,15 @@ impl Dialogue {
                 Some(name) => Some(name),
                 None => self.ask_name().await,
             };
-            let Some(next) = next else { return };
-            if !self.show_providers(&next).await {
-                continue;
-            }
-            self.prompt.remember(&next);
-            if let Line::Leave = self.converse(&next).await {
-                return;
+            let Some(next) = next else { return self.code };
+            let end = if self.show_providers(&next).await {
+                self.prompt.remember(&next);
+                self.converse(&next).await
+            } else {
+                self.skip().await
+            };
+            if let Line::Leave = end {
+                return self.code;
             }
         }
     }
@@ -75,10 +80,28 @@ impl Dialogue {
             match self.ask("Name: ").await {
                 Line::Leave => return None,
                 Line::Empty => {}
-                Line::Text(text) => match text.trim().parse() {
+                Line::Text(text) => match text.trim().parse::<ServiceName>() {
                     Ok(name) => return Some(name),
-                    Err(error) => self.complain(&error.to_string()).await,
+                    Err(error) => {
+                        self.complain(&Failure::new(USAGE, error)).await;
+                        if let Line::Leave = self.skip().await {
+                            return None;
+                        }
+                    }
                 },
+            }
+        }
+    }
+
+    /// Leaves out what a script says to a name that failed: it is meant for nobody else.
+    async fn skip(&mut self) -> Line {
+        if self.prompt.is_typed() {
+            return Line::Empty;
+        }
+        loop {
+            match self.ask("Message: ").await {
+                Line::Text(_) => {}
+                end => return end,
             }
         }
     }
@@ -92,31 +115,38 @@ impl Dialogue {
             };
             let sent = self.patiently(name, self.mail.send(name, &text)).await;
             if let Err(failure) = sent {
-                self.complain(&failure.message).await;
+                self.complain(&failure).await;
             }
         }
     }
 
     async fn ask(&mut self, question: &'static str) -> Line {
-        match self.prompt.ask(question).await {
-            None => Line::Leave,
-            Some(line) => match line.trim() {
-                "" => Line::Empty,
-                "exit" => Line::Leave,
-                _ => Line::Text(line),
-            },
+        loop {
+            return match self.prompt.ask(question).await {
+                None => Line::Leave,
+                Some(Ok(line)) => match line.trim() {
+                    "" => Line::Empty,
+                    "exit" => Line::Leave,
+                    _ => Line::Text(line),
+                },
+                Some(Err(NotUtf8)) => {
+                    let line = "left out a line that is not UTF-8: convert the input first";
+                    self.complain(&Failure::new(USAGE, line)).await;
+                    continue;
+                }
+            };
         }
     }
 
     /// Whether somebody answers to the name.
-    async fn show_providers(&self, name: &ServiceName) -> bool {
+    async fn show_providers(&mut self, name: &ServiceName) -> bool {
         match self.patiently(name, self.mail.node.lookup(name)).await {
             Ok(providers) => {
                 self.output.note(&describe(name, &providers)).await;
                 true
             }
             Err(error) => {
-                self.complain(&error.to_string()).await;
+                self.complain(&failure(&error.into())).await;
                 false
             }
         }
@@ -133,8 +163,12 @@ impl Dialogue {
         work.await
     }
 
-    async fn complain(&self, message: &str) {
-        self.output.note(&format!("error: {message}")).await;
+    async fn complain(&mut self, failure: &Failure) {
+        let line = format!("error: {}", failure.message);
+        self.output.note(&line).await;
+        if self.code == 0 && !self.prompt.is_typed() {
+            self.code = failure.code;
+        }
     }
 }
 

@@ -1,13 +1,12 @@
 //! Sends a message and shows what is answered; says with which exit code a failure ends the program.
 
+use std::pin::pin;
 use std::time::Duration;
 
 use futures::StreamExt;
-use futures::stream::FuturesUnordered;
 use grapevine::chat::{ChatMessage, ChatReply, sanitise};
 use grapevine::error::{LookupError, RequestError};
-use grapevine::{Node, Provider, Reply, RequestOptions, ServiceName};
-use tokio::time::{Instant, timeout_at};
+use grapevine::{Node, Reply, RequestOptions, ServiceName};
 
 use crate::Cli;
 use crate::common::output::Output;
@@ -46,25 +45,13 @@ impl Mail {
         if self.to_all {
             return self.send_to_all(to, payload).await;
         }
-        let reply = self
-            .node
-            .request_with(to, payload, self.options(self.timeout))
-            .await;
+        let reply = self.node.request_with(to, payload, self.options()).await;
         self.show(reply).await
     }
 
     async fn send_to_all(&self, to: &ServiceName, payload: Vec<u8>) -> Result<(), Failure> {
-        let deadline = Instant::now() + self.timeout;
-        let providers = timeout_at(deadline, self.node.lookup(to))
-            .await
-            .unwrap_or_else(|_| Err(LookupError::TimedOut(to.clone())))
-            .map_err(|error| failure(&error.into()))?;
-        let options = self.options(deadline - Instant::now());
-        let request = |provider: Provider| {
-            let (payload, options) = (payload.clone(), options.clone());
-            async move { self.node.request_to(&provider, to, payload, options).await }
-        };
-        let mut replies: FuturesUnordered<_> = providers.into_iter().map(request).collect();
+        let replies = self.node.broadcast_with(to, payload, self.options());
+        let mut replies = pin!(replies);
         let (mut answered, mut failed) = (false, None);
         while let Some(reply) = replies.next().await {
             match self.show(reply).await {
@@ -92,9 +79,9 @@ impl Mail {
             .await;
     }
 
-    fn options(&self, deadline: Duration) -> RequestOptions {
+    fn options(&self) -> RequestOptions {
         RequestOptions {
-            deadline,
+            deadline: self.timeout,
             ..RequestOptions::default()
         }
     }
@@ -142,7 +129,8 @@ fn unreadable(reply: &Reply, error: impl std::fmt::Display) -> Failure {
     )
 }
 
-fn failure(error: &RequestError) -> Failure {
+/// How a request that fails ends the program.
+pub(crate) fn failure(error: &RequestError) -> Failure {
     let code = match error {
         RequestError::Lookup(LookupError::NotFound(_)) => NOT_FOUND,
         RequestError::Lookup(LookupError::TimedOut(_)) | RequestError::TimedOut(_) => TIMED_OUT,

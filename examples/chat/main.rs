@@ -64,7 +64,8 @@ Examples:
   chat --bootstrap /dns/example.org/tcp/20001 --to client1 --all --timeout 3 \"hello\"
           one message to everybody who answers to client1
   printf 'client1\\nhello\\n' | chat
-          a conversation from a file: a name, then messages; an empty line, then another name
+          a conversation from a file: a name, then messages; an empty line, then another name.
+          Messages to a name that fails are left out, and the first failure is the exit code
 
 Replies and messages go to standard output, all else to standard error. RUST_LOG=debug logs there
 too.
@@ -117,7 +118,7 @@ async fn chat(cli: Cli, stop: Stop) -> Result<u8, Failure> {
             Err(cause) => Ok(cause.code()),
         },
         None => match conversation(&cli, &stop).await {
-            Ok(result) => result.map(|()| 0),
+            Ok(result) => result,
             Err(cause) => Ok(cause.code()),
         },
     }
@@ -142,7 +143,7 @@ async fn one_message(cli: &Cli, text: &str, stop: &Stop) -> Result<Result<u8, Fa
     }
 }
 
-async fn conversation(cli: &Cli, stop: &Stop) -> Result<Result<(), Failure>, Cause> {
+async fn conversation(cli: &Cli, stop: &Stop) -> Result<Result<u8, Failure>, Cause> {
     let (prompt, output) = match Prompt::new(cli.history.clone(), stop) {
         Ok(opened) => opened,
         Err(failure) => return Ok(Err(failure)),

@@ -14,7 +14,7 @@ use rustyline::hint::Hinter;
 use rustyline::history::{DefaultHistory, History};
 use rustyline::validate::Validator;
 use rustyline::{CompletionType, Config, Context, Editor, ExternalPrinter, Helper};
-use tokio::io::{AsyncBufReadExt, BufReader, Lines, Stdin};
+use tokio::io::{AsyncBufReadExt, BufReader, Split, Stdin};
 
 use crate::common::output::Output;
 use crate::common::stop::Stop;
@@ -26,11 +26,14 @@ const HISTORY: usize = 1_000;
 pub(crate) enum Prompt {
     Editor(Box<LineEditor>),
     Lines {
-        lines: Lines<BufReader<Stdin>>,
+        lines: Split<BufReader<Stdin>>,
         /// Somebody types them.
         asks: bool,
     },
 }
+
+/// A line that is no text.
+pub(crate) struct NotUtf8;
 
 pub(crate) struct LineEditor {
     /// Away while it waits for a line.
@@ -49,21 +52,31 @@ impl Prompt {
         {
             return Ok(opened);
         }
-        let lines = BufReader::new(tokio::io::stdin()).lines();
+        let lines = BufReader::new(tokio::io::stdin()).split(b'\n');
         Ok((Self::Lines { lines, asks }, Output::stdout(stop.clone())))
     }
 
     /// The next line; `None` when there is none any more or the person wants to leave.
-    pub(crate) async fn ask(&mut self, question: &'static str) -> Option<String> {
+    pub(crate) async fn ask(&mut self, question: &'static str) -> Option<Result<String, NotUtf8>> {
         match self {
-            Self::Editor(editor) => editor.ask(question).await,
+            Self::Editor(editor) => editor.ask(question).await.map(Ok),
             Self::Lines { lines, asks } => {
                 if *asks {
                     // Nobody to ask if it fails; the line may come all the same.
                     let _ = write!(io::stderr(), "{question}");
                 }
-                lines.next_line().await.ok().flatten()
+                let line = lines.next_segment().await.ok().flatten()?;
+                let line = line.strip_suffix(b"\r").unwrap_or(&line).to_vec();
+                Some(String::from_utf8(line).map_err(|_| NotUtf8))
             }
+        }
+    }
+
+    /// Whether a person types the lines, who sees what comes of each before the next one.
+    pub(crate) fn is_typed(&self) -> bool {
+        match self {
+            Self::Editor(_) => true,
+            Self::Lines { asks, .. } => *asks,
         }
     }
 

@@ -9,7 +9,7 @@ use std::time::Instant;
 
 use libp2p::core::ConnectedPoint;
 use libp2p::swarm::{ConnectionId, DialError};
-use libp2p::{Multiaddr, PeerId, StreamProtocol, identify};
+use libp2p::{Multiaddr, PeerId, StreamProtocol, dns, identify};
 use tokio::sync::watch;
 
 use super::host;
@@ -303,7 +303,8 @@ fn is_kademlia(protocol: &StreamProtocol) -> bool {
 /// A dial error in words for a person.
 pub(crate) fn describe(error: &DialError, expected: Option<PeerId>) -> DialFailure {
     match error {
-        DialError::LocalPeerId { .. } => DialFailure::OwnAddress,
+        // The Swarm leaves out the addresses that it listens on itself.
+        DialError::LocalPeerId { .. } | DialError::NoAddresses => DialFailure::OwnAddress,
         DialError::WrongPeerId { obtained, .. } => match expected {
             Some(expected) => DialFailure::WrongPeer {
                 expected,
@@ -322,6 +323,14 @@ pub(crate) fn describe(error: &DialError, expected: Option<PeerId>) -> DialFailu
 
 /// The cause that says most, for a person.
 fn reason(error: &(dyn std::error::Error + 'static)) -> String {
+    let mut causes = std::iter::successors(Some(error), |error| error.source());
+    let unresolved = causes.find_map(|cause| cause.downcast_ref::<dns::ResolveError>());
+    if let Some(unresolved) = unresolved {
+        return match unresolved.is_no_records_found() {
+            true => "DNS knows no such host; correct its name or give its IP address".into(),
+            false => "DNS does not answer; give the host's IP address".into(),
+        };
+    }
     let reason = innermost(error).to_string();
     // "(os error 111)" tells a person nothing more.
     match reason.split_once(" (os error") {

@@ -181,12 +181,20 @@ impl<'a> Message<'a> {
     }
 
     async fn over_single_stream(&self, provider: PeerId, link: &Link) -> Result<Outcome, Closed> {
-        let slot = Arc::clone(link.single()).acquire_owned().await;
-        let slot = slot.map_err(|_| Closed)?;
-        // A kept one may have been opened while this waited.
-        if let Some(outcome) = self.over_kept_stream(link).await {
-            return Ok(outcome);
-        }
+        let kept = link.lane(Lane::of(&self.payload));
+        let slot = loop {
+            let opened = kept.opened();
+            // Those that have a stream of their own may take long, and a kept one may be there before
+            // any of them has ended.
+            if let Some(outcome) = self.over_kept_stream(link).await {
+                return Ok(outcome);
+            }
+            tokio::select! {
+                biased;
+                slot = Arc::clone(link.single()).acquire_owned() => break slot.map_err(|_| Closed)?,
+                () = opened => {}
+            }
+        };
         self.node.count_request();
         let (sender, outcome) = oneshot::channel();
         let command = Command::Request(Outbound {

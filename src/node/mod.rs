@@ -11,7 +11,7 @@ use std::sync::Arc;
 use futures::stream::{FuturesUnordered, Stream, StreamExt};
 use libp2p::{Multiaddr, PeerId};
 use tokio::sync::{Semaphore, oneshot, watch};
-use tokio::time::timeout;
+use tokio::time::{Instant, timeout, timeout_at};
 
 pub use builder::{Builder, Role};
 pub use call::{Delivery, Reply, RequestOptions};
@@ -25,7 +25,7 @@ pub(crate) use crate::store::workers::Full;
 pub(crate) use directory::{Directory, Found, PutError};
 
 use crate::error::{AnnounceError, LookupError, RequestError};
-use crate::limits::{LOOKUP_DEADLINE, MAX_LOOKUPS, SHUTDOWN_DEADLINE};
+use crate::limits::{LOOKUP_DEADLINE, MAX_LOOKUPS, MAX_REQUEST_TIME, SHUTDOWN_DEADLINE};
 use crate::metrics::Snapshot;
 use crate::name::ServiceName;
 use crate::net::{Command, Handle, Link, Status, Waiter};
@@ -200,27 +200,44 @@ impl Node {
 
     /// Sends a request to every live provider of the name, and yields each one's reply as it comes.
     ///
-    /// Ends after the last one; a failed lookup is its only item. Dropping it drops the requests
-    /// that are not answered.
+    /// As [`broadcast_with`](Self::broadcast_with) with the default [`RequestOptions`].
     pub fn broadcast(
         &self,
         name: &ServiceName,
         payload: Vec<u8>,
     ) -> impl Stream<Item = Result<Reply, RequestError>> + Send + use<> {
+        self.broadcast_with(name, payload, RequestOptions::default())
+    }
+
+    /// Sends a request to every live provider of the name, and yields each one's reply as it comes.
+    ///
+    /// Ends after the last one; a failed lookup is its only item. The deadline is that of the whole,
+    /// from the first poll on. Dropping it drops the requests that are not answered.
+    pub fn broadcast_with(
+        &self,
+        name: &ServiceName,
+        payload: Vec<u8>,
+        options: RequestOptions,
+    ) -> impl Stream<Item = Result<Reply, RequestError>> + Send + use<> {
         let (node, name) = (self.clone(), name.clone());
         let replies = async move {
-            let providers = match node.lookup(&name).await {
+            let end = Instant::now() + options.deadline.min(MAX_REQUEST_TIME);
+            let found = timeout_at(end, node.lookup(&name)).await;
+            let found = found.unwrap_or_else(|_| Err(LookupError::TimedOut(name.clone())));
+            let providers = match found {
                 Ok(providers) => providers,
                 Err(error) => {
                     return futures::stream::iter([Err(error.into())]).left_stream();
                 }
             };
+            let options = RequestOptions {
+                deadline: end - Instant::now(),
+                ..options
+            };
             let requests = providers.into_iter().map(|provider| {
                 let (node, name, payload) = (node.clone(), name.clone(), payload.clone());
-                async move {
-                    let options = RequestOptions::default();
-                    node.request_to(&provider, &name, payload, options).await
-                }
+                let options = options.clone();
+                async move { node.request_to(&provider, &name, payload, options).await }
             });
             requests.collect::<FuturesUnordered<_>>().right_stream()
         };

@@ -12,19 +12,21 @@
 //! * A crowded table is shared fairly between the address prefixes that grapes announce from.
 
 use std::collections::hash_map::RandomState;
-use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::collections::{BTreeMap, HashMap};
 use std::hash::BuildHasher;
 use std::net::{IpAddr, SocketAddr};
 use std::time::{Duration, Instant};
 
-use hashbrown::HashTable;
 use libp2p::PeerId;
 use rand::seq::SliceRandom;
 
-use super::{Nanos, Prefix, Slab, nanos};
+use super::heap::{Heap, Order};
+use super::index::Index;
+use super::slab::Slab;
+use super::{Nanos, Prefix, nanos};
 use crate::proto::wire::{Change, Digest};
 
-/// The workers of this grape, and as many of all others together. 200,000 take about 30 MB.
+/// The workers of this grape, and as many of all others together. 200,000 take 27 MB.
 const MAX_WORKERS: usize = 200_000;
 
 /// The workers of one service: ten times what one answer names.
@@ -69,9 +71,9 @@ pub(crate) struct Workers {
     epoch: Instant,
     hasher: RandomState,
     /// The first worker of each service; the others follow by `Worker::next`.
-    services: HashTable<u32>,
+    services: Index,
     workers: Slab<Worker>,
-    by_expiry: BTreeSet<(Nanos, u32)>,
+    by_expiry: Heap<ByExpiry>,
     own: usize,
     others: usize,
     last_change: u64,
@@ -89,19 +91,36 @@ struct Worker {
     at: At,
     grape: GrapeSlot,
     next: u32,
+    /// The place in `by_expiry`.
+    place: u32,
+    /// The lease of the last announcement, in milliseconds: [`MAX_WORKER_LEASE`] is some millions.
+    lease: u32,
     expires: Nanos,
-    /// Where it stands in `by_expiry`: at `expires` or, since it was renewed, before.
-    due: Nanos,
-    /// When the other grapes were to be told of it last, its number then, and its lease.
+    /// When the other grapes were to be told of it last, and its number then.
     told: Nanos,
     change: u64,
-    lease: Nanos,
 }
 
-/// An address in 18 bytes.
+/// The soonest to expire first.
+#[derive(Debug)]
+struct ByExpiry;
+
+impl Order for ByExpiry {
+    type Item = Worker;
+
+    fn due(worker: &Worker) -> Nanos {
+        worker.expires
+    }
+
+    fn place(worker: &mut Worker) -> &mut u32 {
+        &mut worker.place
+    }
+}
+
+/// An address in 19 bytes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 struct At {
-    ip: [u8; 16],
+    ip: IpAddr,
     port: [u8; 2],
 }
 
@@ -125,9 +144,9 @@ impl Workers {
         Self {
             epoch: now,
             hasher: RandomState::new(),
-            services: HashTable::new(),
+            services: Index::default(),
             workers: Slab::default(),
-            by_expiry: BTreeSet::new(),
+            by_expiry: Heap::default(),
             own: 0,
             others: 0,
             last_change: 0,
@@ -149,12 +168,14 @@ impl Workers {
         now: Instant,
     ) -> Result<bool, Full> {
         let now = self.nanos(now);
-        let lease = nanos(lease.min(MAX_WORKER_LEASE));
+        let lease = lease.min(MAX_WORKER_LEASE);
+        let milliseconds = lease.as_millis() as u32;
+        let lease = nanos(lease);
         let (slot, is_new) = self.insert(service, at.into(), OWN, now + lease)?;
         let Some(worker) = self.workers.get_mut(slot) else {
             return Ok(false);
         };
-        worker.lease = lease;
+        worker.lease = milliseconds;
         if !is_new && now < worker.told + lease / Nanos::from(TOLD_PER_LEASE) {
             return Ok(false);
         }
@@ -263,20 +284,11 @@ impl Workers {
         let before = self.last_change;
         let now = self.nanos(now);
         for _ in 0..EXPIRED_PER_SWEEP {
-            let Some(&(due, slot)) = self.by_expiry.first().filter(|(due, _)| *due <= now) else {
+            let first = self.by_expiry.first().and_then(|slot| self.at(slot));
+            let Some((slot, _)) = first.filter(|(_, worker)| worker.expires <= now) else {
                 break;
             };
-            match self.workers.get_mut(slot) {
-                Some(worker) if worker.expires > now => {
-                    worker.due = worker.expires;
-                    let due_again = worker.expires;
-                    self.by_expiry.remove(&(due, slot));
-                    self.by_expiry.insert((due_again, slot));
-                }
-                _ => {
-                    self.remove(slot);
-                }
-            }
+            self.remove(slot);
         }
         while let Some(gone) = self.gone.first_entry()
             && gone.get().until <= now
@@ -293,7 +305,7 @@ impl Workers {
     /// What to tell of a worker of this grape, if it is live.
     fn set(&self, slot: u32, now: Nanos) -> Option<Change> {
         let worker = self.workers.get(slot)?;
-        let keep = worker.told + longer(worker.lease);
+        let keep = worker.keep();
         let lease = Duration::from_nanos(keep.saturating_sub(now));
         (worker.expires > now).then_some(Change {
             service: worker.service,
@@ -320,9 +332,11 @@ impl Workers {
     }
 
     fn first(&self, service: &Digest) -> Option<u32> {
-        let hash = self.hasher.hash_one(service);
-        let is_of = is_of(service, &self.workers);
-        self.services.find(hash, is_of).copied()
+        let is_of = |slot| {
+            let worker = self.workers.get(slot);
+            worker.is_some_and(|worker| worker.service == *service)
+        };
+        self.services.find(self.hasher.hash_one(service), is_of)
     }
 
     fn find(&self, service: &Digest, at: At, grape: GrapeSlot) -> Option<u32> {
@@ -340,8 +354,11 @@ impl Workers {
         expires: Nanos,
     ) -> Result<(u32, bool), Full> {
         if let Some(slot) = self.find(service, at, grape) {
-            if let Some(worker) = self.workers.get_mut(slot) {
-                worker.expires = worker.expires.max(expires);
+            if let Some(worker) = self.workers.get_mut(slot)
+                && worker.expires < expires
+            {
+                worker.expires = expires;
+                self.by_expiry.update(slot, &mut self.workers);
             }
             return Ok((slot, false));
         }
@@ -354,13 +371,13 @@ impl Workers {
             at,
             grape,
             next: END,
+            place: 0,
+            lease: 0,
             expires,
-            due: expires,
             told: 0,
             change: 0,
-            lease: 0,
         });
-        self.by_expiry.insert((expires, slot));
+        self.by_expiry.insert(slot, &mut self.workers);
         self.link(service, slot);
         Ok((slot, true))
     }
@@ -369,8 +386,8 @@ impl Workers {
         let Some(first) = self.first(service) else {
             let hash = self.hasher.hash_one(service);
             let (workers, hasher) = (&self.workers, &self.hasher);
-            self.services.insert_unique(hash, slot, |slot| {
-                let worker = workers.get(*slot);
+            self.services.insert(hash, slot, |slot| {
+                let worker = workers.get(slot);
                 worker.map_or(0, |worker| hasher.hash_one(worker.service))
             });
             return;
@@ -387,12 +404,10 @@ impl Workers {
     }
 
     fn unlink(&mut self, service: &Digest, slot: u32, next: u32) {
-        let hash = self.hasher.hash_one(service);
-        let is_of = is_of(service, &self.workers);
-        let Ok(mut entry) = self.services.find_entry(hash, is_of) else {
+        let Some(first) = self.first(service) else {
             return;
         };
-        let first = *entry.get();
+        let hash = self.hasher.hash_one(service);
         if first != slot {
             let before = self
                 .all(service)
@@ -402,9 +417,9 @@ impl Workers {
                 before.next = next;
             }
         } else if next == END {
-            entry.remove();
+            self.services.remove(hash, slot);
         } else {
-            *entry.get_mut() = next;
+            self.services.replace(hash, slot, next);
         }
     }
 
@@ -413,9 +428,8 @@ impl Workers {
             return false;
         };
         let (service, at, grape) = (worker.service, worker.at, worker.grape);
-        let (due, next, change) = (worker.due, worker.next, worker.change);
-        let until = worker.told + longer(worker.lease);
-        self.by_expiry.remove(&(due, slot));
+        let (next, change, until) = (worker.next, worker.change, worker.keep());
+        self.by_expiry.remove(slot, &mut self.workers);
         self.unlink(&service, slot, next);
         self.workers.remove(slot);
         if grape == OWN {
@@ -501,17 +515,12 @@ impl Workers {
     }
 }
 
-/// Whether a worker is one of the service.
-fn is_of(service: &Digest, workers: &Slab<Worker>) -> impl FnMut(&u32) -> bool {
-    |slot| {
-        let worker = workers.get(*slot);
-        worker.is_some_and(|worker| worker.service == *service)
+impl Worker {
+    /// How long the other grapes keep it, from what they were to be told of it last.
+    fn keep(&self) -> Nanos {
+        let lease = nanos(Duration::from_millis(self.lease.into()));
+        self.told + lease + lease / Nanos::from(TOLD_PER_LEASE)
     }
-}
-
-/// How long other grapes keep a worker after they were to be told of it.
-fn longer(lease: Nanos) -> Nanos {
-    lease + lease / Nanos::from(TOLD_PER_LEASE)
 }
 
 /// Leaves at most `limit` different items, any of them.
@@ -536,12 +545,8 @@ impl From<&Gone> for Change {
 
 impl From<SocketAddr> for At {
     fn from(at: SocketAddr) -> Self {
-        let ip = match at.ip() {
-            IpAddr::V4(ip) => ip.to_ipv6_mapped(),
-            IpAddr::V6(ip) => ip,
-        };
         Self {
-            ip: ip.octets(),
+            ip: at.ip().to_canonical(),
             port: at.port().to_be_bytes(),
         }
     }
@@ -549,10 +554,7 @@ impl From<SocketAddr> for At {
 
 impl From<At> for SocketAddr {
     fn from(at: At) -> Self {
-        Self::new(
-            IpAddr::from(at.ip).to_canonical(),
-            u16::from_be_bytes(at.port),
-        )
+        Self::new(at.ip, u16::from_be_bytes(at.port))
     }
 }
 

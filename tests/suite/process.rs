@@ -174,9 +174,9 @@ impl Program {
         panic!("{} has not said {start:?} but: {}", self.name, self.said);
     }
 
-    pub(crate) async fn types(&mut self, line: &str) {
+    pub(crate) async fn types(&mut self, line: impl AsRef<[u8]>) {
         let stdin = self.stdin.as_mut().unwrap();
-        stdin.write_all(line.as_bytes()).await.unwrap();
+        stdin.write_all(line.as_ref()).await.unwrap();
         stdin.write_all(b"\n").await.unwrap();
     }
 

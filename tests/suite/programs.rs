@@ -169,12 +169,7 @@ async fn a_conversation_through_pipes_has_replies_alone_on_stdout() {
         let _client2 = peer("client2", &grape).await;
         let mut chat = conversation(&grape.address);
         chat.says("empty line: another name; exit: leave").await;
-        for line in ["nobody", "two words", "client1"] {
-            chat.types(line).await;
-        }
-        chat.says("error: nobody announces nobody").await;
-        chat.says("error: the name has a character that cannot be seen")
-            .await;
+        chat.types("client1").await;
         chat.says("client1: 1 provider: 12D3..").await;
         for line in ["hello", "again", "", "client2", "and you"] {
             chat.types(line).await;
@@ -187,6 +182,39 @@ async fn a_conversation_through_pipes_has_replies_alone_on_stdout() {
         let mut chat = conversation(&grape.address);
         chat.closes_input();
         assert_eq!(chat.end().await.code(), Some(0));
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn a_script_sends_nobody_else_what_was_meant_for_a_name_that_failed() {
+    in_time(async {
+        let grape = grape(&[]).await;
+        let _client1 = peer("client1", &grape).await;
+        let mut chat = conversation(&grape.address);
+        let failing = ["nobody", "client1", "lost", "", "two words", "lost", ""];
+        for line in failing.into_iter().chain(["client1", "hello"]) {
+            chat.types(line).await;
+        }
+        chat.says("error: nobody announces nobody").await;
+        chat.says("error: the name has white space at byte 3").await;
+        assert_eq!(chat.line().await, "Echo: hello");
+        chat.closes_input();
+        assert_eq!(chat.end().await.code(), Some(3), "of the first failure");
+        assert_eq!(chat.output().await, "");
+        let mut chat = conversation(&grape.address);
+        for line in ["two words", "lost", "exit", "client1", "late"] {
+            chat.types(line).await;
+        }
+        assert_eq!(chat.end().await.code(), Some(2));
+        assert_eq!(chat.output().await, "");
+        let mut chat = conversation(&grape.address);
+        for line in [&b"client1\r"[..], b"caf\xe9", b"hello\r", b"exit"] {
+            chat.types(line).await;
+        }
+        chat.says("error: left out a line that is not UTF-8").await;
+        assert_eq!(chat.end().await.code(), Some(2));
+        assert_eq!(chat.output().await, "Echo: hello\n");
     })
     .await;
 }
@@ -272,6 +300,11 @@ async fn the_id_of_a_grape_is_learned_or_checked() {
         second
             .says(&format!("cannot join by {}", refused.trim()))
             .await;
+        let own = free_address();
+        let refused = format!("{own}: this is the node's own address\n");
+        run("peer", &["client1", "--listen", &own, "--bootstrap", &own])
+            .await
+            .fails(1, &format!("error: no grape to announce at: {refused}"));
     })
     .await;
 }
@@ -629,6 +662,15 @@ async fn the_exit_code_says_what_went_wrong() {
                 4,
                 "error: no grape to ask: /ip4/127.0.0.1/tcp/1: Connection refused\n",
             );
+        // A top-level domain that no resolver asks anybody about.
+        let unknown = "/dns/grape.invalid/tcp/20001";
+        run("chat", &["--bootstrap", unknown, "--to", "client1", "hi"])
+            .await
+            .fails(
+                4,
+                "error: no grape to ask: /dns/grape.invalid/tcp/20001: DNS knows no such host; \
+                 correct its name or give its IP address\n",
+            );
     })
     .await;
 }
@@ -783,7 +825,7 @@ async fn wrong_usage_is_one_line_that_says_what_to_do() {
                 "peer",
                 &["two words"],
                 2,
-                "leave out white space, control and zero-width characters",
+                "white space at byte 3: make it one word",
             ),
             ("peer", &["bell\x07"], 2, "U+0007 at byte 4"),
             ("peer", &["grapevine/serves"], 2, "choose another"),

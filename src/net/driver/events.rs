@@ -14,6 +14,7 @@ use crate::net::connectivity::Connectivity;
 use crate::net::discovery::{self, Discovery};
 use crate::net::names;
 use crate::net::rendezvous;
+use crate::net::rpc::link::Lane;
 use crate::net::rpc::single::Serves;
 use crate::net::swarm::BehaviourEvent;
 use crate::proto::announce::Place;
@@ -345,6 +346,11 @@ impl Driver {
     pub(super) fn on_identified(&mut self, peer: PeerId, info: &identify::Info) {
         let back = self.connectivity.on_identified(peer, info, self.registrar);
         self.grapes_changed = true;
+        if self.routes.link(peer).wants_kept() {
+            // They were sent before it was known that one can be kept.
+            self.keep_stream(peer, Lane::Small);
+            self.keep_stream(peer, Lane::Large);
+        }
         // A grape is dialled back for its place in the routing table.
         if back.is_empty() || !self.has_room_for(&peer) {
             return;

@@ -23,7 +23,8 @@ use bytes::Bytes;
 use futures::future::poll_fn;
 use futures::io::{AsyncRead, AsyncReadExt, AsyncWrite};
 use libp2p::swarm::Stream;
-use tokio::sync::{Semaphore, oneshot};
+use tokio::sync::futures::Notified;
+use tokio::sync::{Notify, Semaphore, oneshot};
 use tokio::task::consume_budget;
 use tokio::time::{Instant, Sleep, sleep_until, timeout, timeout_at};
 use void::Void;
@@ -64,6 +65,8 @@ pub(crate) struct Kept {
     /// One permit for each request that is not open, and whose frame does not wait either.
     slots: Semaphore,
     max: usize,
+    /// Requests can be sent now.
+    opened: Notify,
 }
 
 #[derive(Debug)]
@@ -126,6 +129,7 @@ impl Kept {
             state: Mutex::new(state),
             slots: Semaphore::new(max),
             max,
+            opened: Notify::new(),
         }
     }
 
@@ -137,6 +141,11 @@ impl Kept {
     /// Whether requests can be sent.
     pub(crate) fn is_open(&self) -> bool {
         self.lock().phase == Phase::Open
+    }
+
+    /// Returns when a stream is opened after this call.
+    pub(crate) fn opened(&self) -> Notified<'_> {
+        self.opened.notified()
     }
 
     /// Sends a request when there is a slot for it, and returns by the deadline. `None` if no stream
@@ -243,6 +252,7 @@ impl Kept {
         state.phase = Phase::Open;
         state.rests_until = Instant::now() + FIRST_REQUEST;
         state.alarm = state.rests_until;
+        self.opened.notify_waiters();
         sleep_until(state.alarm)
     }
 

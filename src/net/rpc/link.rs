@@ -47,6 +47,11 @@ impl Link {
         &self.single
     }
 
+    /// Whether requests have streams of their own for which a kept one would do.
+    pub(crate) fn wants_kept(&self) -> bool {
+        self.single.available_permits() < MAX_SINGLE_REQUESTS
+    }
+
     /// Keeps a stream for payloads of a lane, which `open` opens, unless there is one.
     pub(crate) fn keep(
         self: Arc<Self>,
