@@ -242,6 +242,7 @@ impl Driver {
             names::Learned::NotAsked(peer, name) => self.ask_serves(peer, name),
         }
         if self.names.counts_changed() {
+            self.grapes_changed = true;
             let known = self.grapes.borrow().len();
             if self.names.most_grapes() != known as u64 {
                 let known_few = (1..SMALL).contains(&known);
