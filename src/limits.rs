@@ -134,7 +134,8 @@ pub struct Limits {
     pub inbound_requests: usize,
     /// The payload bytes of those requests and of their replies that are held at once, and again as
     /// many of requests that are still arriving. 64 MiB by default: 64 of the largest payloads. Those
-    /// of up to 4 KiB do not count; the number of requests bounds them.
+    /// of up to 4 KiB do not count; the number of requests bounds them. Beside them each peer may leave
+    /// 64 KiB of short answers on names unread.
     pub inbound_bytes: usize,
     /// The established connections that others opened. 4,096 by default, each about 100 KB.
     pub inbound_connections: u32,

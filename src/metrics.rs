@@ -2,6 +2,8 @@
 
 use std::sync::atomic::{AtomicU64, Ordering};
 
+use crate::store::Stats;
+
 /// A number that only grows.
 #[derive(Debug, Default)]
 pub(crate) struct Counter(AtomicU64);
@@ -43,9 +45,6 @@ pub(crate) struct Metrics {
     pub(crate) open_requests: Gauge,
     pub(crate) peers: Gauge,
     pub(crate) announced: Gauge,
-    pub(crate) stored: Gauge,
-    pub(crate) evicted: Gauge,
-    pub(crate) refused: Gauge,
 }
 
 /// What a node has done since it started, and what it holds now.
@@ -83,8 +82,8 @@ pub struct Snapshot {
 }
 
 impl Metrics {
-    /// What has been counted, beside the workers that are kept now.
-    pub(crate) fn snapshot(&self, workers: usize) -> Snapshot {
+    /// What has been counted, beside the records and the workers that are kept now.
+    pub(crate) fn snapshot(&self, records: Stats, workers: usize) -> Snapshot {
         Snapshot {
             lookups: self.lookups.count(),
             lookups_found: self.lookups_found.count(),
@@ -96,10 +95,10 @@ impl Metrics {
             open_requests: self.open_requests.value(),
             peers: self.peers.value(),
             announced: self.announced.value(),
-            stored: self.stored.value(),
+            stored: records.records,
             workers: workers as u64,
-            evicted: self.evicted.value(),
-            refused: self.refused.value(),
+            evicted: records.evicted,
+            refused: records.refused,
         }
     }
 }

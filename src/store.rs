@@ -297,8 +297,12 @@ impl Store {
     /// no order, and one that announces the name may be under way.
     pub(crate) fn withdraw(&mut self, key: &[u8], peer: &PeerId, now: Instant) -> bool {
         let now = self.nanos(now);
-        self.withdrawn.add(key, peer, now);
-        self.drop_record(key, peer)
+        let was_kept = self.drop_record(key, peer);
+        // Who takes back what it never announced does not make others' withdrawals forgotten.
+        if was_kept || self.withdrawn.has_room(now) {
+            self.withdrawn.add(key, peer, now);
+        }
+        was_kept
     }
 
     fn drop_record(&mut self, key: &[u8], peer: &PeerId) -> bool {

@@ -75,6 +75,13 @@ struct Peer {
     dialled: bool,
 }
 
+impl Peer {
+    /// It says that it is one, and this node has reason to know it: anybody may connect and say so.
+    fn is_taken_for_grape(&self) -> bool {
+        self.is_grape && self.dialled
+    }
+}
+
 /// What has become of a connection.
 #[derive(Debug, Default, PartialEq, Eq)]
 pub(crate) struct Change {
@@ -112,13 +119,19 @@ impl Connectivity {
     /// The grapes this node is connected to, bootstrap grapes or not.
     pub(crate) fn grapes(&self) -> Vec<PeerId> {
         let mut grapes = self.bootstraps.connected();
-        let others = self.peers.iter().filter(|(_, peer)| peer.is_grape);
-        for (peer, _) in others {
-            if !grapes.contains(peer) {
+        let named = grapes.len();
+        for (peer, known) in &self.peers {
+            if known.is_taken_for_grape() && !grapes[..named].contains(peer) {
                 grapes.push(*peer);
             }
         }
         grapes
+    }
+
+    /// Whether a connected peer is taken for a grape.
+    pub(crate) fn is_grape(&self, peer: &PeerId) -> bool {
+        let known = self.peers.get(peer);
+        known.is_some_and(Peer::is_taken_for_grape)
     }
 
     /// The grapes that are connected and those of the routing table, each once.

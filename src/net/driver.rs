@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 use futures::future::BoxFuture;
 use futures::stream::FuturesUnordered;
 use futures::{FutureExt, StreamExt};
-use libp2p::{Swarm, kad};
+use libp2p::{PeerId, Swarm, kad};
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio::time::sleep_until;
 use void::Void;
@@ -197,6 +197,7 @@ impl Driver {
     /// [`SHUTDOWN_DEADLINE`].
     async fn shut_down(&mut self) {
         self.server.stop();
+        let deadline = tokio::time::Instant::now() + SHUTDOWN_DEADLINE;
         let names: Vec<_> = self.discovery.announcements.names().cloned().collect();
         for name in names {
             self.withdraw(&name);
@@ -206,13 +207,14 @@ impl Driver {
         for name in self.discovery.awaited() {
             self.discovery.refuse(&name, LookupError::Closed);
         }
-        let deadline = tokio::time::Instant::now() + SHUTDOWN_DEADLINE;
         while self.withdrawing() > 0 || self.server.open_requests() > 0 {
             self.carry_out_names(Instant::now());
             let server = Arc::clone(&self.server);
+            let due = self.names.registrations.next_due();
             tokio::select! {
                 event = self.swarm.select_next_some() => self.on_swarm_event(event),
                 answered = self.names.next() => self.on_names(answered),
+                () = sleep_until(due.unwrap_or_else(Instant::now).into()), if due.is_some() => {}
                 () = server.idle(), if server.open_requests() > 0 => {}
                 () = sleep_until(deadline) => break,
             }
@@ -355,7 +357,11 @@ impl Driver {
         behaviour
             .kad
             .stop_providing(&kad::RecordKey::new(&name.key()));
-        for grape in grapes.filter(|grape| !self.names.registrations.answers(grape)) {
+        // A grape of ours hears of it by its registry.
+        let by_rendezvous = |grape: &PeerId| {
+            self.names.registrations.is_deaf(grape) || !self.connectivity.is_ours(grape)
+        };
+        for grape in grapes.filter(by_rendezvous) {
             self.rendezvous
                 .unregister(&mut behaviour.rendezvous, grape, name);
         }

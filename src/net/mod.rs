@@ -78,7 +78,7 @@ pub(crate) enum Command {
         handler: mpsc::Sender<Inbound>,
         done: oneshot::Sender<Result<(), AnnounceError>>,
     },
-    /// Take a name back; answered when the grapes have taken that.
+    /// Take a name back; answered when the grapes are about to be told.
     Withdraw {
         name: ServiceName,
         done: oneshot::Sender<()>,

@@ -266,7 +266,7 @@ impl Names {
         let found = match reply {
             Reply::Read(reply) if reply.found.len() == names.len() => reply.found,
             Reply::Deaf => {
-                self.registrations.on_asked(&grape, false, now);
+                self.registrations.on_deaf(&grape, now);
                 return Learned::Deaf(grape, names);
             }
             _ => {
@@ -274,7 +274,6 @@ impl Names {
                 return Learned::Found(grape, unanswered.collect());
             }
         };
-        self.registrations.on_asked(&grape, true, now);
         let providers = found.into_iter().map(|of_name| {
             let provider = of_name.into_iter().map(|provided| {
                 let mut addresses = provided.addresses;
@@ -290,6 +289,11 @@ impl Names {
     pub(crate) fn on_disconnected(&mut self, peer: &PeerId, now: time::Instant) {
         self.counts.remove(peer);
         self.registrations.on_disconnected(peer, now);
+    }
+
+    /// Forgets what grapes have said of how many there are.
+    pub(crate) fn forget_counts(&mut self, of: impl Fn(&PeerId) -> bool) {
+        self.counts.retain(|grape, _| !of(grape));
     }
 
     /// The most grapes that any grape says there are.

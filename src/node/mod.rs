@@ -97,7 +97,8 @@ impl Node {
     pub fn metrics(&self) -> Snapshot {
         let handle = &self.shared.handle;
         let (own, others) = handle.registry.workers().len();
-        handle.metrics.snapshot(own + others)
+        let records = handle.registry.providers().stats();
+        handle.metrics.snapshot(records, own + others)
     }
 
     /// Announces a name, and returns when a grape holds it: from then on others find it.

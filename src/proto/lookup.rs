@@ -279,6 +279,13 @@ impl<Q: Copy + Eq + Hash> Lookups<Q> {
         }
     }
 
+    /// There are more grapes than this node knew of when it began its lookups.
+    pub(crate) fn on_more_grapes(&mut self) {
+        for lookup in self.running.values_mut() {
+            lookup.all_asked = false;
+        }
+    }
+
     /// Whether a lookup of the name runs.
     pub(crate) fn is_running(&self, name: &ServiceName) -> bool {
         self.running.contains_key(name)

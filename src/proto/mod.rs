@@ -197,7 +197,7 @@
 //! | `record` | 4,096 |
 //! | providers of one name in an answer | 64, and 61,440 bytes |
 //! | addresses of a provider | 8, of 256 bytes |
-//! | names that one peer announces | 2,000 a second, and 20,000 of them at once; a grape keeps 20,000 of it |
+//! | names that one peer announces | 2,000 a second, and 22,000 at once, and as many that it takes back; a grape keeps 20,000 of it |
 //! | names that one peer looks up | 10,000 a second |
 //! | changes in one request to the registry | 1,000 |
 //! | keys asked for in one request to the registry | 16 |

@@ -121,11 +121,12 @@ struct Grape {
     closest_to: BTreeSet<Number>,
     /// The lease that it grants.
     lease: Duration,
-    /// Has answered as a grape with a registry does, over this connection.
-    answers: bool,
     deaf: bool,
     /// Those that it is told of next.
     fresh: BTreeSet<Number>,
+    /// Those that it did not take, and when it is told of them again.
+    refused: BTreeSet<Number>,
+    retry: Option<Instant>,
     /// Those that it may keep and that are taken back.
     gone: BTreeSet<ServiceName>,
     /// Where the round is, if one is under way.
@@ -165,11 +166,17 @@ impl Registrations {
         self.last += 1;
         let number = self.last;
         // A grape that was to be told that it is gone may still keep it.
-        let mut told = false;
-        for grape in self.grapes.values_mut() {
-            told |= grape.gone.remove(name);
-            if grape.every && !grape.deaf {
+        let (mut told, mut touched) = (false, Vec::new());
+        for (peer, grape) in &mut self.grapes {
+            let is_kept = grape.gone.remove(name);
+            told |= is_kept;
+            if is_kept && !grape.every {
+                // Until a walk says otherwise.
+                grape.closest_to.insert(number);
+            }
+            if (is_kept || grape.every) && !grape.deaf {
                 grape.fresh.insert(number);
+                touched.push(*peer);
             }
         }
         self.numbers.insert(name.clone(), number);
@@ -183,7 +190,7 @@ impl Registrations {
         if self.scope == Scope::Closest {
             self.walk_at(number, now);
         }
-        self.reschedule_all(now);
+        self.reschedule_those(&touched, now);
     }
 
     /// Stops announcing a name.
@@ -197,14 +204,24 @@ impl Registrations {
         if let Some(at) = entry.walk {
             self.walks.remove(&(at, number));
         }
-        for grape in self.grapes.values_mut() {
+        let mut touched = Vec::new();
+        for (peer, grape) in &mut self.grapes {
             grape.fresh.remove(&number);
+            grape.refused.remove(&number);
             let is_kept = grape.closest_to.remove(&number) || grape.every;
-            if is_kept && entry.told && !grape.deaf && grape.gone.len() < MAX_ANNOUNCED {
-                grape.gone.insert(name.clone());
+            if !is_kept {
+                continue;
             }
+            if entry.told && !grape.deaf && grape.gone.len() < MAX_ANNOUNCED {
+                grape.gone.insert(name.clone());
+                if grape.failures == 0 {
+                    // What is taken back waits for nothing.
+                    grape.not_before = None;
+                }
+            }
+            touched.push(*peer);
         }
-        self.reschedule_all(now);
+        self.reschedule_those(&touched, now);
     }
 
     /// The grapes that are known now.
@@ -278,12 +295,13 @@ impl Registrations {
         let Some(grape) = self.grapes.get_mut(peer) else {
             return;
         };
-        (grape.answers, grape.deaf) = (false, false);
+        grape.deaf = false;
         (grape.failures, grape.not_before) = (0, None);
         grape.fresh = match grape.every {
             true => self.names.keys().copied().collect(),
             false => grape.closest_to.clone(),
         };
+        (grape.refused, grape.retry) = Default::default();
         grape.round = None;
         self.reschedule(peer, now);
     }
@@ -293,7 +311,6 @@ impl Registrations {
         let Some(grape) = self.grapes.get_mut(peer) else {
             return;
         };
-        grape.answers = false;
         let soon = now + RETRY_MIN.mul_f64(rand::rng().random_range(0.5..1.0));
         grape.next_round = grape.next_round.min(soon);
         grape.not_before = Some(soon);
@@ -361,6 +378,7 @@ impl Registrations {
                 continue;
             }
             grape.fresh.remove(&number);
+            grape.refused.remove(&number);
             if told && !grape.deaf {
                 // It would not hear of a withdrawal any more.
                 grape.gone.insert(name.clone());
@@ -390,7 +408,7 @@ impl Registrations {
         let confirmed = match answer {
             Answer::Taken { lease, refused } => self.on_taken(peer, &told, lease, &refused, now),
             Answer::Deaf => {
-                self.on_asked(peer, false, now);
+                self.on_deaf(peer, now);
                 Vec::new()
             }
             Answer::Failed => {
@@ -413,7 +431,6 @@ impl Registrations {
         let Some(grape) = self.grapes.get_mut(peer) else {
             return Vec::new();
         };
-        grape.answers = true;
         grape.failures = 0;
         grape.not_before = None;
         // A longer one is no reason to be heard of less often.
@@ -425,13 +442,13 @@ impl Registrations {
                 continue;
             };
             if refused.contains(&index) {
-                grape.fresh.insert(*number);
+                grape.refused.insert(*number);
             } else if !std::mem::replace(&mut entry.confirmed, true) {
                 confirmed.push(entry.name.clone());
             }
         }
-        if !refused.is_empty() {
-            grape.not_before = Some(now + REFUSED);
+        if !grape.refused.is_empty() {
+            grape.retry.get_or_insert(now + REFUSED);
         }
         confirmed
     }
@@ -482,18 +499,12 @@ impl Registrations {
         self.grapes.get(peer).is_some_and(|grape| grape.deaf)
     }
 
-    /// Whether a grape has answered by its registry.
-    pub(crate) fn answers(&self, peer: &PeerId) -> bool {
-        self.grapes.get(peer).is_some_and(|grape| grape.answers)
-    }
-
-    /// A grape has answered something else than an update; `false`: it has no registry.
-    pub(crate) fn on_asked(&mut self, peer: &PeerId, answers: bool, now: Instant) {
+    /// A grape has answered that it has no registry.
+    pub(crate) fn on_deaf(&mut self, peer: &PeerId, now: Instant) {
         let Some(grape) = self.grapes.get_mut(peer) else {
             return;
         };
-        grape.answers |= answers;
-        if !answers && grape.turn_deaf() {
+        if grape.turn_deaf() {
             self.turned_deaf.push(*peer);
         }
         self.reschedule(peer, now);
@@ -530,8 +541,12 @@ impl Registrations {
 
     fn reschedule_all(&mut self, now: Instant) {
         let peers: Vec<_> = self.grapes.keys().copied().collect();
+        self.reschedule_those(&peers, now);
+    }
+
+    fn reschedule_those(&mut self, peers: &[PeerId], now: Instant) {
         for peer in peers {
-            self.reschedule(&peer, now);
+            self.reschedule(peer, now);
         }
     }
 
@@ -558,9 +573,10 @@ impl Grape {
             every: false,
             closest_to: BTreeSet::new(),
             lease: LEASE,
-            answers: false,
             deaf: false,
             fresh: BTreeSet::new(),
+            refused: BTreeSet::new(),
+            retry: None,
             gone: BTreeSet::new(),
             round: None,
             next_round: now,
@@ -587,6 +603,7 @@ impl Grape {
     /// Returns whether it was not before.
     fn turn_deaf(&mut self) -> bool {
         self.fresh.clear();
+        (self.refused, self.retry) = Default::default();
         self.gone.clear();
         !std::mem::replace(&mut self.deaf, true)
     }
@@ -605,7 +622,9 @@ impl Grape {
             // An earlier one stays as it is.
             (true, _) => self.due.map_or(now, |due| due.min(now)),
             (false, true) => return None,
-            (false, false) => self.next_round,
+            (false, false) => self
+                .retry
+                .map_or(self.next_round, |at| at.min(self.next_round)),
         };
         Some(self.not_before.map_or(due, |at| at.max(due)))
     }
@@ -623,13 +642,15 @@ impl Grape {
             self.round = Some(Number::MIN);
             self.next_round = now + self.renewal();
         }
-        let mut announce: Vec<Number> = Vec::new();
-        while announce.len() < MAX_NAMES
-            && let Some(number) = self.fresh.pop_first()
-        {
-            announce.push(number);
+        if self.retry.is_some_and(|at| at <= now) {
+            self.retry = None;
+            self.fresh.append(&mut self.refused);
         }
+        let mut announce: Vec<Number> = Vec::new();
+        // New names do not keep a round from going on, nor the other way round.
+        self.take_fresh(MAX_NAMES / 2, &mut announce);
         self.go_on(names, &mut announce);
+        self.take_fresh(MAX_NAMES, &mut announce);
         let mut withdraw = Vec::new();
         while withdraw.len() < MAX_NAMES
             && let Some(name) = self.gone.pop_first()
@@ -651,6 +672,14 @@ impl Grape {
             withdraw: withdraw.clone(),
         });
         Some((told, withdraw))
+    }
+
+    fn take_fresh(&mut self, up_to: usize, announce: &mut Vec<Number>) {
+        while announce.len() < up_to
+            && let Some(number) = self.fresh.pop_first()
+        {
+            announce.push(number);
+        }
     }
 
     /// Fills a message with the next names of the round, which ends with the last one.
@@ -911,6 +940,64 @@ mod tests {
         assert_eq!(scene.update(), None);
         scene.now += REFUSED;
         assert_eq!(scene.update().unwrap().announce, [name(2)]);
+    }
+
+    #[test]
+    fn names_that_a_grape_keeps_are_renewed_however_many_it_refuses() {
+        let grapes = grapes(1);
+        let mut scene = Scene::new(&grapes);
+        scene.announce(0..2 * MAX_NAMES);
+        let kept: HashSet<_> = (MAX_NAMES..2 * MAX_NAMES).map(name).collect();
+        let mut heard: HashMap<ServiceName, Instant> = HashMap::new();
+        let end = scene.now + 2 * LEASE;
+        while scene.now < end {
+            while let Some(update) = scene.update() {
+                let mut refused = BTreeSet::new();
+                for (place, name) in update.announce.iter().enumerate() {
+                    if kept.contains(name) {
+                        heard.insert(name.clone(), scene.now);
+                    } else {
+                        refused.insert(place);
+                    }
+                }
+                let lease = LEASE;
+                scene.answer(&update.grape, Answer::Taken { lease, refused });
+            }
+            scene.now += SECOND;
+            assert!(heard.values().all(|at| scene.now - *at < LEASE / 2));
+        }
+        assert_eq!(heard.len(), kept.len());
+    }
+
+    #[test]
+    fn what_is_taken_back_waits_for_no_refused_name() {
+        let grapes = grapes(1);
+        let mut scene = Scene::new(&grapes);
+        scene.announce([1, 2]);
+        let update = scene.update().unwrap();
+        let (lease, refused) = (LEASE, BTreeSet::from([0]));
+        scene.answer(&update.grape, Answer::Taken { lease, refused });
+        assert_eq!(scene.update(), None);
+        scene.withdraw(2);
+        assert_eq!(scene.update().unwrap().withdraw, [name(2)]);
+    }
+
+    #[test]
+    fn a_name_of_a_large_network_that_comes_and_goes_during_a_walk_is_taken_back() {
+        let grapes = grapes(30);
+        let mut scene = Scene::new(&[]);
+        scene.knows(&grapes, Scope::Closest);
+        scene.announce([1]);
+        assert_eq!(scene.registrations.poll_walk(scene.now), Some(name(1)));
+        scene
+            .registrations
+            .on_walked(&name(1), &grapes[..2], scene.now);
+        scene.settle();
+        scene.withdraw(1);
+        scene.announce([1]);
+        scene.withdraw(1);
+        scene.settle();
+        assert!(grapes.iter().all(|grape| scene.kept_by(grape) == 0));
     }
 
     #[test]

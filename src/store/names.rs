@@ -39,7 +39,7 @@ const PORTION: usize = 64;
 /// Why a message was not taken.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum NotTaken {
-    #[error("more is looked up than one peer may")]
+    #[error("more is asked for than one peer may")]
     TooFast,
     #[error(transparent)]
     Record(#[from] RecordError),
@@ -51,6 +51,7 @@ pub(crate) enum NotTaken {
 #[derive(Debug)]
 pub(super) struct Rates {
     announced: RateLimit,
+    withdrawn: RateLimit,
     sought: RateLimit,
 }
 
@@ -58,6 +59,7 @@ impl Default for Rates {
     fn default() -> Self {
         Self {
             announced: RateLimit::with_burst(NAMES_PER_SECOND, NAMES_AT_ONCE),
+            withdrawn: RateLimit::with_burst(NAMES_PER_SECOND, NAMES_AT_ONCE),
             sought: RateLimit::new(LOOKUPS_PER_SECOND),
         }
     }
@@ -66,13 +68,13 @@ impl Default for Rates {
 impl Rates {
     pub(super) fn sweep(&mut self, now: Instant) {
         self.announced.sweep(now);
+        self.withdrawn.sweep(now);
         self.sought.sweep(now);
     }
 }
 
 /// What a peer has proved to have said of itself.
 struct Claim {
-    /// None if they are known already.
     addresses: Vec<Multiaddr>,
     envelope: Arc<[u8]>,
 }
@@ -89,6 +91,10 @@ impl Registry {
     ) -> Result<NamesReply, NotTaken> {
         let sought = request.find.len();
         if self.rates().sought.take(peer, sought, now) < sought {
+            return Err(NotTaken::TooFast);
+        }
+        let withdrawn = request.withdraw.len();
+        if self.rates().withdrawn.take(peer, withdrawn, now) < withdrawn {
             return Err(NotTaken::TooFast);
         }
         self.take_back(peer, &request.withdraw, now);
@@ -158,9 +164,12 @@ impl Registry {
     /// Checks a signed record, unless it is the one that the peer sent before; `None` if the peer
     /// sends too many.
     fn verify(&self, peer: PeerId, record: &[u8], now: Instant) -> Result<Option<Claim>, NotTaken> {
-        let known = self.providers().envelope(&peer);
-        if let Some(envelope) = known.filter(|known| **known == *record) {
-            let addresses = Vec::new();
+        let known = {
+            let store = self.providers();
+            let envelope = store.envelope(&peer);
+            envelope.map(|envelope| (envelope, store.addresses(&peer)))
+        };
+        if let Some((envelope, addresses)) = known.filter(|(known, _)| **known == *record) {
             return Ok(Some(Claim {
                 addresses,
                 envelope,
@@ -179,7 +188,7 @@ impl Registry {
         }))
     }
 
-    /// Drops a peer's names. Never refused: it makes room.
+    /// Drops a peer's names.
     fn take_back(&self, peer: PeerId, names: &[ServiceName], now: Instant) {
         for portion in names.chunks(PORTION) {
             let mut store = self.providers();

@@ -31,6 +31,12 @@ impl Withdrawn {
         self.oldest.push_back((until, hash));
     }
 
+    /// Whether there is room for one that may be of no use.
+    pub(super) fn has_room(&mut self, now: Nanos) -> bool {
+        self.forget_old(now);
+        self.oldest.len() < MAX / 2
+    }
+
     pub(super) fn has(&self, key: &[u8], peer: &PeerId, now: Nanos) -> bool {
         if self.until.is_empty() {
             return false;

@@ -108,6 +108,8 @@ impl Driver {
             peers.collect::<Vec<_>>()
         });
         let known = self.connectivity.known_grapes(routed);
+        self.names
+            .forget_counts(|grape| !self.connectivity.is_connected(grape));
         self.registry.on_grapes(known.len());
         let known_few = (1..SMALL).contains(&known.len());
         // What a grape says is known sooner than what this node finds; to walk is right in any case.
@@ -139,10 +141,6 @@ impl Driver {
     }
 
     pub(super) fn measure(&mut self) {
-        let stored = self.registry.providers().stats();
-        self.metrics.stored.set(stored.records);
-        self.metrics.evicted.set(stored.evicted);
-        self.metrics.refused.set(stored.refused);
         let open = self.server.open_requests();
         self.metrics.open_requests.set(open as u64);
         let announced = self.discovery.announcements.len();

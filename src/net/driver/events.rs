@@ -87,7 +87,6 @@ impl Driver {
                 .set(self.swarm.network_info().num_peers() as u64);
             self.routes.on_connected(peer);
             self.names.registrations.on_connected(&peer, now);
-            self.grapes_changed = true;
         }
         if change.bootstrap {
             let address = endpoint.get_remote_address().clone();
@@ -99,6 +98,7 @@ impl Driver {
     }
 
     pub(super) fn on_closed(&mut self, peer: PeerId, connection: ConnectionId, now: Instant) {
+        let was_grape = self.connectivity.is_grape(&peer);
         let change = self.connectivity.on_closed(peer, connection, now);
         if change.peer {
             self.metrics
@@ -109,7 +109,7 @@ impl Driver {
             self.names.on_disconnected(&peer, now);
             self.records.forget(&peer);
             self.puts.forget(&peer);
-            self.grapes_changed = true;
+            self.grapes_changed |= was_grape || change.bootstrap;
         }
         if change.bootstrap {
             tracing::debug!(%peer, "a bootstrap grape is gone");
@@ -219,7 +219,12 @@ impl Driver {
 
     pub(super) fn on_names(&mut self, answered: names::Answered) {
         let now = Instant::now();
-        match self.names.on_answer(answered, now) {
+        let learned = self.names.on_answer(answered, now);
+        if self.names.most_grapes() > self.grapes.borrow().len() as u64 {
+            // Before what the grape has found: there are others that may know more.
+            self.discovery.lookups.on_more_grapes();
+        }
+        match learned {
             names::Learned::Kept(names) => {
                 for name in names {
                     let published = self.discovery.announcements.on_kept(&name);
@@ -346,7 +351,7 @@ impl Driver {
 
     pub(super) fn on_identified(&mut self, peer: PeerId, info: &identify::Info) {
         let back = self.connectivity.on_identified(peer, info, self.registrar);
-        self.grapes_changed = true;
+        self.grapes_changed |= self.connectivity.is_grape(&peer);
         if self.routes.link(peer).wants_kept() {
             // They were sent before it was known that one can be kept.
             self.keep_stream(peer, Lane::Small);

@@ -4,7 +4,7 @@ use std::{borrow::Cow, fmt, marker::PhantomData};
 
 use serde::{
     Deserialize, Deserializer,
-    de::{self, DeserializeSeed, MapAccess, Visitor},
+    de::{self, DeserializeSeed, MapAccess, SeqAccess, Visitor},
 };
 
 use super::{DecodeError, malformed};
@@ -86,6 +86,34 @@ pub(super) struct Text<'de>(pub(super) Cow<'de, str>);
 
 /// A byte string and nothing else, borrowed as [`Text`] is.
 pub(super) struct Bytes<'de>(pub(super) Cow<'de, [u8]>);
+
+/// A list of at most so many. One more is read, so that who sends it is told how many are allowed.
+pub(super) struct List<T, const MAX: usize>(pub(super) Vec<T>);
+
+impl<'de, T: Deserialize<'de>, const MAX: usize> Deserialize<'de> for List<T, MAX> {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        deserializer.deserialize_seq(Only::<Self>(PhantomData))
+    }
+}
+
+impl<'de, T: Deserialize<'de>, const MAX: usize> Visitor<'de> for Only<List<T, MAX>> {
+    type Value = List<T, MAX>;
+
+    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "a list of at most {MAX}")
+    }
+
+    fn visit_seq<A: SeqAccess<'de>>(self, mut items: A) -> Result<Self::Value, A::Error> {
+        let mut list = Vec::new();
+        while let Some(item) = items.next_element()? {
+            if list.len() > MAX {
+                return Err(de::Error::custom(format_args!("a list of more than {MAX}")));
+            }
+            list.push(item);
+        }
+        Ok(List(list))
+    }
+}
 
 /// Text, or null or undefined for none.
 pub(super) struct MaybeText<'de>(pub(super) Option<Cow<'de, str>>);

@@ -6,7 +6,7 @@ use serde_bytes::ByteBuf;
 
 use super::{
     DecodeError, EncodeError, check_len, check_sendable, decode, encode, malformed,
-    map::{Bytes, Draft, Nested, Text, require, set, unknown_key},
+    map::{Bytes, Draft, List, Nested, Text, require, set, unknown_key},
 };
 use crate::limits::MAX_ADDRESSES;
 use crate::name::ServiceName;
@@ -81,9 +81,9 @@ impl NamesRequest {
     pub fn decode(payload: &[u8]) -> Result<Self, DecodeError> {
         let draft: RequestDraft<'_> = decode(payload)?;
         let what = RequestDraft::WHAT;
-        let announce = require(draft.announce, "announce", what)?;
-        let withdraw = require(draft.withdraw, "withdraw", what)?;
-        let find = require(draft.find, "find", what)?;
+        let List(announce) = require(draft.announce, "announce", what)?;
+        let List(withdraw) = require(draft.withdraw, "withdraw", what)?;
+        let List(find) = require(draft.find, "find", what)?;
         check_len("list of announced names", announce.len(), MAX_NAMES)?;
         check_len("list of withdrawn names", withdraw.len(), MAX_NAMES)?;
         check_len("list of sought names", find.len(), MAX_SOUGHT)?;
@@ -134,12 +134,12 @@ impl NamesReply {
         let draft: ReplyDraft<'_> = decode(payload)?;
         let what = ReplyDraft::WHAT;
         let lease = require(draft.lease, "lease", what)?;
-        let refused = require(draft.refused, "refused", what)?;
-        let found = require(draft.found, "found", what)?;
+        let List(refused) = require(draft.refused, "refused", what)?;
+        let List(found) = require(draft.found, "found", what)?;
         let grapes = require(draft.grapes, "grapes", what)?;
         check_len("list of refused names", refused.len(), MAX_NAMES)?;
         check_len("list of sought names", found.len(), MAX_SOUGHT)?;
-        let found = found.into_iter().map(|providers| {
+        let found = found.into_iter().map(|List(providers)| {
             check_len("list of providers", providers.len(), MAX_PROVIDERS)?;
             let provided = providers.into_iter().map(|Nested(draft)| draft.finish());
             provided.collect()
@@ -253,31 +253,31 @@ struct ProvidedShape {
 
 #[derive(Default)]
 struct RequestDraft<'de> {
-    announce: Option<Vec<Text<'de>>>,
+    announce: Option<List<Text<'de>, MAX_NAMES>>,
     record: Option<Bytes<'de>>,
-    withdraw: Option<Vec<Text<'de>>>,
-    find: Option<Vec<Text<'de>>>,
+    withdraw: Option<List<Text<'de>, MAX_NAMES>>,
+    find: Option<List<Text<'de>, MAX_SOUGHT>>,
 }
 
 #[derive(Default)]
 struct ReplyDraft<'de> {
     lease: Option<u64>,
-    refused: Option<Vec<u64>>,
-    found: Option<Vec<Vec<Nested<ProvidedDraft<'de>>>>>,
+    refused: Option<List<u64, MAX_NAMES>>,
+    found: Option<List<List<Nested<ProvidedDraft<'de>>, MAX_PROVIDERS>, MAX_SOUGHT>>,
     grapes: Option<u64>,
 }
 
 #[derive(Default)]
 struct ProvidedDraft<'de> {
     peer: Option<Bytes<'de>>,
-    addresses: Option<Vec<Bytes<'de>>>,
+    addresses: Option<List<Bytes<'de>, MAX_ADDRESSES>>,
     lease: Option<u64>,
 }
 
 impl ProvidedDraft<'_> {
     fn finish(self) -> Result<Provided, DecodeError> {
         let Bytes(peer) = require(self.peer, "peer", Self::WHAT)?;
-        let addresses = require(self.addresses, "addresses", Self::WHAT)?;
+        let List(addresses) = require(self.addresses, "addresses", Self::WHAT)?;
         check_len("list of addresses", addresses.len(), MAX_ADDRESSES)?;
         let address = |Bytes(bytes): Bytes<'_>| {
             check_len("address", bytes.len(), MAX_ADDRESS)?;

@@ -6,7 +6,7 @@ use serde::{Serialize, de::MapAccess};
 
 use super::{
     DecodeError, EncodeError, check_len, check_sendable, decode, encode, malformed,
-    map::{Bytes, Draft, Nested, require, set, unknown_key},
+    map::{Bytes, Draft, List, Nested, require, set, unknown_key},
 };
 use crate::name::SHA2_256;
 
@@ -65,8 +65,8 @@ impl Batch {
     pub fn decode(payload: &[u8]) -> Result<Self, DecodeError> {
         let draft: BatchDraft<'_> = decode(payload)?;
         let what = BatchDraft::WHAT;
-        let changes = require(draft.changes, "changes", what)?;
-        let find = require(draft.find, "find", what)?;
+        let List(changes) = require(draft.changes, "changes", what)?;
+        let List(find) = require(draft.find, "find", what)?;
         check_len("list of changes", changes.len(), MAX_CHANGES)?;
         check_len("list of services", find.len(), MAX_FIND)?;
         let changes = changes.into_iter().map(|Nested(change)| change.finish());
@@ -100,9 +100,9 @@ impl BatchReply {
         let draft: ReplyDraft<'_> = decode(payload)?;
         let what = ReplyDraft::WHAT;
         let refused = require(draft.refused, "refused", what)?;
-        let found = require(draft.found, "found", what)?;
+        let List(found) = require(draft.found, "found", what)?;
         check_len("list of services", found.len(), MAX_FIND)?;
-        let found = found.iter().map(|workers| {
+        let found = found.iter().map(|List(workers)| {
             check_len("list of workers", workers.len(), MAX_FOUND)?;
             workers.iter().map(address).collect()
         });
@@ -201,8 +201,8 @@ impl From<&Change> for ChangeShape {
 
 #[derive(Default)]
 struct BatchDraft<'de> {
-    changes: Option<Vec<Nested<ChangeDraft<'de>>>>,
-    find: Option<Vec<Bytes<'de>>>,
+    changes: Option<List<Nested<ChangeDraft<'de>>, MAX_CHANGES>>,
+    find: Option<List<Bytes<'de>, MAX_FIND>>,
 }
 
 #[derive(Default)]
@@ -215,7 +215,7 @@ struct ChangeDraft<'de> {
 #[derive(Default)]
 struct ReplyDraft<'de> {
     refused: Option<u64>,
-    found: Option<Vec<Vec<Bytes<'de>>>>,
+    found: Option<List<List<Bytes<'de>, MAX_FOUND>, MAX_FIND>>,
 }
 
 impl ChangeDraft<'_> {
