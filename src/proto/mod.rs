@@ -29,7 +29,8 @@
 //! # Ok::<(), grapevine::name::NameError>(())
 //! ```
 //!
-//! What Kademlia or a grape answers is a claim of whoever answered. A provider is believed when it has been dialled, has proved its peer id, and says that it [serves the name](#the-serves-question).
+//! What Kademlia or a grape answers is a claim of whoever answered. A provider is believed when it has
+//! been dialled, has proved its peer id, and says that it [serves the name](#the-serves-question).
 //!
 //! # Frames and calls
 //!

@@ -25,6 +25,7 @@ use grapevine::error::{LookupError, RequestError};
 use grapevine::limits::{
     CONNECT_TIMEOUT, FRAME_DEADLINE, LOOKUP_DEADLINE, MAX_CANDIDATES, MAX_STREAMS,
 };
+use grapevine::proto::frame::read_frame;
 use grapevine::proto::wire::{ErrorCode, MAX_FRAME, MAX_PAYLOAD, NamesReply, Reply};
 use grapevine::{Multiaddr, Node, PeerId, RequestOptions, Role, ServiceName};
 use libp2p::identity::Keypair;
@@ -726,19 +727,8 @@ mod names {
     }
 
     async fn answer(stream: &mut (impl futures::AsyncRead + Unpin)) -> NamesReply {
-        let (mut len, mut shift) = (0, 0);
-        loop {
-            let mut byte = [0];
-            stream.read_exact(&mut byte).await.unwrap();
-            len |= usize::from(byte[0] & 0x7f) << shift;
-            shift += 7;
-            if byte[0] < 0x80 {
-                break;
-            }
-        }
-        let mut frame = vec![0; len];
-        stream.read_exact(&mut frame).await.unwrap();
-        let reply = Reply::decode(&frame).unwrap();
+        let frame = read_frame(stream, MAX_FRAME).await.unwrap();
+        let reply = Reply::decode(&frame.unwrap()).unwrap();
         NamesReply::decode(&reply.outcome.unwrap()).unwrap()
     }
 

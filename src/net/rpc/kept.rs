@@ -264,8 +264,8 @@ impl Kept {
         let untaken = state.frames.clear().count();
         let (unwritten, written) = state.calls.end_all(untaken);
         self.free(state);
-        tell(unwritten, || Outcome::NotSent(reason.into()));
-        tell(written, || Outcome::Broken(reason.into()));
+        tell_all(unwritten, || Outcome::NotSent(reason.into()));
+        tell_all(written, || Outcome::Broken(reason.into()));
     }
 
     async fn read<R: AsyncRead + Unpin>(&self, mut frames: FrameReader<R>) -> io::Result<()> {
@@ -306,10 +306,7 @@ impl Kept {
             }
         }
         self.free(state);
-        for (caller, outcome) in answers.drain(..) {
-            // One that went away does not want to know.
-            let _ = caller.send(outcome);
-        }
+        answers.drain(..).for_each(tell);
         result
     }
 
@@ -370,7 +367,7 @@ impl Kept {
         // What is left behind and not written yet is looked at again as calls are.
         state.alarm = next.unwrap_or(state.rests_until.max(now + LOOK_AGAIN));
         self.free(state);
-        tell(due, || Outcome::TimedOut);
+        tell_all(due, || Outcome::TimedOut);
         match has_rested {
             true => ControlFlow::Break(()),
             false => ControlFlow::Continue(()),
@@ -402,11 +399,15 @@ fn decode_arrived<R: AsyncRead + Unpin>(
     Ok(())
 }
 
-/// Tells callers how their calls have ended.
-fn tell(callers: Vec<Caller>, outcome: impl Fn() -> Outcome) {
+/// Tells a caller how its call has ended.
+fn tell((caller, outcome): (Caller, Outcome)) {
+    // One that went away does not want to know.
+    let _ = caller.send(outcome);
+}
+
+fn tell_all(callers: Vec<Caller>, outcome: impl Fn() -> Outcome) {
     for caller in callers {
-        // One that went away does not want to know.
-        let _ = caller.send(outcome());
+        tell((caller, outcome()));
     }
 }
 

@@ -57,7 +57,7 @@ impl<L> Default for Outbox<L> {
 }
 
 impl<L> Outbox<L> {
-    /// Adds the frame whose content `append` writes. Returns whom to wake.
+    /// Adds the frame whose content `content` writes. Returns whom to wake.
     pub(super) fn add_small(
         &mut self,
         content: impl FnOnce(&mut Vec<u8>) -> Result<(), EncodeError>,

@@ -107,10 +107,10 @@ impl Calls {
     pub(super) fn answer(&mut self, id: u64) -> Result<Option<Caller>, NeverAsked> {
         let (at, uses) = split(id);
         let slot = self.slots.get(at).ok_or(NeverAsked)?;
-        let is_open = slot.uses == uses && slot.call.is_some();
         let is_known = uses > 0 && uses <= slot.uses;
-        let has_left = |call: &Call| call.turn < self.turn;
-        if !is_known || is_open && !slot.call.as_ref().is_some_and(has_left) {
+        let call = slot.call.as_ref().filter(|_| slot.uses == uses);
+        let waits_to_be_written = call.is_some_and(|call| call.turn >= self.turn);
+        if !is_known || waits_to_be_written {
             return Err(NeverAsked);
         }
         Ok(self.end(id))
