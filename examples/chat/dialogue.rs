@@ -11,7 +11,7 @@ use crate::common::output::Output;
 use crate::common::{Failure, USAGE, short};
 use crate::mail::{Mail, failure};
 use crate::prompt::{NotUtf8, Prompt};
-use crate::talk::{Answer, attend};
+use crate::talk::{Answer, announce, attend};
 
 const RULES: &str = "empty line: another name; exit: leave";
 
@@ -186,7 +186,7 @@ fn describe(name: &ServiceName, providers: &[Provider]) -> String {
 
 /// Announces the person's own name and shows the messages that arrive.
 async fn receive(node: Node, name: ServiceName, output: Output) {
-    let service = match node.announce(&name).await {
+    let service = match announce(&node, &name, &output).await {
         Ok(service) => service,
         Err(error) => return output.note(&format!("error: {error}")).await,
     };

@@ -1,9 +1,13 @@
-//! What `peer` and `chat` share: whom they join by, and how they answer.
+//! What `peer` and `chat` share: whom they join by, how they announce, and how they answer.
 
 use std::io::{self, IsTerminal};
+use std::pin::pin;
+use std::time::Duration;
 
 use grapevine::chat::{ChatMessage, Incoming, echo_reply, sanitise_line};
-use grapevine::{Multiaddr, PeerId, Request};
+use grapevine::error::AnnounceError;
+use grapevine::{Multiaddr, Node, PeerId, Request, Service, ServiceName, Status};
+use tokio::time::sleep;
 
 use crate::common::flags::{Flags, dial_address};
 use crate::common::output::Output;
@@ -32,6 +36,35 @@ impl DefaultGrape {
         }
         is_needed
     }
+}
+
+/// How long the grapes that are connected may leave a name untaken before a person hears of it.
+const PATIENCE: Duration = Duration::from_secs(3);
+
+/// Announces a name, however long that takes, and tells when no grape takes it.
+pub(crate) async fn announce(
+    node: &Node,
+    name: &ServiceName,
+    output: &Output,
+) -> Result<Service, AnnounceError> {
+    let mut announced = pin!(node.announce(name));
+    let mut status = node.status();
+    // Why no grape can be reached is told elsewhere.
+    let untaken = async {
+        // Fails when the node is shut down, which ends the announcement too.
+        let _ = status.wait_for(Status::is_online).await;
+        sleep(PATIENCE).await;
+    };
+    tokio::select! {
+        biased;
+        service = &mut announced => return service,
+        () = untaken => {}
+    }
+    let line = format!(
+        "no grape has taken {name} yet, and a full one does not; join by another one, or wait"
+    );
+    output.note(&line).await;
+    announced.await
 }
 
 /// How chat messages are answered. Plain text always gets its echo, as the protocol says.

@@ -29,7 +29,7 @@ use common::flags::{self, Flags};
 use common::output::Output;
 use common::stop::Stop;
 use common::{Failure, RUNTIME, grapes, run, shut_down};
-use talk::{Answer, DefaultGrape, attend};
+use talk::{Answer, DefaultGrape, announce, attend};
 
 const AFTER_HELP: &str = "\
 Examples:
@@ -76,7 +76,7 @@ async fn serve(cli: Cli, stop: Stop) -> Result<u8, Failure> {
     };
     let output = Output::stdout(stop.clone());
     tokio::spawn(grapes::tell(node.clone(), output.clone()));
-    let end = stop.or(announce(&node, &cli.name, &output)).await;
+    let end = stop.or(serve_name(&node, &cli.name, &output)).await;
     let outcome = match end {
         // The handlers run until the node is shut down: what is open is still answered.
         Ok(Ok(())) => Ok(stop.asked().await.code()),
@@ -88,9 +88,8 @@ async fn serve(cli: Cli, stop: Stop) -> Result<u8, Failure> {
 }
 
 /// Returns when the name is announced; it is then served in the background.
-async fn announce(node: &Node, name: &ServiceName, output: &Output) -> Result<(), Failure> {
-    let service = node
-        .announce(name)
+async fn serve_name(node: &Node, name: &ServiceName, output: &Output) -> Result<(), Failure> {
+    let service = announce(node, name, output)
         .await
         .map_err(|error| Failure::new(RUNTIME, error))?;
     output.print(format!("announced {name}")).await;

@@ -42,6 +42,10 @@ use listen::listen;
 /// How often expired records are dropped, and lookups that nobody waits for.
 const HOUSEKEEPING: Duration = Duration::from_secs(1);
 
+/// How long after one change of many known grapes the next is looked at: each is a look at all of them,
+/// and a grape that joins hundreds meets a few of them in every moment.
+const GRAPES_PAUSE: Duration = Duration::from_millis(250);
+
 /// The provider records taken from one peer by Kademlia each second: as many as by rendezvous.
 const RECORDS_PER_SECOND: u32 = 2_000;
 
@@ -99,7 +103,8 @@ pub(super) async fn start(settings: Settings) -> Result<Handle, SpawnError> {
         puts: RateLimit::new(VALUES_PER_SECOND),
         registrar: settings.registrar,
         grapes: known_grapes,
-        grapes_changed: false,
+        grapes_told: now,
+        grapes_due: None,
         looked_around: false,
         exploration: Exploration::default(),
         routes: Arc::clone(&routes),
@@ -150,9 +155,11 @@ struct Driver {
     records: RateLimit,
     puts: RateLimit,
     registrar: bool,
-    /// The other grapes that this one knows, and whether they may have changed.
+    /// The other grapes that this one knows, when they were last told, and when again because they
+    /// may have changed.
     grapes: watch::Sender<Vec<KnownGrape>>,
-    grapes_changed: bool,
+    grapes_told: Instant,
+    grapes_due: Option<Instant>,
     /// Whether the grapes near this node have been asked for once.
     looked_around: bool,
     exploration: Exploration,
@@ -443,6 +450,7 @@ impl Driver {
             self.names.registrations.next_due(),
             self.discovery.lookups.next_deadline(),
             self.exploration.next_due(),
+            self.grapes_due,
         ];
         let due = due.into_iter().flatten().min();
         due.unwrap_or(self.housekeeping)

@@ -99,7 +99,8 @@ pub(crate) struct Registrations {
     /// When the closest grapes of each name are looked for.
     walks: BTreeSet<(Instant, Number)>,
     walking: usize,
-    /// Grapes that turned out to be deaf.
+    /// How many grapes are deaf, and those that have just turned out to be.
+    deaf: usize,
     turned_deaf: Vec<PeerId>,
 }
 
@@ -157,6 +158,7 @@ impl Registrations {
             scope: Scope::All,
             walks: BTreeSet::new(),
             walking: 0,
+            deaf: 0,
             turned_deaf: Vec::new(),
         }
     }
@@ -239,6 +241,7 @@ impl Registrations {
                 .entry(known.peer)
                 .or_insert_with(|| Grape::new(now));
             if known.is_foreign && grape.turn_deaf() {
+                self.deaf += 1;
                 self.turned_deaf.push(known.peer);
             }
             if every && !grape.every && !grape.deaf {
@@ -286,6 +289,7 @@ impl Registrations {
             if let Some(at) = grape.due {
                 self.due.remove(&(at, peer));
             }
+            self.deaf -= usize::from(grape.deaf);
             self.walk_for(grape.closest_to, now);
         }
     }
@@ -295,7 +299,7 @@ impl Registrations {
         let Some(grape) = self.grapes.get_mut(peer) else {
             return;
         };
-        grape.deaf = false;
+        self.deaf -= usize::from(std::mem::take(&mut grape.deaf));
         (grape.failures, grape.not_before) = (0, None);
         grape.fresh = match grape.every {
             true => self.names.keys().copied().collect(),
@@ -505,6 +509,7 @@ impl Registrations {
             return;
         };
         if grape.turn_deaf() {
+            self.deaf += 1;
             self.turned_deaf.push(*peer);
         }
         self.reschedule(peer, now);
@@ -517,7 +522,7 @@ impl Registrations {
 
     /// Whether a grape that is known has no registry, so that Kademlia has to tell it.
     pub(crate) fn knows_deaf(&self) -> bool {
-        self.grapes.values().any(|grape| grape.deaf)
+        self.deaf > 0
     }
 
     /// Looks for the grapes of names, again or for the first time.

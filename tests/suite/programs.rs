@@ -5,6 +5,7 @@ mod terminal;
 use std::net::TcpListener;
 use std::time::{Duration, Instant};
 
+use grapevine::limits::{Bounds, Limits};
 use grapevine::{Identity, Multiaddr, Node, Role, Service};
 use rustix::process::Signal;
 
@@ -344,6 +345,27 @@ async fn a_peer_waits_for_its_grape_and_says_so() {
             send(&grape, "client1", "hello").await.stdout,
             "Echo: hello\n"
         );
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn a_peer_says_that_its_grape_takes_no_name() {
+    in_time(async {
+        let full = Limits {
+            store: Bounds {
+                records: 0,
+                ..Bounds::default()
+            },
+            ..Limits::default()
+        };
+        let listen: Multiaddr = "/ip4/127.0.0.1/tcp/0".parse().unwrap();
+        let grape = Node::builder(Role::Grape).limits(full).listen([listen]);
+        let grape = grape.spawn().await.unwrap();
+        let mut peer = peer_by("client1", &grape.addresses()[0].to_string());
+        peer.says("connected to the grape").await;
+        peer.says("no grape has taken client1 yet").await;
+        peer.ends_on(Signal::INT, 0).await;
     })
     .await;
 }

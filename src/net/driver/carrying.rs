@@ -1,13 +1,13 @@
 //! Carries out what the concerns decide.
 
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use libp2p::swarm::DialError;
 use libp2p::swarm::dial_opts::{DialOpts, PeerCondition};
 use libp2p::{Multiaddr, PeerId, kad};
 
-use super::Driver;
+use super::{Driver, GRAPES_PAUSE};
 use crate::error::{AnnounceError, LookupError};
 use crate::name::ServiceName;
 use crate::net::connectivity::{KnownGrape, describe};
@@ -22,7 +22,7 @@ use crate::proto::registrations::{Known, Scope};
 impl Driver {
     pub(super) fn carry_out(&mut self) {
         let now = Instant::now();
-        if std::mem::take(&mut self.grapes_changed) {
+        if self.grapes_due.is_some_and(|due| due <= now) {
             self.tell_grapes(now);
         }
         self.carry_out_lookups(now);
@@ -101,7 +101,17 @@ impl Driver {
         self.keep_stream(peer, lane);
     }
 
-    pub(super) fn tell_grapes(&mut self, now: Instant) {
+    /// The grapes that this node knows may have changed.
+    pub(super) fn on_grapes_changed(&mut self) {
+        let pause = match self.grapes.borrow().len() < SMALL {
+            true => Duration::ZERO,
+            false => GRAPES_PAUSE,
+        };
+        self.grapes_due.get_or_insert(self.grapes_told + pause);
+    }
+
+    fn tell_grapes(&mut self, now: Instant) {
+        (self.grapes_told, self.grapes_due) = (now, None);
         let kad = &mut self.swarm.behaviour_mut().kad;
         let routed = kad.kbuckets().flat_map(|bucket| {
             let peers = bucket.iter().map(|entry| *entry.node.key.preimage());
@@ -296,7 +306,7 @@ impl Driver {
             // So that the first query need not wait for identify.
             self.swarm.behaviour_mut().kad.add_address(&grape, address);
         }
-        self.grapes_changed = true;
+        self.on_grapes_changed();
         if self.names.registrations.is_deaf(&grape) {
             self.discovery.announcements.on_grape(grape);
         }

@@ -48,7 +48,7 @@ impl Driver {
                     // Kademlia keeps a dead grape until its bucket is full, and each query would
                     // wait for it.
                     self.swarm.behaviour_mut().kad.remove_peer(&peer);
-                    self.grapes_changed = true;
+                    self.on_grapes_changed();
                 }
                 let failed = self
                     .connectivity
@@ -109,7 +109,9 @@ impl Driver {
             self.names.on_disconnected(&peer, now);
             self.records.forget(&peer);
             self.puts.forget(&peer);
-            self.grapes_changed |= was_grape || change.bootstrap;
+            if was_grape || change.bootstrap {
+                self.on_grapes_changed();
+            }
         }
         if change.bootstrap {
             tracing::debug!(%peer, "a bootstrap grape is gone");
@@ -136,7 +138,9 @@ impl Driver {
                 if Discovery::has_explored(&event) {
                     self.connectivity.on_explored();
                 }
-                self.grapes_changed |= matches!(event, kad::Event::RoutingUpdated { .. });
+                if matches!(event, kad::Event::RoutingUpdated { .. }) {
+                    self.on_grapes_changed();
+                }
                 let Some(event) = self.values.on_event(event) else {
                     return;
                 };
@@ -247,7 +251,7 @@ impl Driver {
             names::Learned::NotAsked(peer, name) => self.ask_serves(peer, name),
         }
         if self.names.counts_changed() {
-            self.grapes_changed = true;
+            self.on_grapes_changed();
             let known = self.grapes.borrow().len();
             if self.names.most_grapes() != known as u64 {
                 let known_few = (1..SMALL).contains(&known);
@@ -351,7 +355,9 @@ impl Driver {
 
     pub(super) fn on_identified(&mut self, peer: PeerId, info: &identify::Info) {
         let back = self.connectivity.on_identified(peer, info, self.registrar);
-        self.grapes_changed |= self.connectivity.is_grape(&peer);
+        if self.connectivity.is_grape(&peer) {
+            self.on_grapes_changed();
+        }
         if self.routes.link(peer).wants_kept() {
             // They were sent before it was known that one can be kept.
             self.keep_stream(peer, Lane::Small);
