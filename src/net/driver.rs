@@ -42,9 +42,9 @@ use listen::listen;
 /// How often expired records are dropped, and lookups that nobody waits for.
 const HOUSEKEEPING: Duration = Duration::from_secs(1);
 
-/// How long after one change of many known grapes the next is looked at: each is a look at all of them,
-/// and a grape that joins hundreds meets a few of them in every moment.
-const GRAPES_PAUSE: Duration = Duration::from_millis(250);
+/// How long after one change of the known grapes the next is looked at, for each grape of a large
+/// network: each is a look at all of them, and a grape that joins hundreds meets some in every moment.
+const PAUSE_PER_GRAPE: Duration = Duration::from_millis(2);
 
 /// The provider records taken from one peer by Kademlia each second: as many as by rendezvous.
 const RECORDS_PER_SECOND: u32 = 2_000;

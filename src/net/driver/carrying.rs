@@ -7,7 +7,7 @@ use libp2p::swarm::DialError;
 use libp2p::swarm::dial_opts::{DialOpts, PeerCondition};
 use libp2p::{Multiaddr, PeerId, kad};
 
-use super::{Driver, GRAPES_PAUSE};
+use super::{Driver, PAUSE_PER_GRAPE};
 use crate::error::{AnnounceError, LookupError};
 use crate::name::ServiceName;
 use crate::net::connectivity::{KnownGrape, describe};
@@ -103,9 +103,9 @@ impl Driver {
 
     /// The grapes that this node knows may have changed.
     pub(super) fn on_grapes_changed(&mut self) {
-        let pause = match self.grapes.borrow().len() < SMALL {
-            true => Duration::ZERO,
-            false => GRAPES_PAUSE,
+        let pause = match self.grapes.borrow().len() {
+            0..SMALL => Duration::ZERO,
+            known => PAUSE_PER_GRAPE * known as u32,
         };
         self.grapes_due.get_or_insert(self.grapes_told + pause);
     }
