@@ -30,9 +30,9 @@ use tokio::time::{Instant, Sleep, sleep_until, timeout, timeout_at};
 use void::Void;
 
 use super::Outcome;
-use super::outbox::{Others, Outbox, SMALL, append, send};
+use super::outbox::{Left, Others, Outbox, Outlet, SMALL, append, send};
 use crate::limits::{CONNECT_TIMEOUT, FRAME_DEADLINE, MAX_REQUEST_TIME};
-use crate::metrics::Counter;
+use crate::metrics::Metrics;
 use crate::proto::frame::FrameReader;
 use crate::proto::wire::{self, Reply, RequestRef};
 
@@ -83,6 +83,8 @@ struct State {
     watcher: Option<Waker>,
     /// Until when the stream is open though nothing is asked.
     rests_until: Instant,
+    /// Where requests are counted.
+    metrics: Option<Arc<Metrics>>,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -124,6 +126,7 @@ impl Kept {
             alarm: now,
             watcher: None,
             rests_until: now,
+            metrics: None,
         };
         Self {
             state: Mutex::new(state),
@@ -194,8 +197,9 @@ impl Kept {
         }
         let is_sooner = question.deadline < state.alarm;
         let watcher = state.watcher.take_if(|_| is_sooner);
-        let (id, writer) = state.enter(question, caller);
-        drop(state);
+        let id = state.enter(question, caller);
+        let writer = state.frames.writer();
+        self.free(state);
         for task in [watcher, writer].into_iter().flatten() {
             task.wake();
         }
@@ -213,43 +217,45 @@ impl Kept {
     }
 
     /// Keeps the stream that is being opened, until it rests or breaks.
-    pub(super) async fn keep(&self, stream: oneshot::Receiver<Stream>, sent: &Counter) {
+    pub(super) async fn keep(&self, stream: oneshot::Receiver<Stream>, metrics: Arc<Metrics>) {
         let mut ending = Ending {
             kept: self,
             reason: "this node has stopped".into(),
         };
         // Without a stream the requests go on as before, one stream each.
         if let Ok(Ok(stream)) = timeout(CONNECT_TIMEOUT, stream).await {
-            self.run(stream, sent, &mut ending.reason).await;
+            self.run(stream, metrics, &mut ending.reason).await;
         }
     }
 
     /// Carries requests and replies until that ends for some reason.
     async fn run(
         &self,
-        stream: impl AsyncRead + AsyncWrite + Unpin,
-        sent: &Counter,
+        stream: impl AsyncRead + AsyncWrite + Send + Unpin + 'static,
+        metrics: Arc<Metrics>,
         reason: &mut String,
     ) {
         let (reader, writer) = stream.split();
         // What arrives was asked for: one frame at a time, and decoded for a caller that waits.
         let frames = FrameReader::new(reader, Vec::new());
-        let timer = self.open();
+        let timer = self.open(Box::new(writer), metrics);
         *reason = tokio::select! {
             biased;
             ended = self.read(frames) => match ended {
                 Ok(()) => "the peer closed the stream".into(),
                 Err(error) => error.to_string(),
             },
-            Err(error) = self.write(writer, sent) => error.to_string(),
+            Err(error) = self.write() => error.to_string(),
             () = self.watch(timer) => "the stream has rested".into(),
         };
     }
 
     /// Requests may be asked from now on. Returns the timer for their deadlines.
-    fn open(&self) -> Sleep {
+    fn open(&self, outlet: Outlet, metrics: Arc<Metrics>) -> Sleep {
         let mut state = self.lock();
         state.phase = Phase::Open;
+        state.frames.put(outlet);
+        state.metrics = Some(metrics);
         state.rests_until = Instant::now() + FIRST_REQUEST;
         state.alarm = state.rests_until;
         self.opened.notify_waiters();
@@ -310,23 +316,23 @@ impl Kept {
         result
     }
 
-    async fn write<W: AsyncWrite + Unpin>(&self, mut io: W, sent: &Counter) -> io::Result<Void> {
+    async fn write(&self) -> io::Result<Void> {
         let mut frames = Vec::new();
         loop {
-            sent.add(poll_fn(|cx| self.poll_take(cx, &mut frames)).await);
-            send(&mut io, &mut frames).await?;
+            let mut outlet = poll_fn(|cx| self.poll_take(cx, &mut frames)).await?;
+            send(&mut outlet, &mut frames).await?;
+            self.lock().frames.put(outlet);
         }
     }
 
-    /// Takes what waits to be written; returns how many requests that are.
-    fn poll_take(&self, cx: &mut Context<'_>, frames: &mut Vec<u8>) -> Poll<u64> {
+    /// Takes what waits to be written, and the stream.
+    fn poll_take(&self, cx: &mut Context<'_>, frames: &mut Vec<u8>) -> Poll<io::Result<Outlet>> {
         let mut state = self.lock();
         let others = state.others();
         ready!(state.frames.poll(cx, others));
-        let requests = state.take(frames);
-        state.rests_until = Instant::now() + KEPT_IDLE;
+        let outlet = state.take(frames);
         self.free(state);
-        Poll::Ready(requests)
+        Poll::Ready(outlet.ok_or(io::ErrorKind::BrokenPipe.into()))
     }
 
     /// Ends calls at their deadlines, whatever becomes of what is read and written. Returns when the
@@ -424,8 +430,8 @@ impl Drop for Ending<'_> {
 }
 
 impl State {
-    /// Opens a call and hands over its request. Returns its id and whom to wake.
-    fn enter(&mut self, question: Question<'_>, caller: Caller) -> (u64, Option<Waker>) {
+    /// Opens a call and hands over its request, which may leave at once. Returns its id.
+    fn enter(&mut self, question: Question<'_>, caller: Caller) -> u64 {
         let Question {
             service,
             payload,
@@ -439,7 +445,8 @@ impl State {
                 service: Arc::clone(service),
                 payload: payload.clone(),
             };
-            return (id, self.frames.add_large(large));
+            self.frames.add_large(large);
+            return id;
         }
         let id = self.calls.enter(caller, deadline, Written::Next);
         let request = RequestRef {
@@ -448,7 +455,13 @@ impl State {
             payload,
         };
         self.waiting += 1;
-        (id, self.frames.add_small(|frame| request.append_to(frame)))
+        self.frames.add_small(|frame| request.append_to(frame));
+        if self.others() == Others::None && self.frames.write_small() != Left::Nothing {
+            // If the rest has to wait, it is on its way all the same.
+            let requests = mem::take(&mut self.waiting);
+            self.on_leaving(requests);
+        }
+        id
     }
 
     fn others(&self) -> Others {
@@ -458,10 +471,10 @@ impl State {
         }
     }
 
-    /// Takes what waits to be written. Returns how many requests that are.
-    fn take(&mut self, frames: &mut Vec<u8>) -> u64 {
+    /// Takes what waits to be written, and the stream.
+    fn take(&mut self, frames: &mut Vec<u8>) -> Option<Outlet> {
         let (calls, mut requests) = (&mut self.calls, mem::take(&mut self.waiting));
-        self.frames.take(frames, |large, frames| {
+        let outlet = self.frames.take(frames, |large, frames| {
             if !calls.on_written(large.id) {
                 return;
             }
@@ -473,9 +486,18 @@ impl State {
             };
             append(frames, |frame| request.append_to(frame));
         });
-        calls.on_turn();
+        self.on_leaving(requests);
+        outlet
+    }
+
+    /// So many requests are being written, and all small ones are.
+    fn on_leaving(&mut self, requests: u64) {
+        self.calls.on_turn();
         self.answered = 0;
-        requests
+        self.rests_until = Instant::now() + KEPT_IDLE;
+        if let Some(metrics) = &self.metrics {
+            metrics.requests_sent.add(requests);
+        }
     }
 }
 
@@ -526,8 +548,8 @@ mod tests {
         tokio::spawn(async move {
             let (kept, reason) = (&*running, String::new());
             let mut ending = Ending { kept, reason };
-            let (sent, stream) = (Counter::default(), near.compat());
-            kept.run(stream, &sent, &mut ending.reason).await;
+            let (metrics, stream) = (Arc::default(), near.compat());
+            kept.run(stream, metrics, &mut ending.reason).await;
         });
         while kept.lock().phase != Phase::Open {
             yield_now().await;
@@ -753,7 +775,7 @@ mod tests {
     async fn a_good_reply_before_a_bad_one_is_given_to_its_caller() {
         let (kept, mut far) = scene().await;
         let (good, bad) = (ask(&kept, "good"), ask(&kept, "bad"));
-        let id = far.asked().await.id;
+        let (id, _) = (far.asked().await.id, far.asked().await);
         let mut bytes = Vec::new();
         let reply = ReplyRef {
             id,

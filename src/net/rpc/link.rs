@@ -61,10 +61,7 @@ impl Link {
     ) {
         if self.lane(lane).begin() {
             let stream = open();
-            tokio::spawn(async move {
-                let sent = &metrics.requests_sent;
-                self.lane(lane).keep(stream, sent).await;
-            });
+            tokio::spawn(async move { self.lane(lane).keep(stream, metrics).await });
         }
     }
 

@@ -4,14 +4,14 @@ use std::io;
 use std::mem;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::task::{Context, Poll, Waker};
+use std::task::{Context, Poll, Waker, ready};
 
 use futures::future::poll_fn;
 use futures::io::{AsyncWrite, AsyncWriteExt};
 use tokio::time::timeout;
 
 use super::budget::{Budget, Held, Usage};
-use super::outbox::{Others, Outbox, SMALL, append, send};
+use super::outbox::{Left, Others, Outbox, Outlet, SMALL, append, send};
 use crate::limits::{FRAME_DEADLINE, MAX_PIPELINED};
 use crate::proto::wire::{ErrorCode, RemoteError, ReplyRef};
 
@@ -104,13 +104,21 @@ impl Replies {
     }
 
     /// Writes replies as they come, those that wait together in one go, until the last one.
-    pub(super) async fn write<W: AsyncWrite + Unpin>(&self, mut io: W) -> io::Result<()> {
+    pub(super) async fn write(
+        &self,
+        outlet: impl AsyncWrite + Send + Unpin + 'static,
+    ) -> io::Result<()> {
+        self.lock().frames.put(Box::new(outlet));
         let mut frames = Vec::new();
-        while let Some(leaving) = poll_fn(|cx| self.poll_take(cx, &mut frames)).await {
-            send(&mut io, &mut frames).await?;
+        loop {
+            let (mut outlet, leaving) = poll_fn(|cx| self.poll_take(cx, &mut frames)).await?;
+            let Some(leaving) = leaving else {
+                return timeout(FRAME_DEADLINE, outlet.close()).await?;
+            };
+            send(&mut outlet, &mut frames).await?;
             drop(leaving);
+            self.lock().frames.put(outlet);
         }
-        timeout(FRAME_DEADLINE, io.close()).await?
     }
 
     /// What is still answered gives its part of the budget back at once: nobody will read it.
@@ -125,31 +133,30 @@ impl Replies {
         self.budget.give_back(&self.of_peer, held);
     }
 
-    /// Takes the replies that wait; `None` after the last one.
-    fn poll_take(&self, cx: &mut Context<'_>, frames: &mut Vec<u8>) -> Poll<Option<Leaving<'_>>> {
+    /// Takes the replies that wait, `None` after the last one, and the stream.
+    fn poll_take(
+        &self,
+        cx: &mut Context<'_>,
+        frames: &mut Vec<u8>,
+    ) -> Poll<io::Result<(Outlet, Option<Leaving<'_>>)>> {
         let mut state = self.lock();
-        let open = self.open.load(Ordering::Acquire);
-        if state.phase == Phase::Draining && open == 0 {
-            return Poll::Ready(None);
+        let is_last = state.phase == Phase::Draining && self.open.load(Ordering::Acquire) == 0;
+        let others = self.others(&state);
+        if !is_last {
+            ready!(state.frames.poll(cx, others));
         }
-        let others = match state.waiting == open {
+        let (outlet, leaving) = state.take(frames);
+        let leaving = (!is_last).then(|| self.leave(state, leaving));
+        let broken = io::ErrorKind::BrokenPipe;
+        Poll::Ready(outlet.map(|outlet| (outlet, leaving)).ok_or(broken.into()))
+    }
+
+    /// Whether other requests that were read may be answered soon.
+    fn others(&self, state: &State) -> Others {
+        match state.waiting == self.open.load(Ordering::Acquire) {
             true => Others::None,
             false => Others::Some,
-        };
-        if state.frames.poll(cx, others).is_pending() {
-            return Poll::Pending;
         }
-        let (held, taken) = state.take(frames);
-        self.open.fetch_sub(taken, Ordering::AcqRel);
-        let reader = state.reader.take();
-        drop(state);
-        if let Some(reader) = reader {
-            reader.wake();
-        }
-        Poll::Ready(Some(Leaving {
-            replies: self,
-            held,
-        }))
     }
 
     fn answer(&self, id: u64, outcome: Result<Vec<u8>, RemoteError>, held: Held) {
@@ -158,10 +165,36 @@ impl Replies {
             drop(state);
             return self.budget.give_back(&self.of_peer, held);
         }
-        let writer = state.add(id, outcome, held);
-        drop(state);
-        if let Some(writer) = writer {
+        state.add(id, outcome, held);
+        let at_once = self.others(&state) == Others::None && state.frames.large() == 0;
+        if at_once && state.frames.write_small() == Left::All {
+            let leaving = state.leave();
+            drop(self.leave(state, leaving));
+        } else if let Some(writer) = state.frames.writer() {
+            drop(state);
             writer.wake();
+        }
+    }
+
+    /// So many replies leave, and hold so much until that is done.
+    fn leave(
+        &self,
+        mut state: MutexGuard<'_, State>,
+        (held, replies): (Held, usize),
+    ) -> Leaving<'_> {
+        let open = self.open.fetch_sub(replies, Ordering::AcqRel) - replies;
+        let writer = match state.phase == Phase::Draining && open == 0 {
+            true => state.frames.end(),
+            false => None,
+        };
+        let reader = state.reader.take();
+        drop(state);
+        for task in [writer, reader].into_iter().flatten() {
+            task.wake();
+        }
+        Leaving {
+            replies: self,
+            held,
         }
     }
 
@@ -184,8 +217,8 @@ impl Drop for Leaving<'_> {
 }
 
 impl State {
-    /// Adds a reply. Returns whom to wake.
-    fn add(&mut self, id: u64, outcome: Result<Vec<u8>, RemoteError>, held: Held) -> Option<Waker> {
+    /// Adds a reply.
+    fn add(&mut self, id: u64, outcome: Result<Vec<u8>, RemoteError>, held: Held) {
         self.waiting += 1;
         let outcome = match outcome {
             Ok(payload) if payload.len() > SMALL => {
@@ -201,11 +234,19 @@ impl State {
         self.frames.add_small(|frame| reply.append_to(frame))
     }
 
-    /// Takes the replies that wait. Returns what they hold, and how many they are.
-    fn take(&mut self, frames: &mut Vec<u8>) -> (Held, usize) {
-        let mut held = mem::take(&mut self.held);
-        let mut taken = self.waiting - self.frames.large();
-        self.frames.take(frames, |large, frames| {
+    /// The small replies leave. Returns what they hold, and how many they are.
+    fn leave(&mut self) -> (Held, usize) {
+        let small = self.waiting - self.frames.large();
+        self.waiting -= small;
+        (mem::take(&mut self.held), small)
+    }
+
+    /// Takes the replies that wait, and the stream. Returns also what they hold, and how many they
+    /// are.
+    fn take(&mut self, frames: &mut Vec<u8>) -> (Option<Outlet>, (Held, usize)) {
+        let (mut held, mut taken) = self.leave();
+        let small = taken;
+        let outlet = self.frames.take(frames, |large, frames| {
             let reply = ReplyRef {
                 id: large.id,
                 outcome: Ok(&large.payload),
@@ -214,8 +255,8 @@ impl State {
             held.merge(large.held);
             taken += 1;
         });
-        self.waiting -= taken;
-        (held, taken)
+        self.waiting -= taken - small;
+        (outlet, (held, taken))
     }
 }
 

@@ -296,7 +296,7 @@ fn answer_on_names(
 pub(crate) async fn serve(
     server: Arc<Server>,
     remote: Remote,
-    stream: impl AsyncRead + AsyncWrite + Unpin,
+    stream: impl AsyncRead + AsyncWrite + Send + Unpin + 'static,
 ) {
     let (reader, writer) = stream.split();
     let peer = remote.peer;
