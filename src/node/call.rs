@@ -14,6 +14,7 @@ use crate::error::{LookupError, RequestError};
 use crate::limits::{MAX_REQUEST_TIME, REQUEST_DEADLINE};
 use crate::name::ServiceName;
 use crate::net::{Command, Lane, Link, Outbound, Outcome, Question, Waiter};
+use crate::proto::routes::Pick;
 use crate::proto::wire::{ErrorCode, MAX_PAYLOAD, RemoteError};
 
 /// How a request is made.
@@ -76,7 +77,6 @@ struct Message<'a> {
 
 /// A call under way.
 struct Call<'a> {
-    node: &'a Node,
     name: &'a ServiceName,
     message: Message<'a>,
     delivery: Delivery,
@@ -100,13 +100,20 @@ pub(super) async fn request(
     payload: Vec<u8>,
     options: RequestOptions,
 ) -> Result<Reply, RequestError> {
-    let mut call = Call::new(node, name, payload, options)?;
-    let result = call.run().await;
-    if let (Err(RequestError::TimedOut(_)), Some(silent)) = (&result, call.asked) {
-        // It may be gone without a word: the next request looks first.
-        node.routes().forget(name, &silent);
+    let message = Message::within_bounds(node, name, payload, &options)?;
+    let first = match message.pick(name, &[]) {
+        Some(pick) => {
+            let outcome = message.at_once(&pick.link).await;
+            outcome.map(|outcome| (pick.provider, outcome))
+        }
+        None => None,
+    };
+    if let Some((provider, Outcome::Answered(Ok(payload)))) = first {
+        return Ok(Reply { provider, payload });
     }
-    result
+    // Most requests end there, and bear nothing of what others may need.
+    let mut call = Call::new(name, message, options.delivery);
+    Box::pin(call.run(first)).await
 }
 
 pub(super) async fn request_to(
@@ -116,7 +123,8 @@ pub(super) async fn request_to(
     payload: Vec<u8>,
     options: RequestOptions,
 ) -> Result<Reply, RequestError> {
-    let mut call = Call::new(node, name, payload, options)?;
+    let message = Message::within_bounds(node, name, payload, &options)?;
+    let mut call = Call::new(name, message, options.delivery);
     if !node.routes().is_connected(&provider) {
         // Dials it, if it still announces the name.
         call.look_up(Waiter::All).await?;
@@ -158,6 +166,49 @@ impl<'a> Message<'a> {
         }
     }
 
+    /// A message of any caller's, with any deadline.
+    fn within_bounds(
+        node: &'a Node,
+        name: &'a ServiceName,
+        payload: Vec<u8>,
+        options: &RequestOptions,
+    ) -> Result<Self, RequestError> {
+        let (len, max) = (payload.len(), MAX_PAYLOAD);
+        if len > max {
+            return Err(RequestError::TooLarge { len, max });
+        }
+        let time = options.deadline.min(MAX_REQUEST_TIME);
+        Ok(Self::new(node, name.shared(), payload, time))
+    }
+
+    /// Whom to send it to, if one is known that is none of `tried`.
+    fn pick(&self, name: &ServiceName, tried: &[PeerId]) -> Option<Pick<Link>> {
+        // As old as the message, which saves a look at the clock.
+        let now = self.begun.into_std();
+        let pick = self.node.routes().pick(name, tried, now)?;
+        if pick.stale {
+            self.refresh(name);
+        }
+        Some(pick)
+    }
+
+    /// Looks a name up again beside the request.
+    fn refresh(&self, name: &ServiceName) {
+        let (node, name) = (self.node.clone(), name.clone());
+        tokio::spawn(async move {
+            // What it finds is in the routes; an error is met by the next request.
+            let _ = node.wait_for(&name, Waiter::All).await;
+        });
+    }
+
+    /// Sends it over a stream that is kept open, if there is one and a slot is free.
+    async fn at_once(&self, link: &Link) -> Option<Outcome> {
+        let asked = link
+            .lane(Lane::of(&self.payload))
+            .try_ask(self.question())?;
+        asked.await
+    }
+
     /// Sends it to a peer when there is a slot for it: over a stream that is kept open if there is
     /// one, and otherwise over one of its own. Ends by the deadline.
     async fn send(&self, provider: PeerId, link: &Link) -> Result<Outcome, Closed> {
@@ -165,19 +216,22 @@ impl<'a> Message<'a> {
             return Ok(outcome);
         }
         let sent = self.over_single_stream(provider, link);
-        // Not in this function's own state, which most requests do not need.
-        let sent = Box::pin(self.wait(sent)).await;
-        sent.unwrap_or(Ok(Outcome::TimedOut))
+        self.wait(sent).await.unwrap_or(Ok(Outcome::TimedOut))
     }
 
     /// `None` if there is no such stream, or it ended before the request was written to it.
     async fn over_kept_stream(&self, link: &Link) -> Option<Outcome> {
-        let question = Question {
+        link.lane(Lane::of(&self.payload))
+            .ask(self.question())
+            .await
+    }
+
+    fn question(&self) -> Question<'_> {
+        Question {
             service: self.service,
             payload: &self.payload,
             deadline: self.deadline,
-        };
-        link.lane(Lane::of(&self.payload)).ask(question).await
+        }
     }
 
     async fn over_single_stream(&self, provider: PeerId, link: &Link) -> Result<Outcome, Closed> {
@@ -215,31 +269,37 @@ impl<'a> Message<'a> {
 }
 
 impl<'a> Call<'a> {
-    fn new(
-        node: &'a Node,
-        name: &'a ServiceName,
-        payload: Vec<u8>,
-        options: RequestOptions,
-    ) -> Result<Self, RequestError> {
-        let (len, max) = (payload.len(), MAX_PAYLOAD);
-        if len > max {
-            return Err(RequestError::TooLarge { len, max });
-        }
-        let time = options.deadline.min(MAX_REQUEST_TIME);
-        let message = Message::new(node, name.shared(), payload, time);
-        Ok(Self {
-            node,
+    fn new(name: &'a ServiceName, message: Message<'a>, delivery: Delivery) -> Self {
+        Self {
             name,
             message,
-            delivery: options.delivery,
+            delivery,
             tried: Vec::new(),
             asked: None,
             failure: None,
-        })
+        }
+    }
+
+    /// Goes on after a first attempt, if there was one.
+    async fn run(&mut self, first: Option<(PeerId, Outcome)>) -> Result<Reply, RequestError> {
+        let first = first.and_then(|(provider, outcome)| {
+            self.asked = Some(provider);
+            let verdict = self.judge(provider, outcome);
+            self.conclude(provider, verdict)
+        });
+        let result = match first {
+            Some(result) => result,
+            None => self.try_all().await,
+        };
+        if let (Err(RequestError::TimedOut(_)), Some(silent)) = (&result, self.asked) {
+            // It may be gone without a word: the next request looks first.
+            self.message.node.routes().forget(self.name, &silent);
+        }
+        result
     }
 
     /// Tries the providers that are known, then those that a fresh lookup finds.
-    async fn run(&mut self) -> Result<Reply, RequestError> {
+    async fn try_all(&mut self) -> Result<Reply, RequestError> {
         if let Some(result) = self.try_known().await {
             return result;
         }
@@ -265,34 +325,31 @@ impl<'a> Call<'a> {
 
     async fn try_known(&mut self) -> Option<Result<Reply, RequestError>> {
         loop {
-            // As old as the call, which saves a look at the clock.
-            let now = self.message.begun.into_std();
-            let pick = self.node.routes().pick(self.name, &self.tried, now)?;
-            if pick.stale {
-                self.refresh();
-            }
+            let pick = self.message.pick(self.name, &self.tried)?;
             self.asked = Some(pick.provider);
-            match self.attempt(pick.provider, &pick.link).await {
-                Verdict::Over(result) => return Some(result),
-                // Nothing is sent that nobody would wait for.
-                Verdict::Next(error) if Instant::now() >= self.message.deadline => {
-                    return Some(Err(error));
-                }
-                Verdict::Next(error) => {
-                    self.tried.push(pick.provider);
-                    self.failure = Some(error);
-                }
+            let verdict = self.attempt(pick.provider, &pick.link).await;
+            if let Some(result) = self.conclude(pick.provider, verdict) {
+                return Some(result);
             }
         }
     }
 
-    /// Looks the name up again beside the request.
-    fn refresh(&self) {
-        let (node, name) = (self.node.clone(), self.name.clone());
-        tokio::spawn(async move {
-            // What it finds is in the routes; an error is met by the next request.
-            let _ = node.wait_for(&name, Waiter::All).await;
-        });
+    /// What an attempt leads to; `None`: to the next one.
+    fn conclude(
+        &mut self,
+        provider: PeerId,
+        verdict: Verdict,
+    ) -> Option<Result<Reply, RequestError>> {
+        match verdict {
+            Verdict::Over(result) => Some(result),
+            // Nothing is sent that nobody would wait for.
+            Verdict::Next(error) if Instant::now() >= self.message.deadline => Some(Err(error)),
+            Verdict::Next(error) => {
+                self.tried.push(provider);
+                self.failure = Some(error);
+                None
+            }
+        }
     }
 
     /// Looks the name up, until the deadline.
@@ -300,7 +357,7 @@ impl<'a> Call<'a> {
         &self,
         waiter: impl FnOnce(oneshot::Sender<Result<T, LookupError>>) -> Waiter,
     ) -> Result<T, RequestError> {
-        let looked_up = Box::pin(self.node.wait_for(self.name, waiter));
+        let looked_up = self.message.node.wait_for(self.name, waiter);
         match self.message.wait(looked_up).await {
             Some(result) => Ok(result?),
             None => Err(RequestError::TimedOut(self.name.clone())),
@@ -320,11 +377,11 @@ impl<'a> Call<'a> {
             Outcome::Answered(Err(error)) => self.judge_error(provider, error),
             Outcome::TimedOut => Verdict::Over(Err(RequestError::TimedOut(self.name.clone()))),
             Outcome::NotSent(reason) => {
-                self.node.routes().forget(self.name, &provider);
+                self.message.node.routes().forget(self.name, &provider);
                 Verdict::Next(self.unreachable(&reason))
             }
             Outcome::Broken(reason) => {
-                self.node.routes().forget(self.name, &provider);
+                self.message.node.routes().forget(self.name, &provider);
                 let error = RequestError::Interrupted { provider, reason };
                 match self.delivery {
                     Delivery::AtMostOnce => Verdict::Over(Err(error)),
@@ -339,7 +396,7 @@ impl<'a> Call<'a> {
         match error.code {
             ErrorCode::Busy => Verdict::Next(RequestError::Busy(self.name.clone())),
             ErrorCode::UnknownService | ErrorCode::ShuttingDown => {
-                self.node.routes().forget(self.name, &provider);
+                self.message.node.routes().forget(self.name, &provider);
                 Verdict::Next(self.unreachable("it has withdrawn the name"))
             }
             _ => {

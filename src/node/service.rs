@@ -42,7 +42,6 @@ pub struct Service {
 #[derive(Debug)]
 #[must_use = "a request that is dropped is answered with an error"]
 pub struct Request {
-    from: PeerId,
     payload: Vec<u8>,
     responder: Responder,
 }
@@ -81,7 +80,7 @@ impl Service {
             QUEUE.. => {}
         }
         for inbound in self.taken.drain(..) {
-            self.waiting.push(inbound.from, inbound);
+            self.waiting.push(inbound.responder.peer(), inbound);
         }
         self.waiting.pop().map(Into::into)
     }
@@ -136,7 +135,6 @@ impl Drop for Service {
 impl From<Inbound> for Request {
     fn from(inbound: Inbound) -> Self {
         Self {
-            from: inbound.from,
             payload: inbound.payload,
             responder: inbound.responder,
         }
@@ -146,7 +144,7 @@ impl From<Inbound> for Request {
 impl Request {
     /// Who asks, proved by its key.
     pub fn from(&self) -> PeerId {
-        self.from
+        self.responder.peer()
     }
 
     /// What was sent, at most [`MAX_PAYLOAD`](crate::proto::wire::MAX_PAYLOAD) bytes.

@@ -10,7 +10,6 @@
 
 use std::cmp;
 use std::collections::HashMap;
-use std::iter;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 use std::time::{Duration, Instant};
@@ -92,11 +91,17 @@ impl<L: Link> Routes<L> {
             .iter()
             .filter(|(peer, link)| link.is_connected() && !tried.contains(peer));
         let first = able.next()?;
-        let mut drawn = [first; 2];
-        iter::once(first)
-            .chain(able)
-            .sample_fill(&mut rand::rng(), &mut drawn);
-        let (provider, link) = less_busy(drawn);
+        let (provider, link) = match able.next() {
+            None => first,
+            Some(second) => {
+                let mut drawn = [first; 2];
+                [first, second]
+                    .into_iter()
+                    .chain(able)
+                    .sample_fill(&mut rand::rng(), &mut drawn);
+                less_busy(drawn)
+            }
+        };
         Some(Pick {
             provider: *provider,
             link: Arc::clone(link),

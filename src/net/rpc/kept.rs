@@ -104,9 +104,10 @@ struct Large {
     payload: Bytes,
 }
 
-/// A request that was entered. Dropping it gives it up; it may still run.
+/// A request that was entered: `None` if the stream ended before it was written. Dropping it gives it
+/// up; it may still run.
 #[derive(Debug)]
-struct Asked<'a> {
+pub(crate) struct Asked<'a> {
     kept: &'a Kept,
     id: u64,
     outcome: oneshot::Receiver<Outcome>,
@@ -161,10 +162,13 @@ impl Kept {
                 Err(_) => return Some(Outcome::TimedOut),
             },
         }
-        match self.asked(question)?.await {
-            Outcome::NotSent(_) => None,
-            outcome => Some(outcome),
-        }
+        self.asked(question)?.await
+    }
+
+    /// Sends a request if a stream is open and a slot is free.
+    pub(crate) fn try_ask(&self, question: Question<'_>) -> Option<Asked<'_>> {
+        self.slots.try_acquire().ok()?.forget();
+        self.asked(question)
     }
 
     /// Sends a request if that is possible at once, whether or not the caller waits for it.
@@ -502,13 +506,17 @@ impl State {
 }
 
 impl Future for Asked<'_> {
-    type Output = Outcome;
+    type Output = Option<Outcome>;
 
-    fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Outcome> {
+    fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Outcome>> {
         let outcome = ready!(Pin::new(&mut self.outcome).poll(cx));
         self.has_ended = true;
         // Every call that ends is told how.
-        Poll::Ready(outcome.unwrap_or(Outcome::NotSent("it was dropped".into())))
+        Poll::Ready(
+            outcome
+                .ok()
+                .filter(|outcome| !matches!(outcome, Outcome::NotSent(_))),
+        )
     }
 }
 
@@ -592,9 +600,9 @@ mod tests {
         }
     }
 
-    fn answer(outcome: Outcome) -> Vec<u8> {
+    fn answer(outcome: Option<Outcome>) -> Vec<u8> {
         match outcome {
-            Outcome::Answered(Ok(payload)) => payload,
+            Some(Outcome::Answered(Ok(payload))) => payload,
             other => panic!("{other:?}"),
         }
     }
@@ -646,7 +654,7 @@ mod tests {
             let id = far.asked().await.id;
             far.reply(made_up(id), b"made up").await;
             assert!(
-                matches!(caller.await, Outcome::Broken(_)),
+                matches!(caller.await, Some(Outcome::Broken(_))),
                 "{}",
                 made_up(id)
             );
@@ -691,8 +699,8 @@ mod tests {
         // Not written yet: the task has had no turn.
         let waits = ask(&kept, "waits");
         drop(far);
-        assert!(matches!(written.await, Outcome::Broken(_)));
-        assert!(matches!(waits.await, Outcome::NotSent(_)));
+        assert!(matches!(written.await, Some(Outcome::Broken(_))));
+        assert!(waits.await.is_none());
         assert!(ask_within(&kept, "late", FRAME_DEADLINE).is_none());
         assert_eq!(kept.load(), 0);
     }
@@ -706,9 +714,9 @@ mod tests {
             ask_within(&kept, "slow", time).expect("the stream is open")
         });
         far.asked().await;
-        assert!(matches!(sooner.await, Outcome::TimedOut));
+        assert!(matches!(sooner.await, Some(Outcome::TimedOut)));
         assert!((2..=3).contains(&start.elapsed().as_secs()));
-        assert!(matches!(later.await, Outcome::TimedOut));
+        assert!(matches!(later.await, Some(Outcome::TimedOut)));
         assert!((20..=21).contains(&start.elapsed().as_secs()));
     }
 
@@ -720,10 +728,16 @@ mod tests {
         yield_now().await;
         let waits = ask_within(&kept, "waits", Duration::from_secs(2)).expect("open");
         let large = ask_within(&kept, &"x".repeat(WRITE_LEN), Duration::from_secs(3));
-        assert!(matches!(waits.await, Outcome::TimedOut));
+        assert!(matches!(waits.await, Some(Outcome::TimedOut)));
         assert_eq!(start.elapsed().as_secs(), 2);
-        assert!(matches!(large.expect("open").await, Outcome::TimedOut));
-        assert!(matches!(small.expect("open").await, Outcome::TimedOut));
+        assert!(matches!(
+            large.expect("open").await,
+            Some(Outcome::TimedOut)
+        ));
+        assert!(matches!(
+            small.expect("open").await,
+            Some(Outcome::TimedOut)
+        ));
         assert_eq!(start.elapsed().as_secs(), 5);
         assert_eq!(kept.load(), 2, "the frames that wait keep their permits");
         let mut sink = vec![0; 2_000];
@@ -762,7 +776,7 @@ mod tests {
                 tokio::join!(third, answers).0
             }
         );
-        assert_eq!(answer(first.unwrap()), b"late");
+        assert_eq!(answer(first), b"late");
         assert!(matches!(second, Some(Outcome::TimedOut)), "{second:?}");
         assert!(
             matches!(third, Some(Outcome::TimedOut)),
@@ -785,7 +799,7 @@ mod tests {
         bytes.extend([1, 0xff]);
         far.0.write_all(&bytes).await.unwrap();
         assert_eq!(answer(good.await), b"fine");
-        assert!(matches!(bad.await, Outcome::Broken(_)));
+        assert!(matches!(bad.await, Some(Outcome::Broken(_))));
     }
 
     #[tokio::test(start_paused = true)]

@@ -52,6 +52,8 @@ pub(super) enum Left {
 
 pub(super) struct Outbox<L> {
     small: Vec<u8>,
+    /// What they will take: as much as last time.
+    expected: usize,
     large: VecDeque<L>,
     /// Where frames are written, while nobody does.
     outlet: Option<Outlet>,
@@ -67,6 +69,7 @@ impl<L> Default for Outbox<L> {
     fn default() -> Self {
         Self {
             small: Vec::new(),
+            expected: 0,
             large: VecDeque::new(),
             outlet: None,
             unflushed: false,
@@ -82,6 +85,9 @@ impl<L> Outbox<L> {
         &mut self,
         content: impl FnOnce(&mut Vec<u8>) -> Result<(), EncodeError>,
     ) {
+        if self.small.capacity() == 0 {
+            self.small.reserve(self.expected);
+        }
         append(&mut self.small, content);
     }
 
@@ -173,6 +179,7 @@ impl<L> Outbox<L> {
     ) -> Option<Outlet> {
         frames.clear();
         std::mem::swap(&mut self.small, frames);
+        self.expected = frames.len().min(WRITE_LEN);
         let enough = frames.len() + WRITE_LEN;
         while frames.len() < enough
             && let Some(large) = self.large.pop_front()
@@ -296,10 +303,8 @@ mod tests {
         let mut frames = Vec::new();
         let mut outlet = outbox.take(&mut frames, |(), _| {}).unwrap();
         let mut arrived = [0; 13];
-        let (sent, read) = tokio::join!(
-            send(&mut outlet, &mut frames),
-            far.read_exact(&mut arrived)
-        );
+        let (sent, read) =
+            tokio::join!(send(&mut outlet, &mut frames), far.read_exact(&mut arrived));
         sent.unwrap();
         read.unwrap();
         assert_eq!(&arrived, b"\x05first\x06second");

@@ -8,6 +8,7 @@ use std::task::{Context, Poll, Waker, ready};
 
 use futures::future::poll_fn;
 use futures::io::{AsyncWrite, AsyncWriteExt};
+use libp2p::PeerId;
 use tokio::time::timeout;
 
 use super::budget::{Budget, Held, Usage};
@@ -17,6 +18,8 @@ use crate::proto::wire::{ErrorCode, RemoteError, ReplyRef};
 
 #[derive(Debug)]
 pub(super) struct Replies {
+    /// Who asks.
+    peer: PeerId,
     budget: Arc<Budget>,
     of_peer: Arc<Usage>,
     /// The requests that were read and whose replies have not been taken to be written.
@@ -64,8 +67,9 @@ pub(crate) struct Responder {
 }
 
 impl Replies {
-    pub(super) fn new(budget: Arc<Budget>, of_peer: Arc<Usage>) -> Arc<Self> {
+    pub(super) fn new(peer: PeerId, budget: Arc<Budget>, of_peer: Arc<Usage>) -> Arc<Self> {
         Arc::new(Self {
+            peer,
             budget,
             of_peer,
             open: AtomicUsize::new(0),
@@ -276,6 +280,11 @@ impl Responder {
         let is_admitted = admitted.is_some();
         self.held = admitted.unwrap_or_default();
         is_admitted
+    }
+
+    /// Who asks, proved by its key.
+    pub(crate) fn peer(&self) -> PeerId {
+        self.replies.peer
     }
 
     pub(crate) fn answer(mut self, outcome: Result<Vec<u8>, RemoteError>) {

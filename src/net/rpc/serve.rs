@@ -116,7 +116,6 @@ impl ServesQuestion {
 /// A request on its way to a handler.
 #[derive(Debug)]
 pub(crate) struct Inbound {
-    pub(crate) from: PeerId,
     pub(crate) payload: Vec<u8>,
     pub(crate) responder: Responder,
 }
@@ -302,7 +301,7 @@ pub(crate) async fn serve(
     let peer = remote.peer;
     let of_peer = server.budget.usage_of(peer);
     let frames = FrameReader::new(reader, server.budget.arriving(&of_peer));
-    let replies = Replies::new(Arc::clone(&server.budget), of_peer);
+    let replies = Replies::new(peer, Arc::clone(&server.budget), of_peer);
     let _closing = Closing(&replies);
     let ended = {
         let reading = std::pin::pin!(read(&server, remote, frames, &replies));
@@ -426,7 +425,6 @@ fn dispatch(
         return refuse(responder, ErrorCode::Busy, "too many requests are open");
     }
     let inbound = Inbound {
-        from: remote.peer,
         payload: request.payload.to_vec(),
         responder,
     };
