@@ -1,13 +1,14 @@
 //! Requests and replies through the public API, between two processes, over TCP and QUIC.
 //!
 //! The server is a grape that announces `echo` and answers with what it gets; it runs in a process
-//! of its own, which this program starts from itself. `cargo bench --bench rpc`.
+//! of its own, which this program starts from itself. `cargo bench --bench rpc`, or only what one
+//! that floods does to another caller, `-- flood`.
 
 #![allow(clippy::print_stdout, reason = "a benchmark prints its figures")]
 
 mod common;
 
-use std::process::id;
+use std::process::{Command, id};
 use std::time::{Duration, Instant};
 
 use common::{Process, Spread, Table, cpu_seconds, latencies, micros};
@@ -30,7 +31,9 @@ async fn main() {
         Some(("server", _)) => serve().await,
         Some((_, addresses)) => flood(addresses).await,
         None => {
-            measure(&arguments).await;
+            if arguments.is_empty() {
+                measure(&arguments).await;
+            }
             measure_beside_flood(&arguments).await;
         }
     }
@@ -106,7 +109,9 @@ async fn flood(addresses: &[String]) {
     println!("ready");
     tokio::spawn(async move {
         loop {
-            run(&client, 64, FLOOD, RUN).await;
+            let start = Instant::now();
+            let sent = run(&client, 64, FLOOD, RUN).await.len();
+            println!("{:.0}", sent as f64 / start.elapsed().as_secs_f64());
         }
     });
     let released = tokio::task::spawn_blocking(common::until_released);
@@ -121,28 +126,60 @@ async fn measure_beside_flood(arguments: &[String]) {
     common::print_heading("An honest caller beside one that floods", "rpc", arguments);
     println!(
         "* One caller, 64 B over TCP, 1 in flight; the other is a process that has {FLOOD} in \
-         flight; {RUNS} runs of {RUN:?}, alone and beside in turn: median (min..max)"
+         flight, and `nice -n 19`, because one on another machine would not take this one's \
+         processors; {RUNS} runs of {RUN:?}, in turn: median (min..max)"
     );
     let honest = client([tcp.clone()]).await;
     run(&honest, 64, 1, WARM_UP).await;
-    let (mut alone, mut beside) = (Vec::new(), Vec::new());
+    let settings = [
+        ("alone", None),
+        ("beside a flood", Some("19")),
+        ("beside a flood of equal priority", Some("0")),
+    ];
+    let mut runs = settings.map(|_| Vec::new());
+    let mut rates = settings.map(|_| Vec::new());
     for _ in 0..RUNS {
-        alone.push(Run::measure(&honest, server.id(), 64, 1).await);
-        let mut flooder = Process::part("flood", &[&tcp.to_string()]);
-        assert_eq!(flooder.line(), "ready", "it does not start");
-        run(&honest, 64, 1, WARM_UP).await;
-        beside.push(Run::measure(&honest, server.id(), 64, 1).await);
+        for (at, (_, niceness)) in settings.into_iter().enumerate() {
+            let flooder = niceness.map(|niceness| start_flooder(tcp, niceness));
+            run(&honest, 64, 1, WARM_UP).await;
+            runs[at].push(Run::measure(&honest, server.id(), 64, 1).await);
+            let rate = flooder.map(|mut flooder| flooder.line());
+            rates[at].extend(rate.map(|rate| rate.parse::<f64>().expect("a number")));
+        }
     }
-    let table = Table::new(&["honest caller", "requests/s", "p50 µs", "p99 µs"]);
-    for (what, runs) in [("alone", alone), ("beside a flood", beside)] {
-        let over = |figure: fn(&Run) -> f64| Spread::of(runs.iter().map(figure));
+    let table = Table::new(&[
+        "honest caller",
+        "requests/s",
+        "p50 µs",
+        "p99 µs",
+        "the flooder's requests/s",
+    ]);
+    for (at, (what, _)) in settings.into_iter().enumerate() {
+        let over = |figure: fn(&Run) -> f64| Spread::of(runs[at].iter().map(figure));
+        let rate = match rates[at].as_slice() {
+            [] => "-".into(),
+            rates => format!("{:.0}", Spread::of(rates.iter().copied())),
+        };
         table.row(&[
             what.into(),
             format!("{:.0}", over(Run::per_second)),
             format!("{:.0}", over(|run| run.quantile(0.5))),
             format!("{:.0}", over(|run| run.quantile(0.99))),
+            rate,
         ]);
     }
+}
+
+fn start_flooder(address: &Multiaddr, niceness: &str) -> Process {
+    let part = Process::command("flood", &[&address.to_string()]);
+    let mut command = Command::new("nice");
+    command
+        .args(["-n", niceness])
+        .arg(part.get_program())
+        .args(part.get_args());
+    let mut flooder = Process::start(&mut command);
+    assert_eq!(flooder.line(), "ready", "it does not start");
+    flooder
 }
 
 async fn client(bootstrap: impl IntoIterator<Item = Multiaddr>) -> Node {

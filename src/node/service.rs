@@ -8,7 +8,7 @@ use std::str::Utf8Error;
 use futures::FutureExt;
 use libp2p::PeerId;
 use tokio::sync::{mpsc, oneshot};
-use tokio::task::JoinSet;
+use tokio::task::{JoinSet, consume_budget};
 
 use super::Node;
 use crate::name::ServiceName;
@@ -67,6 +67,8 @@ impl Service {
     /// The next request; `None` once the node is shut down. Where several peers' requests wait, each
     /// peer has its turn. Cancel-safe.
     pub async fn next(&mut self) -> Option<Request> {
+        // However much waits, others have their turns of the runtime too.
+        consume_budget().await;
         match self.waiting.len() {
             0 => {
                 self.requests.recv_many(&mut self.taken, QUEUE).await;
