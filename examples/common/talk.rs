@@ -60,10 +60,11 @@ pub(crate) async fn announce(
         service = &mut announced => return service,
         () = untaken => {}
     }
-    let line = format!(
-        "no grape has taken {name} yet, and a full one does not; join by another one, or wait"
-    );
-    output.note(&line).await;
+    if status.borrow().is_online() {
+        let line =
+            format!("no grape has taken {name} yet: it may be full; join by another one, or wait");
+        output.note(&line).await;
+    }
     announced.await
 }
 

@@ -46,6 +46,9 @@ const HOUSEKEEPING: Duration = Duration::from_secs(1);
 /// network: each is a look at all of them, and a grape that joins hundreds meets some in every moment.
 const PAUSE_PER_GRAPE: Duration = Duration::from_millis(2);
 
+/// The longest such pause.
+const MAX_PAUSE: Duration = Duration::from_secs(1);
+
 /// The provider records taken from one peer by Kademlia each second: as many as by rendezvous.
 const RECORDS_PER_SECOND: u32 = 2_000;
 

@@ -65,9 +65,9 @@ impl Service {
     }
 
     /// The next request; `None` once the node is shut down. Where several peers' requests wait, each
-    /// peer has its turn. Cancel-safe.
+    /// peer has its turn. Cancel-safe. Pending now and then although one waits, so that other tasks
+    /// have their turns too.
     pub async fn next(&mut self) -> Option<Request> {
-        // However much waits, others have their turns of the runtime too.
         consume_budget().await;
         match self.waiting.len() {
             0 => {

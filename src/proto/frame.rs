@@ -205,6 +205,11 @@ impl<R: AsyncRead + Unpin> FrameReader<R> {
         Ok(Some(&self.buffer[body]))
     }
 
+    /// Whether another frame, or a part of it, has arrived.
+    pub fn has_more(&self) -> bool {
+        self.begin < self.end
+    }
+
     /// The body of the next frame, at most `max` bytes, if all of it has arrived; reads nothing.
     pub fn arrived(&mut self, max: usize) -> Result<Option<&[u8]>, FrameError> {
         if self.begin == self.end {

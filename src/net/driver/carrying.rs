@@ -7,7 +7,7 @@ use libp2p::swarm::DialError;
 use libp2p::swarm::dial_opts::{DialOpts, PeerCondition};
 use libp2p::{Multiaddr, PeerId, kad};
 
-use super::{Driver, PAUSE_PER_GRAPE};
+use super::{Driver, MAX_PAUSE, PAUSE_PER_GRAPE};
 use crate::error::{AnnounceError, LookupError};
 use crate::name::ServiceName;
 use crate::net::connectivity::{KnownGrape, describe};
@@ -105,7 +105,7 @@ impl Driver {
     pub(super) fn on_grapes_changed(&mut self) {
         let pause = match self.grapes.borrow().len() {
             0..SMALL => Duration::ZERO,
-            known => PAUSE_PER_GRAPE * known as u32,
+            known => (PAUSE_PER_GRAPE * known as u32).min(MAX_PAUSE),
         };
         self.grapes_due.get_or_insert(self.grapes_told + pause);
     }

@@ -1,7 +1,8 @@
 //! Requests to a peer, pipelined over one stream that is kept open.
 //!
 //! * A caller enters its request under a lock that all callers share for a moment; a task for each
-//!   stream reads and writes. Writes carry all requests that wait, and never wait for more.
+//!   stream reads and writes. Writes carry all requests that wait, and never wait for more. A small
+//!   request that is the only open one leaves at once.
 //! * Replies are matched by id, in any order. A reply with an id that was never given out ends the
 //!   stream; one whose caller has gone away is dropped.
 //! * Every request has a deadline, and the stream one timer for all of them.
@@ -271,9 +272,11 @@ impl Kept {
         let mut state = self.lock();
         state.phase = Phase::Closed;
         (state.waiting, state.answered) = (0, 0);
-        let untaken = state.frames.clear().count();
-        let (unwritten, written) = state.calls.end_all(untaken);
+        let frames = mem::take(&mut state.frames);
+        let (unwritten, written) = state.calls.end_all(frames.large());
         self.free(state);
+        // Not under the lock: the stream ends with them.
+        drop(frames);
         tell_all(unwritten, || Outcome::NotSent(reason.into()));
         tell_all(written, || Outcome::Broken(reason.into()));
     }
@@ -468,6 +471,7 @@ impl State {
         id
     }
 
+    /// Whether others may be about to ask. One that waits long for its answer counts as well.
     fn others(&self) -> Others {
         match (self.calls.len(), self.answered) {
             (..=1, ..=1) => Others::None,
@@ -702,6 +706,18 @@ mod tests {
         assert!(matches!(written.await, Some(Outcome::Broken(_))));
         assert!(waits.await.is_none());
         assert!(ask_within(&kept, "late", FRAME_DEADLINE).is_none());
+        assert_eq!(kept.load(), 0);
+    }
+
+    #[tokio::test]
+    async fn a_request_that_has_left_in_part_may_have_run() {
+        let (kept, far) = scene_with(16, 512).await;
+        // The task rests, so that the caller writes.
+        yield_now().await;
+        let begun = ask(&kept, "longer than the stream takes");
+        assert!(kept.lock().frames.writer().is_none(), "woken for the rest");
+        drop(far);
+        assert!(matches!(begun.await, Some(Outcome::Broken(_))));
         assert_eq!(kept.load(), 0);
     }
 

@@ -4,7 +4,8 @@
 //! small frame costs no queue and no allocation of its own. The task takes all that waits in one go
 //! and never waits for more. Where others may be about to add a frame, it lets them run first whose
 //! turn it is already, because a write costs more than a frame. Where nobody else is, a small frame
-//! is written by who has added it: to wake the task would take longer.
+//! is written by who has added it, under that lock: to wake the task would take longer. It never
+//! waits for the remote, but on QUIC it may wait while the connection's task sends some datagrams.
 //!
 //! Large frames wait as what they are made of. They go after the small ones that wait, so many at a
 //! time as are worth one write: a small frame that comes then waits for those.
@@ -59,7 +60,7 @@ pub(super) struct Outbox<L> {
     outlet: Option<Outlet>,
     /// What was written may not have left.
     unflushed: bool,
-    /// The task that writes, while there is nothing for it to do.
+    /// The task that writes, once it has seen that there is nothing for it to do.
     writer: Option<Waker>,
     /// Those that ran when there was something to write again have had their turn.
     settled: bool,
@@ -96,7 +97,7 @@ impl<L> Outbox<L> {
         self.large.push_back(frame);
     }
 
-    /// Writes the small frames if that is possible without waiting and the task has nothing to do.
+    /// Writes the small frames if that is possible without waiting and the task rests.
     pub(super) fn write_small(&mut self) -> Left {
         let (Some(outlet), Some(writer)) = (&mut self.outlet, &self.writer) else {
             return Left::Nothing;
@@ -120,7 +121,9 @@ impl<L> Outbox<L> {
                 Left::Part
             }
             _ => {
+                self.expected = len.min(WRITE_LEN);
                 self.small.clear();
+                release(&mut self.small);
                 Left::All
             }
         }
@@ -134,7 +137,7 @@ impl<L> Outbox<L> {
         }
     }
 
-    /// The stream that everything is written to is there, or is not written to any more.
+    /// What everything is written to: the task does not write now.
     pub(super) fn put(&mut self, outlet: Outlet) {
         self.outlet = Some(outlet);
     }
@@ -171,7 +174,8 @@ impl<L> Outbox<L> {
     }
 
     /// Takes the small frames and what fits into one write of the large ones, which `append` writes,
-    /// and the stream that they are for.
+    /// and what they are written to. The task alone does, and gives that [back](Self::put): without
+    /// it this is not called.
     pub(super) fn take(
         &mut self,
         frames: &mut Vec<u8>,
@@ -196,10 +200,9 @@ impl<L> Outbox<L> {
         self.writer.take()
     }
 
-    /// Drops everything that waits, and the stream.
-    pub(super) fn clear(&mut self) -> impl Iterator<Item = L> {
-        let cleared = std::mem::take(self);
-        cleared.large.into_iter()
+    /// The large frames that wait; drops the small ones and the stream.
+    pub(super) fn into_large(self) -> VecDeque<L> {
+        self.large
     }
 }
 

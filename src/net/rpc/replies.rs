@@ -2,7 +2,7 @@
 
 use std::io;
 use std::mem;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::task::{Context, Poll, Waker, ready};
 
@@ -22,8 +22,11 @@ pub(super) struct Replies {
     peer: PeerId,
     budget: Arc<Budget>,
     of_peer: Arc<Usage>,
-    /// The requests that were read and whose replies have not been taken to be written.
+    /// The requests that were read and whose replies neither the task has taken nor their handlers
+    /// have written.
     open: AtomicUsize,
+    /// The requests that have arrived are being read.
+    more: AtomicBool,
     state: Mutex<State>,
 }
 
@@ -73,8 +76,14 @@ impl Replies {
             budget,
             of_peer,
             open: AtomicUsize::new(0),
+            more: AtomicBool::new(false),
             state: Mutex::default(),
         })
+    }
+
+    /// Whether another request, or a part of it, has arrived, or has to be waited for.
+    pub(super) fn set_more(&self, more: bool) {
+        self.more.store(more, Ordering::Release);
     }
 
     /// What is to answer a request that was read, and whether there is room for another one.
@@ -130,10 +139,11 @@ impl Replies {
         let mut state = self.lock();
         state.phase = Phase::Closed;
         let mut held = mem::take(&mut state.held);
-        for large in state.frames.clear() {
+        let frames = mem::take(&mut state.frames);
+        drop(state);
+        for large in frames.into_large() {
             held.merge(large.held);
         }
-        drop(state);
         self.budget.give_back(&self.of_peer, held);
     }
 
@@ -151,13 +161,14 @@ impl Replies {
         }
         let (outlet, leaving) = state.take(frames);
         let leaving = (!is_last).then(|| self.leave(state, leaving));
-        let broken = io::ErrorKind::BrokenPipe;
-        Poll::Ready(outlet.map(|outlet| (outlet, leaving)).ok_or(broken.into()))
+        let missing = io::ErrorKind::BrokenPipe;
+        Poll::Ready(outlet.map(|outlet| (outlet, leaving)).ok_or(missing.into()))
     }
 
     /// Whether other requests that were read may be answered soon.
     fn others(&self, state: &State) -> Others {
-        match state.waiting == self.open.load(Ordering::Acquire) {
+        let all_wait = state.waiting == self.open.load(Ordering::Acquire);
+        match all_wait && !self.more.load(Ordering::Acquire) {
             true => Others::None,
             false => Others::Some,
         }
@@ -172,7 +183,7 @@ impl Replies {
         state.add(id, outcome, held);
         let at_once = self.others(&state) == Others::None && state.frames.large() == 0;
         if at_once && state.frames.write_small() == Left::All {
-            let leaving = state.leave();
+            let leaving = state.take_small();
             drop(self.leave(state, leaving));
         } else if let Some(writer) = state.frames.writer() {
             drop(state);
@@ -180,7 +191,7 @@ impl Replies {
         }
     }
 
-    /// So many replies leave, and hold so much until that is done.
+    /// So many replies leave, and hold so much until that is done, or until the transport has them.
     fn leave(
         &self,
         mut state: MutexGuard<'_, State>,
@@ -189,7 +200,8 @@ impl Replies {
         let open = self.open.fetch_sub(replies, Ordering::AcqRel) - replies;
         let writer = match state.phase == Phase::Draining && open == 0 {
             true => state.frames.end(),
-            false => None,
+            // What could not be flushed is left to it.
+            false => state.frames.writer(),
         };
         let reader = state.reader.take();
         drop(state);
@@ -239,7 +251,7 @@ impl State {
     }
 
     /// The small replies leave. Returns what they hold, and how many they are.
-    fn leave(&mut self) -> (Held, usize) {
+    fn take_small(&mut self) -> (Held, usize) {
         let small = self.waiting - self.frames.large();
         self.waiting -= small;
         (mem::take(&mut self.held), small)
@@ -248,8 +260,8 @@ impl State {
     /// Takes the replies that wait, and the stream. Returns also what they hold, and how many they
     /// are.
     fn take(&mut self, frames: &mut Vec<u8>) -> (Option<Outlet>, (Held, usize)) {
-        let (mut held, mut taken) = self.leave();
-        let small = taken;
+        let (mut held, small) = self.take_small();
+        let mut large_ones = 0;
         let outlet = self.frames.take(frames, |large, frames| {
             let reply = ReplyRef {
                 id: large.id,
@@ -257,10 +269,10 @@ impl State {
             };
             append(frames, |frame| reply.append_to(frame));
             held.merge(large.held);
-            taken += 1;
+            large_ones += 1;
         });
-        self.waiting -= taken - small;
-        (outlet, (held, taken))
+        self.waiting -= large_ones;
+        (outlet, (held, small + large_ones))
     }
 }
 
@@ -315,5 +327,88 @@ impl Drop for Responder {
             let message = "the handler gave no answer";
             self.send(Err(RemoteError::new(ErrorCode::HandlerFailed, message)));
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use tokio::io::{AsyncReadExt as _, DuplexStream, duplex};
+    use tokio::task::{JoinHandle, yield_now};
+    use tokio_util::compat::TokioAsyncReadCompatExt;
+
+    use super::*;
+    use crate::limits::Limits;
+
+    /// Replies to a stream that takes so many bytes that are not read, their task, which rests, and
+    /// the remote end.
+    async fn scene(buffer: usize) -> (Arc<Replies>, JoinHandle<io::Result<()>>, DuplexStream) {
+        let (near, far) = duplex(buffer);
+        let budget = Arc::new(Budget::new(&Limits::default()));
+        let peer = PeerId::random();
+        let of_peer = budget.usage_of(peer);
+        let replies = Replies::new(peer, budget, of_peer);
+        let writing = Arc::clone(&replies);
+        let task = tokio::spawn(async move { writing.write(near.compat()).await });
+        yield_now().await;
+        (replies, task, far)
+    }
+
+    fn request(replies: &Arc<Replies>) -> Responder {
+        let (mut responder, _) = replies.expect(1);
+        assert!(responder.admit(0));
+        responder
+    }
+
+    /// The bytes of the reply that carries this.
+    fn frame(payload: &[u8]) -> Vec<u8> {
+        let mut frame = Vec::new();
+        let reply = ReplyRef {
+            id: 1,
+            outcome: Ok(payload),
+        };
+        append(&mut frame, |frame| reply.append_to(frame));
+        frame
+    }
+
+    #[tokio::test]
+    async fn the_last_reply_ends_a_stream_that_drains_and_leaves_at_once() {
+        let (replies, task, mut far) = scene(100).await;
+        let responder = request(&replies);
+        replies.drain();
+        yield_now().await;
+        responder.answer(Ok(b"last".to_vec()));
+        assert_eq!(replies.budget.open_requests(), 0, "it has left");
+        task.await.unwrap().unwrap();
+        let mut arrived = Vec::new();
+        far.read_to_end(&mut arrived).await.unwrap();
+        assert_eq!(arrived, frame(b"last"));
+    }
+
+    #[tokio::test]
+    async fn a_reply_that_leaves_in_part_holds_its_budget_until_all_of_it_has() {
+        let (replies, task, mut far) = scene(4).await;
+        let responder = request(&replies);
+        replies.drain();
+        responder.answer(Ok(b"in two parts".to_vec()));
+        yield_now().await;
+        assert_eq!(replies.budget.open_requests(), 1);
+        let mut arrived = Vec::new();
+        far.read_to_end(&mut arrived).await.unwrap();
+        assert_eq!(arrived, frame(b"in two parts"));
+        task.await.unwrap().unwrap();
+        assert_eq!(replies.budget.open_requests(), 0);
+    }
+
+    #[tokio::test]
+    async fn replies_wait_for_each_other_while_requests_are_being_read() {
+        let (replies, _task, mut far) = scene(100).await;
+        replies.set_more(true);
+        request(&replies).answer(Ok(b"one".to_vec()));
+        assert_eq!(replies.budget.open_requests(), 1, "the task writes it");
+        replies.set_more(false);
+        request(&replies).answer(Ok(b"two".to_vec()));
+        let mut arrived = vec![0; frame(b"one").len() + frame(b"two").len()];
+        far.read_exact(&mut arrived).await.unwrap();
+        assert_eq!(arrived, [frame(b"one"), frame(b"two")].concat());
     }
 }
