@@ -39,6 +39,9 @@ const RETRY_MAX: Duration = Duration::from_secs(30);
 /// How soon a name is told again that a grape did not take.
 const REFUSED: Duration = Duration::from_secs(2);
 
+/// The longest lease that is believed: so long a grape that fails is told of withdrawals.
+const LONGEST: Duration = Duration::from_secs(24 * 3_600);
+
 /// The failures in a row after which a grape's names are taken elsewhere.
 const FAILED: u32 = 2;
 
@@ -128,8 +131,9 @@ struct Grape {
     /// Those that it did not take, and when it is told of them again.
     refused: BTreeSet<Number>,
     retry: Option<Instant>,
-    /// Those that it may keep and that are taken back.
+    /// Those that it may keep and that are taken back, and until when it may keep any.
     gone: BTreeSet<ServiceName>,
+    keeps_until: Instant,
     /// Where the round is, if one is under way.
     round: Option<Number>,
     next_round: Instant,
@@ -437,6 +441,7 @@ impl Registrations {
         };
         grape.failures = 0;
         grape.not_before = None;
+        grape.keeps_until = grape.keeps_until.max(now + lease.min(LONGEST));
         // A longer one is no reason to be heard of less often.
         grape.lease = lease.clamp(MIN_LEASE, LEASE);
         grape.next_round = grape.next_round.min(now + grape.renewal());
@@ -476,6 +481,10 @@ impl Registrations {
                     grape.gone.insert(name);
                 }
             }
+        }
+        if now >= grape.keeps_until {
+            // It has forgotten them by itself.
+            grape.gone.clear();
         }
         grape.failures += 1;
         if grape.failures > 1 {
@@ -583,6 +592,7 @@ impl Grape {
             refused: BTreeSet::new(),
             retry: None,
             gone: BTreeSet::new(),
+            keeps_until: now,
             round: None,
             next_round: now,
             in_flight: None,
@@ -664,6 +674,10 @@ impl Grape {
         }
         if announce.is_empty() && withdraw.is_empty() {
             return None;
+        }
+        if !announce.is_empty() {
+            // What it grants is not known yet: at least as long as ours do, from when it arrives.
+            self.keeps_until = self.keeps_until.max(now + 2 * LEASE);
         }
         let mut told = Vec::with_capacity(announce.len());
         for number in &announce {
@@ -1041,6 +1055,24 @@ mod tests {
             (again.announce, again.withdraw),
             (vec![name(2)], vec![name(1)])
         );
+    }
+
+    #[test]
+    fn a_grape_that_has_forgotten_all_by_itself_is_not_told_of_withdrawals_any_more() {
+        let grapes = grapes(1);
+        let mut scene = Scene::new(&grapes);
+        scene.announce([1]);
+        scene.settle();
+        let told = scene.now;
+        scene.withdraw(1);
+        while let Some(due) = scene.registrations.next_due() {
+            scene.now = due;
+            let update = scene.update().unwrap();
+            assert_eq!(update.withdraw, [name(1)]);
+            scene.answer(&grapes[0], Answer::Failed);
+        }
+        let elapsed = scene.now - told;
+        assert!((2 * LEASE..=2 * LEASE + RETRY_MAX).contains(&elapsed));
     }
 
     #[test]

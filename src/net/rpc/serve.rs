@@ -402,22 +402,25 @@ fn dispatch(
     request: RequestRef<'_>,
     mut responder: Responder,
 ) {
-    match request.service {
-        wire::SERVES => return server.on_serves(request.payload, responder),
-        wire::REGISTRY => return responder.answer(server.on_batch(remote, request.payload)),
-        wire::NAMES => return server.on_names(remote, request.payload, responder),
-        _ => {}
-    }
     let refuse = |responder: Responder, code, message: &str| {
         server.metrics.requests_refused.add(1);
         responder.answer(Err(RemoteError::new(code, message)));
     };
+    if request.service == wire::SERVES {
+        // A node that is shutting down serves nothing.
+        return server.on_serves(request.payload, responder);
+    }
     if server.stopping.load(Ordering::Relaxed) {
         return refuse(
             responder,
             ErrorCode::ShuttingDown,
             "this node is shutting down",
         );
+    }
+    match request.service {
+        wire::REGISTRY => return responder.answer(server.on_batch(remote, request.payload)),
+        wire::NAMES => return server.on_names(remote, request.payload, responder),
+        _ => {}
     }
     let Some(route) = server.route_after(last_route, request.service) else {
         return refuse(responder, ErrorCode::UnknownService, NOT_SERVED);
