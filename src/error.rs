@@ -84,6 +84,13 @@ impl AnnounceError {
     }
 }
 
+fn peers(count: usize) -> String {
+    match count {
+        1 => "1 peer".into(),
+        _ => format!("{count} peers"),
+    }
+}
+
 /// Why a lookup found nobody.
 #[derive(Clone, Debug, PartialEq, Eq, Error)]
 #[non_exhaustive]
@@ -92,7 +99,7 @@ pub enum LookupError {
     #[error("nobody announces {0}")]
     NotFound(ServiceName),
     /// The name is announced, but none of its providers answers.
-    #[error("{name} is announced by {providers} peer(s), but none of them can be reached")]
+    #[error("{name} is announced by {}, but none can be reached", peers(*providers))]
     Unreachable {
         /// The name that was looked up.
         name: ServiceName,
@@ -222,7 +229,7 @@ pub enum DialFailure {
         found: PeerId,
     },
     /// The address leads to this node itself.
-    #[error("this is the node's own address")]
+    #[error("this is the node's own address, or another node has a copy of its key")]
     OwnAddress,
     /// Nobody answers, or not in our protocols.
     #[error("{0}")]

@@ -45,6 +45,10 @@ pub const LOOKUP_DEADLINE: Duration = Duration::from_secs(10);
 /// How long a lookup that has found a live provider waits for slower ones.
 pub const LOOKUP_SETTLE: Duration = Duration::from_millis(500);
 
+/// How long a lookup waits for a connection with a provider: one that is gone refuses TCP at once and
+/// leaves QUIC without an answer. Three round trips of a bad line fit in; a later connection still counts.
+pub const DIAL_DEADLINE: Duration = Duration::from_secs(3);
+
 /// How long a provider may take to say whether it serves the name.
 pub const SERVES_DEADLINE: Duration = Duration::from_secs(3);
 

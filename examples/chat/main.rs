@@ -67,7 +67,7 @@ Examples:
           a conversation from a file: a name, then messages; an empty line, then another name.
           Messages to a name that fails are left out, and the first failure is the exit code
 
-Replies and messages go to standard output, all else to standard error. RUST_LOG=debug logs there
+Replies and messages go to standard output, all else to standard error. RUST_LOG=grapevine=debug logs there
 too.
 
 Exit codes: 0 answered, or the conversation ended; 1 the system refused something; 2 wrong usage;
@@ -86,7 +86,7 @@ struct Cli {
     to: Option<ServiceName>,
     /// The message to send; without it, asks for names and messages
     #[arg(value_name = "TEXT", requires = "to")]
-    text: Option<String>,
+    words: Vec<String>,
     /// Your own name: signs what you send; without TEXT also announces you and shows what arrives
     #[arg(long, value_name = "NAME")]
     name: Option<ServiceName>,
@@ -97,12 +97,19 @@ struct Cli {
     #[arg(long, value_name = "SECONDS", default_value = "10", value_parser = timeout)]
     timeout: Duration,
     /// Keep what is typed in this file, for the next time
-    #[arg(long, value_name = "FILE", conflicts_with = "text")]
+    #[arg(long, value_name = "FILE", conflicts_with = "words")]
     history: Option<PathBuf>,
     #[command(flatten)]
     network: Flags,
     #[command(flatten)]
     default: DefaultGrape,
+}
+
+impl Cli {
+    /// The message to send, as a shell has split it without quotes.
+    fn text(&self) -> Option<String> {
+        (!self.words.is_empty()).then(|| self.words.join(" "))
+    }
 }
 
 fn main() -> ExitCode {
@@ -111,8 +118,8 @@ fn main() -> ExitCode {
 }
 
 async fn chat(cli: Cli, stop: Stop) -> Result<u8, Failure> {
-    match &cli.text {
-        Some(text) => match one_message(&cli, text, &stop).await {
+    match cli.text() {
+        Some(text) => match one_message(&cli, &text, &stop).await {
             Ok(result) => result,
             Err(Cause::Signal) => Ok(INTERRUPTED),
             Err(cause) => Ok(cause.code()),

@@ -24,7 +24,7 @@ impl Network {
         let mut flags = cli.network.clone();
         let is_default = cli.default.fill(&mut flags);
         // Only who can be called needs to listen.
-        let listen = match (&cli.name, &cli.text) {
+        let listen = match (&cli.name, cli.text()) {
             (Some(_), None) => all_interfaces(0),
             _ => Vec::new(),
         };
@@ -35,7 +35,7 @@ impl Network {
         shut_down(&node).await;
         let (grape, echo) = start_inside().await?;
         let address = &cli.default.default_grape;
-        let others = match (&cli.name, &cli.text) {
+        let others = match (&cli.name, cli.text()) {
             (Some(name), None) => {
                 format!("others cannot find {name} in it: start a grape first, or use --bootstrap")
             }

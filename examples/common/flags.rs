@@ -96,6 +96,8 @@ pub(crate) fn parse<P: Parser>() -> P {
 
 /// An address to dial; `host:port` is TCP.
 pub(crate) fn dial_address(text: &str) -> Result<Multiaddr, String> {
+    // Lists may have spaces after their commas.
+    let text = text.trim();
     host_and_port(text)
         .or_else(|| address(text))
         .ok_or_else(|| {

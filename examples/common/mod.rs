@@ -131,6 +131,8 @@ fn log_to_stderr() {
                     .with_writer(io::stderr),
             )
             .init(),
-        Err(error) => note(&format!("nothing is logged: RUST_LOG={wanted}: {error}")),
+        Err(error) => note(&format!(
+            "nothing is logged: RUST_LOG={wanted}: {error}; write for example RUST_LOG=grapevine=debug"
+        )),
     }
 }

@@ -56,7 +56,7 @@ Examples:
           in place of a grape of Grenache
 
 Its addresses go to standard output, news of other grapes and errors to standard error.
-RUST_LOG=debug logs there too.
+RUST_LOG=grapevine=debug logs there too.
 
 Exit codes: 0 stopped by a signal, 1 the system refused something, 2 wrong usage";
 
@@ -68,11 +68,6 @@ Exit codes: 0 stopped by a signal, 1 the system refused something, 2 wrong usage
 struct Cli {
     #[command(flatten)]
     network: Flags,
-    #[command(flatten)]
-    grenache: Grenache,
-    /// Programs that start grapes of Grenache by hand say the program's name twice
-    #[arg(hide = true, value_parser = ["grape"])]
-    again: Option<String>,
     /// Forget a name after so many seconds unless its peer renews it: 3 to 90
     #[arg(long, value_name = "SECONDS", default_value = "90", value_parser = lease)]
     lease: Duration,
@@ -82,6 +77,11 @@ struct Cli {
     /// Do not let this peer connect (repeatable)
     #[arg(long, value_name = "PEERID", value_parser = peer_id)]
     block: Vec<PeerId>,
+    #[command(flatten)]
+    grenache: Grenache,
+    /// Programs that start grapes of Grenache by hand say the program's name twice
+    #[arg(hide = true, value_parser = ["grape"])]
+    again: Option<String>,
 }
 
 fn main() -> ExitCode {
@@ -142,6 +142,9 @@ async fn work(cli: &Cli, node: &Node, gateway: Option<&Gateway>, output: Output)
     if let Some(gateway) = gateway {
         let api = gateway.api_address();
         output.print(format!("Grenache API: http://{api}")).await;
+        let carrier = gateway.carrier_address();
+        let line = format!("Grenache callers reach other peers at: {carrier}");
+        output.print(line).await;
     }
     if cli.network.identity.is_none() {
         output

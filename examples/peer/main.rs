@@ -41,7 +41,7 @@ Examples:
           behind a router that forwards port 1337
 
 Messages go to standard output, one line each; news of the grapes and errors to standard error.
-RUST_LOG=debug logs there too.
+RUST_LOG=grapevine=debug logs there too.
 
 Exit codes: 0 stopped by a signal, 1 the system refused something or no grape can be joined,
 2 wrong usage";

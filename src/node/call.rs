@@ -360,7 +360,8 @@ impl<'a> Call<'a> {
         let looked_up = self.message.node.wait_for(self.name, waiter);
         match self.message.wait(looked_up).await {
             Some(result) => Ok(result?),
-            None => Err(RequestError::TimedOut(self.name.clone())),
+            // Nothing was sent.
+            None => Err(LookupError::TimedOut(self.name.clone()).into()),
         }
     }
 

@@ -29,7 +29,7 @@ use libp2p::{Multiaddr, PeerId, kad};
 use rand::seq::IndexedRandom;
 
 use crate::limits::{
-    LOOKUP_DEADLINE, LOOKUP_SETTLE, MAX_ADDRESSES, MAX_CANDIDATES, SERVES_DEADLINE,
+    DIAL_DEADLINE, LOOKUP_DEADLINE, LOOKUP_SETTLE, MAX_ADDRESSES, MAX_CANDIDATES, SERVES_DEADLINE,
 };
 use crate::name::ServiceName;
 
@@ -160,7 +160,8 @@ struct Candidate {
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum State {
-    Dialling,
+    /// Dialled since this time.
+    Dialling(Instant),
     /// Asked at this time.
     Asked(Instant),
     Live,
@@ -403,20 +404,21 @@ impl<Q: Copy + Eq + Hash> Lookups<Q> {
             None if full => {}
             None => {
                 let mut candidate = Candidate::new(source, addresses);
-                if connected {
+                let patience = if connected {
                     candidate.ask(name, peer, now, &mut self.steps);
+                    SERVES_DEADLINE
                 } else {
-                    candidate.dial(peer, &mut self.steps);
-                }
+                    candidate.dial(peer, now, &mut self.steps);
+                    DIAL_DEADLINE
+                };
                 lookup.candidates.insert(peer, candidate);
-                if connected {
-                    self.wake(name, now + SERVES_DEADLINE);
-                }
+                self.wake(name, now + patience);
             }
             Some(candidate) => {
                 candidate.add(addresses, max_addresses);
                 if candidate.state == State::Unreachable && !candidate.untried.is_empty() {
-                    candidate.dial(peer, &mut self.steps);
+                    candidate.dial(peer, now, &mut self.steps);
+                    self.wake(name, now + DIAL_DEADLINE);
                 }
             }
         }
@@ -427,7 +429,7 @@ impl<Q: Copy + Eq + Hash> Lookups<Q> {
         let mut asked = Vec::new();
         for (name, lookup) in &mut self.running {
             if let Some(candidate) = lookup.candidates.get_mut(peer)
-                && matches!(candidate.state, State::Dialling | State::Unreachable)
+                && matches!(candidate.state, State::Dialling(_) | State::Unreachable)
             {
                 candidate.ask(name, *peer, now, &mut self.steps);
                 asked.push(name.clone());
@@ -440,20 +442,24 @@ impl<Q: Copy + Eq + Hash> Lookups<Q> {
 
     /// A peer cannot be dialled at the addresses of the last [`Step::Dial`].
     pub(crate) fn on_dial_failed(&mut self, peer: &PeerId, now: Instant) {
-        let mut given_up = Vec::new();
+        let (mut given_up, mut dialled) = (Vec::new(), Vec::new());
         for (name, lookup) in &mut self.running {
             let Some(candidate) = lookup.candidates.get_mut(peer) else {
                 continue;
             };
-            if candidate.state != State::Dialling {
+            if !matches!(candidate.state, State::Dialling(_)) {
                 continue;
             }
             if candidate.untried.is_empty() {
                 candidate.state = State::Unreachable;
                 given_up.push(name.clone());
             } else {
-                candidate.dial(*peer, &mut self.steps);
+                candidate.dial(*peer, now, &mut self.steps);
+                dialled.push(name.clone());
             }
+        }
+        for name in dialled {
+            self.wake(&name, now + DIAL_DEADLINE);
         }
         for name in given_up {
             self.settle(&name, now);
@@ -511,7 +517,12 @@ impl<Q: Copy + Eq + Hash> Lookups<Q> {
             return;
         };
         for candidate in lookup.candidates.values_mut() {
-            if matches!(candidate.state, State::Asked(at) if now >= at + SERVES_DEADLINE) {
+            let is_late = match candidate.state {
+                State::Dialling(since) => now >= since + DIAL_DEADLINE,
+                State::Asked(at) => now >= at + SERVES_DEADLINE,
+                _ => false,
+            };
+            if is_late {
                 candidate.state = State::Unreachable;
             }
         }
@@ -638,10 +649,10 @@ impl Candidate {
         }
     }
 
-    fn dial<Q>(&mut self, peer: PeerId, steps: &mut VecDeque<Step<Q>>) {
+    fn dial<Q>(&mut self, peer: PeerId, now: Instant, steps: &mut VecDeque<Step<Q>>) {
         let addresses = std::mem::take(&mut self.untried);
         self.tried.extend(addresses.iter().cloned());
-        self.state = State::Dialling;
+        self.state = State::Dialling(now);
         steps.push_back(Step::Dial(peer, addresses));
     }
 
@@ -657,7 +668,7 @@ impl Candidate {
     }
 
     fn is_open(&self) -> bool {
-        matches!(self.state, State::Dialling | State::Asked(_))
+        matches!(self.state, State::Dialling(_) | State::Asked(_))
     }
 }
 
@@ -851,6 +862,25 @@ mod tests {
         scene.candidate(peer, &[], true);
         scene.query_ends(1);
         scene.passes(SERVES_DEADLINE);
+        assert_eq!(scene.outcome(), Some(&Outcome::Unreachable(1)));
+    }
+
+    #[test]
+    fn one_that_cannot_be_dialled_in_time_is_unreachable_until_it_connects() {
+        let peer = PeerId::random();
+        let mut scene = Scene::new(&[]);
+        scene.candidate(peer, &[A], false);
+        scene.passes(DIAL_DEADLINE);
+        assert_eq!(scene.outcome(), None, "Kademlia may name others");
+        scene.connects(peer);
+        scene.answer(peer, Some(true));
+        scene.query_ends(1);
+        assert_eq!(scene.outcome(), Some(&Outcome::Live(vec![peer])));
+        let mut scene = Scene::new(&[]);
+        scene.candidate(peer, &[A], false);
+        scene.query_ends(1);
+        assert_eq!(scene.outcome(), None);
+        scene.passes(DIAL_DEADLINE);
         assert_eq!(scene.outcome(), Some(&Outcome::Unreachable(1)));
     }
 

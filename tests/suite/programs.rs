@@ -8,8 +8,9 @@ use std::time::{Duration, Instant};
 use grapevine::limits::{Bounds, Limits};
 use grapevine::{Identity, Multiaddr, Node, Role, Service};
 use rustix::process::Signal;
+use tokio::process::Command;
 
-use crate::process::{Program, Run, in_time, key_file, run, run_into};
+use crate::process::{Program, Run, in_time, key_file, path, run, run_into};
 
 /// Nobody listens there: the port takes privileges.
 const NOBODY: &str = "/ip4/127.0.0.1/tcp/1";
@@ -302,7 +303,9 @@ async fn the_id_of_a_grape_is_learned_or_checked() {
             .says(&format!("cannot join by {}", refused.trim()))
             .await;
         let own = free_address();
-        let refused = format!("{own}: this is the node's own address\n");
+        let refused = format!(
+            "{own}: this is the node's own address, or another node has a copy of its key\n"
+        );
         run("peer", &["client1", "--listen", &own, "--bootstrap", &own])
             .await
             .fails(1, &format!("error: no grape to announce at: {refused}"));
@@ -394,6 +397,56 @@ async fn a_killed_peer_is_never_reached_and_forgotten_within_its_lease() {
 }
 
 #[tokio::test]
+async fn a_killed_peer_is_told_from_one_that_does_not_answer_also_over_quic() {
+    in_time(async {
+        let grape = grape(&[]).await;
+        let tcp = "/ip4/127.0.0.1/tcp/0";
+        let quic = "/ip4/127.0.0.1/udp/0/quic-v1";
+        let listen = ["--listen", tcp, "--listen", quic];
+        let bootstrap = ["--bootstrap", &grape.address];
+        let given = [&["client1"][..], &listen, &bootstrap].concat();
+        let mut peer = Program::start("peer", &given);
+        assert_eq!(peer.line().await, "announced client1");
+        peer.signal(Signal::KILL);
+        peer.end().await;
+        let chat = send(&grape, "client1", "hello").await;
+        chat.fails(
+            4,
+            "error: client1 is announced by 1 peer, but none can be reached\n",
+        );
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn a_program_started_to_outlive_its_terminal_does() {
+    in_time(async {
+        let listen = ["--listen", "/ip4/127.0.0.1/tcp/0"];
+        let mut nohup = Command::new("nohup");
+        nohup.arg(path("grape")).args(listen);
+        let mut grape = Program::start_other("grape", nohup);
+        assert!(grape.line().await.starts_with("Grape 12D3KooW"));
+        grape.address = grape.line().await;
+        grape.signal(Signal::HUP);
+        let _peer = peer("client1", &grape).await;
+        grape.ends_on(Signal::TERM, 0).await;
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn a_message_may_be_several_words() {
+    in_time(async {
+        let grape = grape(&[]).await;
+        let _peer = peer("client1", &grape).await;
+        let given = ["--bootstrap", &grape.address, "--to", "client1"];
+        let chat = run("chat", &[&given[..], &["hello", "world"]].concat()).await;
+        assert_eq!(chat.stdout, "Echo: hello world\n");
+    })
+    .await;
+}
+
+#[tokio::test]
 async fn a_stopped_peer_takes_its_name_back_at_once() {
     in_time(async {
         let grape = grape(&[]).await;
@@ -459,7 +512,7 @@ async fn grapes_are_started_as_those_of_grenache() {
                 "--bind",
                 "127.0.0.1",
                 "--bootstrap",
-                &bootstrap.join(","),
+                &bootstrap.join(", "),
             ],
         );
         let mut tuned = start(
@@ -488,6 +541,9 @@ async fn grapes_are_started_as_those_of_grenache() {
             }
             let api = grape.line().await;
             assert!(api.starts_with("Grenache API: http://127.0.0.1:"), "{api}");
+            let carrier = grape.line().await;
+            let start = "Grenache callers reach other peers at: 127.0.0.1:";
+            assert!(carrier.starts_with(start), "{carrier}");
             grape.says("connected to the grape").await;
         }
         let _peer = peer("client1", &named_twice).await;
@@ -533,7 +589,7 @@ async fn a_signal_while_joining_ends_every_program() {
 #[tokio::test]
 async fn a_signal_while_idle_ends_every_program() {
     in_time(async {
-        for signal in [Signal::INT, Signal::TERM] {
+        for signal in [Signal::INT, Signal::TERM, Signal::HUP] {
             let mut grape = grape(&[]).await;
             let mut peer = peer("client1", &grape).await;
             let mut chat = conversation(&grape.address);
@@ -901,7 +957,6 @@ async fn a_wrong_command_line_shows_the_usage() {
             ("peer", &[]),
             ("chat", &["text without a name"]),
             ("chat", &["--to"]),
-            ("chat", &["--to", "x", "two", "words"]),
         ];
         for (program, arguments) in table {
             let run = run(program, arguments).await;

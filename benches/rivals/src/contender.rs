@@ -4,6 +4,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
 use crate::common::{self, Process};
+use crate::kept::Security;
 use crate::load::obey;
 use crate::{grapevine, grpc, http, iroh, kept, tcp};
 
@@ -16,6 +17,7 @@ pub(crate) enum Contender {
     GrapevineQuic,
     KeptTcp,
     KeptQuic,
+    KeptTls,
     BareTcp,
     Tonic,
     Axum,
@@ -27,11 +29,12 @@ pub(crate) enum Contender {
 pub(crate) use Contender::*;
 
 impl Contender {
-    pub(crate) const ALL: [Self; 10] = [
+    pub(crate) const ALL: [Self; 11] = [
         GrapevineTcp,
         GrapevineQuic,
         KeptTcp,
         KeptQuic,
+        KeptTls,
         BareTcp,
         Tonic,
         Axum,
@@ -47,6 +50,7 @@ impl Contender {
             GrapevineQuic => "grapevine-quic",
             KeptTcp => "ceiling-tcp",
             KeptQuic => "ceiling-quic",
+            KeptTls => "tls",
             BareTcp => "bare-tcp",
             Tonic => "tonic",
             Axum => "axum",
@@ -63,6 +67,7 @@ impl Contender {
             GrapevineQuic => "**Grapevine**, QUIC",
             KeptTcp => "ceiling: one kept libp2p stream, TCP",
             KeptQuic => "ceiling: one kept libp2p stream, QUIC",
+            KeptTls => "the same over TCP with TLS instead of Noise",
             BareTcp => "bare TCP, pipelined, not encrypted",
             Tonic => "tonic gRPC, unary, not encrypted",
             Axum => "axum HTTP/1.1, a connection each, not encrypted",
@@ -110,8 +115,9 @@ impl Contender {
         let address = match self {
             GrapevineTcp => grapevine::serve(TCP).await,
             GrapevineQuic => grapevine::serve(QUIC).await,
-            KeptTcp => kept::serve(TCP).await,
-            KeptQuic => kept::serve(QUIC).await,
+            KeptTcp => kept::serve(TCP, Security::Noise).await,
+            KeptTls => kept::serve(TCP, Security::Tls).await,
+            KeptQuic => kept::serve(QUIC, Security::Noise).await,
             BareTcp => tcp::serve().await,
             Tonic => grpc::serve().await,
             Axum => http::serve().await,
@@ -127,7 +133,8 @@ impl Contender {
     pub(crate) async fn call(self, server: &str) {
         match self {
             GrapevineTcp | GrapevineQuic => obey(grapevine::connect(server).await).await,
-            KeptTcp | KeptQuic => obey(kept::connect(server).await).await,
+            KeptTcp | KeptQuic => obey(kept::connect(server, Security::Noise).await).await,
+            KeptTls => obey(kept::connect(server, Security::Tls).await).await,
             BareTcp => obey(tcp::connect(server).await).await,
             Tonic => obey(grpc::connect(server).await).await,
             Axum => obey(http::connect(server).await).await,

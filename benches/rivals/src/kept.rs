@@ -13,14 +13,23 @@ use libp2p::core::muxing::{StreamMuxerBox, StreamMuxerExt, SubstreamBox};
 use libp2p::core::transport::{Boxed, DialOpts, ListenerId, PortUse, TransportEvent};
 use libp2p::core::upgrade::Version;
 use libp2p::identity::Keypair;
-use libp2p::{PeerId, Transport, noise, quic, tcp, yamux};
+use libp2p::{PeerId, Transport, noise, quic, tcp, tls, yamux};
 
 use crate::load::Client;
 use crate::pipe::{Pipe, echo};
 
+/// How TCP is encrypted. QUIC has its own way.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Security {
+    /// As Grapevine does: ChaCha20-Poly1305.
+    Noise,
+    /// As libp2p can too: AES-GCM.
+    Tls,
+}
+
 /// Serves echoes; returns where.
-pub(crate) async fn serve(listen: &str) -> String {
-    let mut transport = transport();
+pub(crate) async fn serve(listen: &str, security: Security) -> String {
+    let mut transport = transport(security);
     transport
         .listen_on(ListenerId::next(), listen.parse().expect("an address"))
         .expect("loopback can be listened on");
@@ -40,12 +49,12 @@ pub(crate) async fn serve(listen: &str) -> String {
     listen_addr.to_string()
 }
 
-pub(crate) async fn connect(server: &str) -> impl Client {
+pub(crate) async fn connect(server: &str, security: Security) -> impl Client {
     let options = DialOpts {
         role: Endpoint::Dialer,
         port_use: PortUse::New,
     };
-    let dial = transport()
+    let dial = transport(security)
         .dial(server.parse().expect("an address"), options)
         .expect("the address can be dialled");
     let (_, muxer) = dial.await.expect("the server answers");
@@ -62,14 +71,22 @@ where
     stream.expect("a stream")
 }
 
-fn transport() -> Boxed<(PeerId, StreamMuxerBox)> {
+fn transport(security: Security) -> Boxed<(PeerId, StreamMuxerBox)> {
     let keypair = Keypair::generate_ed25519();
-    let noise = noise::Config::new(&keypair).expect("a key of its own");
-    let tcp = tcp::tokio::Transport::new(tcp::Config::default().nodelay(true))
-        .upgrade(Version::V1Lazy)
-        .authenticate(noise)
-        .multiplex(yamux::Config::default())
-        .map(|(peer, muxer), _| (peer, StreamMuxerBox::new(muxer)));
+    let tcp = tcp::tokio::Transport::new(tcp::Config::default().nodelay(true));
+    let tcp = match security {
+        Security::Noise => tcp
+            .upgrade(Version::V1Lazy)
+            .authenticate(noise::Config::new(&keypair).expect("a key of its own"))
+            .multiplex(yamux::Config::default())
+            .boxed(),
+        Security::Tls => tcp
+            .upgrade(Version::V1Lazy)
+            .authenticate(tls::Config::new(&keypair).expect("a key of its own"))
+            .multiplex(yamux::Config::default())
+            .boxed(),
+    };
+    let tcp = tcp.map(|(peer, muxer), _| (peer, StreamMuxerBox::new(muxer)));
     quic::tokio::Transport::new(quic::Config::new(&keypair))
         .map(|(peer, muxer), _| (peer, StreamMuxerBox::new(muxer)))
         .or_transport(tcp)

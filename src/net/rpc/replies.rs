@@ -12,7 +12,7 @@ use libp2p::PeerId;
 use tokio::time::timeout;
 
 use super::budget::{Budget, Held, Usage};
-use super::outbox::{Left, Others, Outbox, Outlet, SMALL, append, send};
+use super::outbox::{Left, Outbox, Outlet, SMALL, append, send};
 use crate::limits::{FRAME_DEADLINE, MAX_PIPELINED};
 use crate::proto::wire::{ErrorCode, RemoteError, ReplyRef};
 
@@ -155,9 +155,9 @@ impl Replies {
     ) -> Poll<io::Result<(Outlet, Option<Leaving<'_>>)>> {
         let mut state = self.lock();
         let is_last = state.phase == Phase::Draining && self.open.load(Ordering::Acquire) == 0;
-        let others = self.others(&state);
+        let turns = u32::from(!self.is_alone(&state));
         if !is_last {
-            ready!(state.frames.poll(cx, others));
+            ready!(state.frames.poll(cx, turns));
         }
         let (outlet, leaving) = state.take(frames);
         let leaving = (!is_last).then(|| self.leave(state, leaving));
@@ -165,13 +165,10 @@ impl Replies {
         Poll::Ready(outlet.map(|outlet| (outlet, leaving)).ok_or(missing.into()))
     }
 
-    /// Whether other requests that were read may be answered soon.
-    fn others(&self, state: &State) -> Others {
+    /// Whether no other request that has arrived is still to be answered.
+    fn is_alone(&self, state: &State) -> bool {
         let all_wait = state.waiting == self.open.load(Ordering::Acquire);
-        match all_wait && !self.more.load(Ordering::Acquire) {
-            true => Others::None,
-            false => Others::Some,
-        }
+        all_wait && !self.more.load(Ordering::Acquire)
     }
 
     fn answer(&self, id: u64, outcome: Result<Vec<u8>, RemoteError>, held: Held) {
@@ -181,7 +178,7 @@ impl Replies {
             return self.budget.give_back(&self.of_peer, held);
         }
         state.add(id, outcome, held);
-        let at_once = self.others(&state) == Others::None && state.frames.large() == 0;
+        let at_once = self.is_alone(&state) && state.frames.large() == 0;
         if at_once && state.frames.write_small() == Left::All {
             let leaving = state.take_small();
             drop(self.leave(state, leaving));
