@@ -8,7 +8,7 @@ use std::str::Utf8Error;
 use futures::FutureExt;
 use libp2p::PeerId;
 use tokio::sync::{mpsc, oneshot};
-use tokio::task::{JoinSet, consume_budget};
+use tokio::task::JoinSet;
 
 use super::Node;
 use crate::name::ServiceName;
@@ -65,10 +65,8 @@ impl Service {
     }
 
     /// The next request; `None` once the node is shut down. Where several peers' requests wait, each
-    /// peer has its turn. Cancel-safe. Pending now and then although one waits, so that other tasks
-    /// have their turns too.
+    /// peer has its turn. Cancel-safe.
     pub async fn next(&mut self) -> Option<Request> {
-        consume_budget().await;
         match self.waiting.len() {
             0 => {
                 self.requests.recv_many(&mut self.taken, QUEUE).await;

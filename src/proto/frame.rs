@@ -205,9 +205,9 @@ impl<R: AsyncRead + Unpin> FrameReader<R> {
         Ok(Some(&self.buffer[body]))
     }
 
-    /// Whether another frame, or a part of it, has arrived.
-    pub fn has_more(&self) -> bool {
-        self.begin < self.end
+    /// Whether all of another frame, of at most `max` bytes, has arrived.
+    pub fn has_more(&self, max: usize) -> bool {
+        self.begin < self.end && matches!(self.body(max), Ok((_, true)))
     }
 
     /// The body of the next frame, at most `max` bytes, if all of it has arrived; reads nothing.

@@ -86,7 +86,7 @@ fn transport(security: Security) -> Boxed<(PeerId, StreamMuxerBox)> {
             .multiplex(yamux::Config::default())
             .boxed(),
     };
-    let tcp = tcp.map(|(peer, muxer), _| (peer, StreamMuxerBox::new(muxer)));
+    let tcp = Transport::map(tcp, |(peer, muxer), _| (peer, StreamMuxerBox::new(muxer)));
     quic::tokio::Transport::new(quic::Config::new(&keypair))
         .map(|(peer, muxer), _| (peer, StreamMuxerBox::new(muxer)))
         .or_transport(tcp)

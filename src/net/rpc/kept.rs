@@ -31,7 +31,7 @@ use tokio::time::{Instant, Sleep, sleep_until, timeout, timeout_at};
 use void::Void;
 
 use super::Outcome;
-use super::outbox::{Left, Outbox, Outlet, SMALL, append, send};
+use super::outbox::{Left, Others, Outbox, Outlet, SMALL, append, send};
 use crate::limits::{CONNECT_TIMEOUT, FRAME_DEADLINE, MAX_REQUEST_TIME};
 use crate::metrics::Metrics;
 use crate::proto::frame::FrameReader;
@@ -47,10 +47,6 @@ const KEPT_IDLE: Duration = Duration::from_secs(60);
 /// How long a stream waits for its first request. The remote waits twice as long: of the two this
 /// side closes first, because it knows that nothing is on its way.
 const FIRST_REQUEST: Duration = FRAME_DEADLINE.checked_div(2).expect("not by zero");
-
-/// The turns that callers have who were answered together, to ask again together: some of them run on
-/// other threads.
-const COME_AGAIN: u32 = 3;
 
 /// How soon a stream is looked at again that should rest and does not.
 const LOOK_AGAIN: Duration = Duration::from_secs(1);
@@ -339,8 +335,8 @@ impl Kept {
     /// Takes what waits to be written, and the stream.
     fn poll_take(&self, cx: &mut Context<'_>, frames: &mut Vec<u8>) -> Poll<io::Result<Outlet>> {
         let mut state = self.lock();
-        let turns = state.turns();
-        ready!(state.frames.poll(cx, turns));
+        let others = state.others();
+        ready!(state.frames.poll(cx, others));
         let outlet = state.take(frames);
         self.free(state);
         Poll::Ready(outlet.ok_or(io::ErrorKind::BrokenPipe.into()))
@@ -467,7 +463,7 @@ impl State {
         };
         self.waiting += 1;
         self.frames.add_small(|frame| request.append_to(frame));
-        if self.is_alone() && self.frames.write_small() != Left::Nothing {
+        if self.others() == Others::None && self.frames.write_small() != Left::Nothing {
             // If the rest has to wait, it is on its way all the same.
             let requests = mem::take(&mut self.waiting);
             self.on_leaving(requests);
@@ -475,20 +471,11 @@ impl State {
         id
     }
 
-    /// Whether nobody else is about to ask. One who waits long for an answer counts as well.
-    fn is_alone(&self) -> bool {
-        self.calls.len() <= 1 && self.answered <= 1
-    }
-
-    /// How many turns others have before what waits is written.
-    fn turns(&self) -> u32 {
-        let waiting = self.waiting as usize + self.frames.large();
-        match self.answered {
-            _ if self.is_alone() => 0,
-            0 => 1,
-            // All that were answered have asked again.
-            answered if waiting >= answered => 0,
-            _ => COME_AGAIN,
+    /// Whether others may be about to ask. One who waits long for an answer counts as well.
+    fn others(&self) -> Others {
+        match (self.calls.len(), self.answered) {
+            (..=1, ..=1) => Others::None,
+            _ => Others::Some,
         }
     }
 

@@ -29,6 +29,13 @@ pub(super) const SMALL: usize = 4 * 1024;
 /// The large frames that are taken together: what a remote has [`FRAME_DEADLINE`] to take.
 pub(super) const WRITE_LEN: usize = 64 * 1024;
 
+/// Who else may be about to add a frame.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Others {
+    None,
+    Some,
+}
+
 /// What an empty buffer holds at most: it is used again by most streams, and many rest.
 const KEPT_LEN: usize = 16 * 1024;
 
@@ -55,8 +62,8 @@ pub(super) struct Outbox<L> {
     unflushed: bool,
     /// The task that writes, once it has seen that there is nothing for it to do.
     writer: Option<Waker>,
-    /// How often others have had a turn since there was something to write.
-    turns: u32,
+    /// Those that could run when there was something to write again have had their turn.
+    settled: bool,
 }
 
 impl<L> Default for Outbox<L> {
@@ -68,7 +75,7 @@ impl<L> Default for Outbox<L> {
             outlet: None,
             unflushed: false,
             writer: None,
-            turns: 0,
+            settled: false,
         }
     }
 }
@@ -148,19 +155,19 @@ impl<L> Outbox<L> {
         self.is_empty() && !self.unflushed
     }
 
-    /// Ready when there is something to take, and others who are expected to add to it have had so
-    /// many turns: in each, the tasks that can run then run.
-    pub(super) fn poll(&mut self, cx: &mut Context<'_>, turns: u32) -> Poll<()> {
+    /// Ready when there is something to take and, as long as others are expected to add to it, the
+    /// tasks that can run now have run.
+    pub(super) fn poll(&mut self, cx: &mut Context<'_>, others: Others) -> Poll<()> {
         if self.is_idle() {
             release(&mut self.small);
             self.writer = Some(cx.waker().clone());
-            self.turns = 0;
+            self.settled = false;
             return Poll::Pending;
         }
-        if self.turns >= turns || self.is_empty() {
+        if others == Others::None || self.settled || self.is_empty() {
             return Poll::Ready(());
         }
-        self.turns += 1;
+        self.settled = true;
         // To the end of the queue of this worker, from which another one may take it.
         cx.waker().wake_by_ref();
         Poll::Pending
@@ -183,7 +190,7 @@ impl<L> Outbox<L> {
         {
             append(large, frames);
         }
-        self.turns = 0;
+        self.settled = false;
         self.unflushed = false;
         self.outlet.take()
     }
@@ -254,7 +261,7 @@ mod tests {
 
     /// Lets the task see that nothing waits.
     async fn rest(outbox: &mut Outbox<()>) {
-        let rests = poll_fn(|cx| Poll::Ready(outbox.poll(cx, 0).is_pending()));
+        let rests = poll_fn(|cx| Poll::Ready(outbox.poll(cx, Others::None).is_pending()));
         assert!(rests.await);
     }
 

@@ -12,7 +12,7 @@ use libp2p::PeerId;
 use tokio::time::timeout;
 
 use super::budget::{Budget, Held, Usage};
-use super::outbox::{Left, Outbox, Outlet, SMALL, append, send};
+use super::outbox::{Left, Others, Outbox, Outlet, SMALL, append, send};
 use crate::limits::{FRAME_DEADLINE, MAX_PIPELINED};
 use crate::proto::wire::{ErrorCode, RemoteError, ReplyRef};
 
@@ -81,7 +81,7 @@ impl Replies {
         })
     }
 
-    /// Whether another request, or a part of it, has arrived, or has to be waited for.
+    /// Whether another request has arrived, or has to be waited for.
     pub(super) fn set_more(&self, more: bool) {
         self.more.store(more, Ordering::Release);
     }
@@ -155,9 +155,9 @@ impl Replies {
     ) -> Poll<io::Result<(Outlet, Option<Leaving<'_>>)>> {
         let mut state = self.lock();
         let is_last = state.phase == Phase::Draining && self.open.load(Ordering::Acquire) == 0;
-        let turns = u32::from(!self.is_alone(&state));
+        let others = self.others(&state);
         if !is_last {
-            ready!(state.frames.poll(cx, turns));
+            ready!(state.frames.poll(cx, others));
         }
         let (outlet, leaving) = state.take(frames);
         let leaving = (!is_last).then(|| self.leave(state, leaving));
@@ -165,10 +165,12 @@ impl Replies {
         Poll::Ready(outlet.map(|outlet| (outlet, leaving)).ok_or(missing.into()))
     }
 
-    /// Whether no other request that has arrived is still to be answered.
-    fn is_alone(&self, state: &State) -> bool {
-        let all_wait = state.waiting == self.open.load(Ordering::Acquire);
-        all_wait && !self.more.load(Ordering::Acquire)
+    /// Whether other requests that were read may be answered soon.
+    fn others(&self, state: &State) -> Others {
+        match state.waiting == self.open.load(Ordering::Acquire) {
+            true => Others::None,
+            false => Others::Some,
+        }
     }
 
     fn answer(&self, id: u64, outcome: Result<Vec<u8>, RemoteError>, held: Held) {
@@ -178,7 +180,9 @@ impl Replies {
             return self.budget.give_back(&self.of_peer, held);
         }
         state.add(id, outcome, held);
-        let at_once = self.is_alone(&state) && state.frames.large() == 0;
+        let reads_on = self.more.load(Ordering::Acquire);
+        let alone = self.others(&state) == Others::None && !reads_on;
+        let at_once = alone && state.frames.large() == 0;
         if at_once && state.frames.write_small() == Left::All {
             let leaving = state.take_small();
             drop(self.leave(state, leaving));

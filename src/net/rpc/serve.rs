@@ -346,7 +346,7 @@ async fn read<R: AsyncRead + Unpin>(
     // The first request of a stream is on its way already.
     let mut patience = FRAME_DEADLINE;
     loop {
-        replies.set_more(frames.has_more());
+        replies.set_more(frames.has_more(wire::MAX_FRAME));
         let frame = match frames.next(wire::MAX_FRAME, patience, FRAME_DEADLINE).await {
             Ok(Some(frame)) => frame,
             Ok(None) => return Ok(()),
