@@ -3,7 +3,7 @@
 //!
 //! `cargo bench --bench discovery`, or only one grape, `-- grape`, only what a grape's registry of names
 //! costs, `-- registry`, or only networks, of some sizes: `-- 10 100`. 1,000 must be asked for: they take
-//! ten minutes to join on two cores, and 4 GiB.
+//! a quarter of an hour to join on two cores, and 5 GiB.
 
 #![allow(clippy::print_stdout, reason = "a benchmark prints its figures")]
 #![allow(clippy::print_stderr, reason = "and when a large network stands")]

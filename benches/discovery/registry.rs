@@ -32,8 +32,9 @@ const LOOKUPS_EACH: usize = 10_000;
 /// Messages that a peer has under way.
 const UNDER_WAY: usize = 32;
 
-/// After so long a peer may announce as many names at once as ever.
+/// After so long a peer may announce as many names at once as ever, and look up as many as in a run.
 const REFILL: Duration = Duration::from_secs(11);
+const LOOKUPS_REFILL: Duration = Duration::from_secs(1);
 
 /// The names of the one peer, and how long it is watched: two renewals of each of them.
 const MANY: usize = 10_000;
@@ -81,6 +82,7 @@ async fn load(arguments: &[String]) {
         for _ in 0..RUNS {
             let run = Run::of(&grape, &mut peers, |peer| peer.lookups(in_message));
             runs.push(("looked up", run.await));
+            tokio::time::sleep(LOOKUPS_REFILL).await;
         }
         row(&table, in_message, &runs);
     }

@@ -43,8 +43,8 @@ Examples:
 Messages go to standard output, one line each; news of the grapes and errors to standard error.
 RUST_LOG=grapevine=debug logs there too.
 
-Exit codes: 0 stopped by a signal, 1 the system refused something or no grape can be joined,
-2 wrong usage";
+Exit codes: 0 stopped by a signal; 1 the system refused something, or no grape that was given
+can ever be joined; 2 wrong usage";
 
 /// Announce NAME, print each message that arrives, and answer it with an echo.
 ///
