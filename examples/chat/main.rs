@@ -67,8 +67,8 @@ Examples:
           a conversation from a file: a name, then messages; an empty line, then another name.
           Messages to a name that fails are left out, and the first failure is the exit code
 
-Replies and messages go to standard output, all else to standard error. RUST_LOG=grapevine=debug logs there
-too.
+Replies and messages go to standard output, all else to standard error.
+RUST_LOG=grapevine=debug logs there too.
 
 Exit codes: 0 answered, or the conversation ended; 1 the system refused something; 2 wrong usage;
 3 no such name; 4 nobody reachable, or the connection broke; 5 timed out; 7 refused;

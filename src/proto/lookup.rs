@@ -160,9 +160,9 @@ struct Candidate {
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum State {
-    /// Dialled since this time.
+    /// Dialled, until this time.
     Dialling(Instant),
-    /// Asked at this time.
+    /// Asked, until this time.
     Asked(Instant),
     Live,
     /// Says that it does not serve the name.
@@ -404,21 +404,19 @@ impl<Q: Copy + Eq + Hash> Lookups<Q> {
             None if full => {}
             None => {
                 let mut candidate = Candidate::new(source, addresses);
-                let patience = if connected {
-                    candidate.ask(name, peer, now, &mut self.steps);
-                    SERVES_DEADLINE
+                let until = if connected {
+                    candidate.ask(name, peer, now, &mut self.steps)
                 } else {
-                    candidate.dial(peer, now, &mut self.steps);
-                    DIAL_DEADLINE
+                    candidate.dial(peer, now, &mut self.steps)
                 };
                 lookup.candidates.insert(peer, candidate);
-                self.wake(name, now + patience);
+                self.wake(name, until);
             }
             Some(candidate) => {
                 candidate.add(addresses, max_addresses);
                 if candidate.state == State::Unreachable && !candidate.untried.is_empty() {
-                    candidate.dial(peer, now, &mut self.steps);
-                    self.wake(name, now + DIAL_DEADLINE);
+                    let until = candidate.dial(peer, now, &mut self.steps);
+                    self.wake(name, until);
                 }
             }
         }
@@ -431,12 +429,12 @@ impl<Q: Copy + Eq + Hash> Lookups<Q> {
             if let Some(candidate) = lookup.candidates.get_mut(peer)
                 && matches!(candidate.state, State::Dialling(_) | State::Unreachable)
             {
-                candidate.ask(name, *peer, now, &mut self.steps);
-                asked.push(name.clone());
+                let until = candidate.ask(name, *peer, now, &mut self.steps);
+                asked.push((name.clone(), until));
             }
         }
-        for name in asked {
-            self.wake(&name, now + SERVES_DEADLINE);
+        for (name, until) in asked {
+            self.wake(&name, until);
         }
     }
 
@@ -454,12 +452,12 @@ impl<Q: Copy + Eq + Hash> Lookups<Q> {
                 candidate.state = State::Unreachable;
                 given_up.push(name.clone());
             } else {
-                candidate.dial(*peer, now, &mut self.steps);
-                dialled.push(name.clone());
+                let until = candidate.dial(*peer, now, &mut self.steps);
+                dialled.push((name.clone(), until));
             }
         }
-        for name in dialled {
-            self.wake(&name, now + DIAL_DEADLINE);
+        for (name, until) in dialled {
+            self.wake(&name, until);
         }
         for name in given_up {
             self.settle(&name, now);
@@ -517,12 +515,9 @@ impl<Q: Copy + Eq + Hash> Lookups<Q> {
             return;
         };
         for candidate in lookup.candidates.values_mut() {
-            let is_late = match candidate.state {
-                State::Dialling(since) => now >= since + DIAL_DEADLINE,
-                State::Asked(at) => now >= at + SERVES_DEADLINE,
-                _ => false,
-            };
-            if is_late {
+            if let State::Dialling(until) | State::Asked(until) = candidate.state
+                && now >= until
+            {
                 candidate.state = State::Unreachable;
             }
         }
@@ -649,22 +644,28 @@ impl Candidate {
         }
     }
 
-    fn dial<Q>(&mut self, peer: PeerId, now: Instant, steps: &mut VecDeque<Step<Q>>) {
+    /// Returns until when it is dialled.
+    fn dial<Q>(&mut self, peer: PeerId, now: Instant, steps: &mut VecDeque<Step<Q>>) -> Instant {
+        let until = now + DIAL_DEADLINE;
         let addresses = std::mem::take(&mut self.untried);
         self.tried.extend(addresses.iter().cloned());
-        self.state = State::Dialling(now);
+        self.state = State::Dialling(until);
         steps.push_back(Step::Dial(peer, addresses));
+        until
     }
 
+    /// Returns until when it is asked.
     fn ask<Q>(
         &mut self,
         name: &ServiceName,
         peer: PeerId,
         now: Instant,
         steps: &mut VecDeque<Step<Q>>,
-    ) {
-        self.state = State::Asked(now);
+    ) -> Instant {
+        let until = now + SERVES_DEADLINE;
+        self.state = State::Asked(until);
         steps.push_back(Step::Ask(peer, name.clone()));
+        until
     }
 
     fn is_open(&self) -> bool {

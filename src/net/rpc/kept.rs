@@ -25,7 +25,7 @@ use futures::future::poll_fn;
 use futures::io::{AsyncRead, AsyncReadExt, AsyncWrite};
 use libp2p::swarm::Stream;
 use tokio::sync::futures::Notified;
-use tokio::sync::{Notify, Semaphore, oneshot};
+use tokio::sync::{Notify, Semaphore, SemaphorePermit, oneshot};
 use tokio::task::consume_budget;
 use tokio::time::{Instant, Sleep, sleep_until, timeout, timeout_at};
 use void::Void;
@@ -156,29 +156,37 @@ impl Kept {
     /// Sends a request when there is a slot for it, and returns by the deadline. `None` if no stream
     /// is open, or it ended before the request was written to it.
     pub(crate) async fn ask(&self, question: Question<'_>) -> Option<Outcome> {
-        match self.slots.try_acquire() {
-            Ok(slot) => slot.forget(),
-            Err(_) => match timeout_at(question.deadline, self.slots.acquire()).await {
+        if !self.take_slot() {
+            match timeout_at(question.deadline, self.slots.acquire()).await {
                 Ok(slot) => slot.ok()?.forget(),
                 Err(_) => return Some(Outcome::TimedOut),
-            },
+            }
         }
         self.asked(question)?.await
     }
 
     /// Sends a request if a stream is open and a slot is free.
     pub(crate) fn try_ask(&self, question: Question<'_>) -> Option<Asked<'_>> {
-        self.slots.try_acquire().ok()?.forget();
-        self.asked(question)
+        match self.take_slot() {
+            true => self.asked(question),
+            false => None,
+        }
     }
 
     /// Sends a request if that is possible at once, whether or not the caller waits for it.
     pub(crate) fn offer(&self, question: Question<'_>, caller: Caller) -> Result<(), Caller> {
-        match self.slots.try_acquire() {
-            Ok(slot) => slot.forget(),
-            Err(_) => return Err(caller),
+        match self.take_slot() {
+            true => self.enter(question, caller).map(drop),
+            false => Err(caller),
         }
-        self.enter(question, caller).map(drop)
+    }
+
+    /// Takes a slot for a request, if one is free.
+    fn take_slot(&self) -> bool {
+        self.slots
+            .try_acquire()
+            .map(SemaphorePermit::forget)
+            .is_ok()
     }
 
     fn asked(&self, question: Question<'_>) -> Option<Asked<'_>> {
