@@ -51,6 +51,11 @@ const FIRST_REQUEST: Duration = FRAME_DEADLINE.checked_div(2).expect("not by zer
 /// How soon a stream is looked at again that should rest and does not.
 const LOOK_AGAIN: Duration = Duration::from_secs(1);
 
+/// From so many calls on, half of them leave at once when they have come: the peer then works on one
+/// half while the other is answered here, and asks again. With one thread on each side, 64 callers
+/// got a quarter more requests through by that and 256 four fifths; fewer got no more.
+const HALVED: usize = 64;
+
 /// What is asked of a peer.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Question<'a> {
@@ -76,7 +81,7 @@ struct State {
     calls: Calls,
     frames: Outbox<Large>,
     /// The small requests that wait to be written.
-    waiting: u64,
+    waiting: usize,
     /// The calls that were answered since frames were taken: their callers may come again.
     answered: usize,
     /// When the calls are looked after next, and whom to wake to do it sooner.
@@ -471,12 +476,20 @@ impl State {
         };
         self.waiting += 1;
         self.frames.add_small(|frame| request.append_to(frame));
-        if self.others() == Others::None && self.frames.write_small() != Left::Nothing {
+        if self.is_enough() && self.frames.write_small() != Left::Nothing {
             // If the rest has to wait, it is on its way all the same.
             let requests = mem::take(&mut self.waiting);
             self.on_leaving(requests);
         }
         id
+    }
+
+    /// Whether the small requests that wait should leave at once.
+    fn is_enough(&self) -> bool {
+        // Those who were answered and have not asked again most often will.
+        let all = self.calls.len() + self.answered.saturating_sub(self.waiting);
+        let is_half = all >= HALVED && 2 * self.waiting >= all;
+        is_half || self.others() == Others::None
     }
 
     /// Whether others may be about to ask. One who waits long for an answer counts as well.
@@ -507,12 +520,12 @@ impl State {
     }
 
     /// So many requests are being written, and all small ones are.
-    fn on_leaving(&mut self, requests: u64) {
+    fn on_leaving(&mut self, requests: usize) {
         self.calls.on_turn();
         self.answered = 0;
         self.rests_until = Instant::now() + KEPT_IDLE;
         if let Some(metrics) = &self.metrics {
-            metrics.requests_sent.add(requests);
+            metrics.requests_sent.add(requests as u64);
         }
     }
 }
@@ -544,6 +557,7 @@ impl Drop for Asked<'_> {
 
 #[cfg(test)]
 mod tests {
+    use futures::FutureExt;
     use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _, DuplexStream, duplex};
     use tokio::task::yield_now;
     use tokio_util::compat::TokioAsyncReadCompatExt;
@@ -633,6 +647,26 @@ mod tests {
         }
         for (number, caller) in callers.into_iter().enumerate() {
             assert_eq!(answer(caller.await), number.to_string().as_bytes());
+        }
+    }
+
+    #[tokio::test]
+    async fn half_of_many_callers_do_not_wait_for_the_others() {
+        let (kept, mut far) = scene().await;
+        let callers: Vec<_> = (0..HALVED).map(|_| ask(&kept, "hello")).collect();
+        for _ in &callers {
+            let id = far.asked().await.id;
+            far.reply(id, b"").await;
+        }
+        for caller in callers {
+            answer(caller.await);
+        }
+        // No task runs from here on.
+        let mut callers: Vec<_> = (1..HALVED / 2).map(|_| ask(&kept, "again")).collect();
+        assert!(far.asked().now_or_never().is_none(), "too few to leave");
+        callers.push(ask(&kept, "again"));
+        for _ in &callers {
+            assert!(far.asked().now_or_never().is_some());
         }
     }
 

@@ -3,9 +3,10 @@
 //! Whoever has something to send adds it under the lock of what the stream's users share, so that a
 //! small frame costs no queue and no allocation of its own. The task takes all that waits in one go
 //! and never waits for more. Where others may be about to add a frame, it lets them run first whose
-//! turn it is already, because a write costs more than a frame. Where nobody else is, a small frame
-//! is written by who has added it, under that lock: to wake the task would take longer. It never
-//! waits for the remote, but on QUIC it may wait while the connection's task sends some datagrams.
+//! turn it is already, because a write costs more than a frame. Where nobody else is, or enough wait
+//! to keep the remote busy, the small frames are written by who has added the last one, under that
+//! lock: to wake the task would take longer. It never waits for the remote, but on QUIC it may wait
+//! while the connection's task sends some datagrams.
 //!
 //! Large frames wait as what they are made of. They go after the small ones that wait, so many at a
 //! time as are worth one write: a small frame that comes then waits for those.
@@ -60,8 +61,10 @@ pub(super) struct Outbox<L> {
     outlet: Option<Outlet>,
     /// What was written may not have left.
     unflushed: bool,
-    /// The task that writes, once it has seen that there is nothing for it to do.
+    /// The task that writes, once it has seen for the first time that there is nothing for it to do.
     writer: Option<Waker>,
+    /// It has not seen that since it was woken.
+    woken: bool,
     /// Those that could run when there was something to write again have had their turn.
     settled: bool,
 }
@@ -75,6 +78,7 @@ impl<L> Default for Outbox<L> {
             outlet: None,
             unflushed: false,
             writer: None,
+            woken: false,
             settled: false,
         }
     }
@@ -97,7 +101,7 @@ impl<L> Outbox<L> {
         self.large.push_back(frame);
     }
 
-    /// Writes the small frames if that is possible without waiting and the task rests.
+    /// Writes the small frames if that is possible without waiting and the task does not write now.
     pub(super) fn write_small(&mut self) -> Left {
         let (Some(outlet), Some(writer)) = (&mut self.outlet, &self.writer) else {
             return Left::Nothing;
@@ -131,10 +135,11 @@ impl<L> Outbox<L> {
 
     /// The task that writes, if it has to be woken for what waits.
     pub(super) fn writer(&mut self) -> Option<Waker> {
-        match self.is_idle() {
-            true => None,
-            false => self.writer.take(),
+        if self.is_idle() || self.woken {
+            return None;
         }
+        self.woken = true;
+        self.writer.clone()
     }
 
     /// What everything is written to: the task does not write now.
@@ -161,6 +166,7 @@ impl<L> Outbox<L> {
         if self.is_idle() {
             release(&mut self.small);
             self.writer = Some(cx.waker().clone());
+            self.woken = false;
             self.settled = false;
             return Poll::Pending;
         }
