@@ -95,19 +95,19 @@ impl Contender {
     }
 
     /// Starts its server, then its client, which waits for loads.
-    pub(crate) fn start(self, threads: &str) -> (Process, Process) {
+    pub(crate) fn start(self, threads: usize) -> (Process, Process) {
         let mut server = self.process("server", threads, "");
         let mut client = self.process("client", threads, &server.line());
         assert_eq!(client.line(), "ready", "{} does not start", self.id());
         (server, client)
     }
 
-    fn process(self, part: &str, threads: &str, argument: &str) -> Process {
+    fn process(self, part: &str, threads: usize, argument: &str) -> Process {
         if self == Grenache {
             let script = grenache().join("echo.js");
             return Process::start(Command::new("node").arg(script).args([part, argument]));
         }
-        Process::part(part, &[self.id(), threads, argument])
+        Process::part(part, &[self.id(), &threads.to_string(), argument])
     }
 
     /// Is its server, until the parent process lets it go.

@@ -6,8 +6,8 @@
 //!
 //! `cargo run --release -p rivals`, behind `--`:
 //! * parts of contenders' ids, to run only those: `tcp`, `grapevine`, `tonic`;
-//! * `--one-thread` gives each process one thread, where it has one for each core otherwise: client and
-//!   server then do not take each other's cores on a machine with two;
+//! * `--threads=2` gives each process so many threads instead of one, with which client and server do
+//!   not take each other's cores on a machine with two (those of Grenache, on Node.js, always have one);
 //! * `--plot` draws the rates into `assets/rpc.svg`.
 //!
 //! Grenache needs Node.js and `npm ci --prefix benches/rivals/grenache`.
@@ -37,8 +37,8 @@ const RUNS: usize = 7;
 const RUN: Duration = Duration::from_secs(1);
 const WARM_UP: Duration = Duration::from_millis(200);
 
-/// What a part is told that is to run on one thread.
-const ONE_THREAD: &str = "one thread";
+/// How many threads the runtime of each process has.
+const THREADS: usize = 1;
 
 const ROWS: [Row; 4] = [
     Row::new("64 B", 64, 1),
@@ -78,28 +78,29 @@ struct Pair {
 fn main() {
     let arguments = common::arguments();
     match common::part(&arguments) {
-        Some((part, [id, threads, argument])) => play(part, id, threads, argument.clone()),
+        Some((part, [id, threads, argument])) => {
+            play(part, id, count(threads), argument.clone());
+        }
         Some(_) => panic!("a part needs a contender, its threads and an argument"),
         None => measure(&Options::read(&arguments), &arguments),
     }
 }
 
 /// What the command line asks for.
-#[derive(Default)]
 struct Options {
     filters: Vec<String>,
-    one_thread: bool,
+    threads: usize,
     plot: bool,
 }
 
 /// Is a contender's server or client, until the parent process lets it go.
-fn play(part: &str, id: &str, threads: &str, argument: String) {
+fn play(part: &str, id: &str, threads: usize, argument: String) {
     let contender = Contender::ALL.into_iter().find(|some| some.id() == id);
     let contender = contender.expect("a contender");
-    let runtime = match threads {
-        ONE_THREAD => Builder::new_current_thread().enable_all().build(),
-        _ => Builder::new_multi_thread().enable_all().build(),
-    };
+    let runtime = Builder::new_multi_thread()
+        .worker_threads(threads)
+        .enable_all()
+        .build();
     runtime.expect("threads can be started").block_on(async {
         // In a task, so that it runs where its connections' tasks do.
         let playing = match part {
@@ -117,7 +118,11 @@ fn measure(options: &Options, arguments: &[String]) {
     };
     println!("\n## RPC echo over loopback, Grapevine and others\n");
     println!("* Command: `cargo run --release -p rivals{rest}`");
-    println!("* Machine: {}", common::machine());
+    println!(
+        "* Machine: {}; threads of each process: {}",
+        common::machine(),
+        options.threads
+    );
     println!(
         "* {RUNS} rounds, in each every contender runs for {RUN:?} after a warm-up of {WARM_UP:?}: \
          median (min..max); CPU is user and system time of client and server together"
@@ -129,7 +134,7 @@ fn measure(options: &Options, arguments: &[String]) {
     {
         match contender.absence() {
             Some(reason) => println!("* {} takes no part: {reason}", contender.title()),
-            None => pairs.push(Pair::start(contender, options.threads())),
+            None => pairs.push(Pair::start(contender, options.threads)),
         }
     }
     let table = Table::new(&[
@@ -173,13 +178,19 @@ fn measure_row(pairs: &mut [Pair], row: Row) -> Vec<Rounds> {
 
 impl Options {
     fn read(arguments: &[String]) -> Self {
-        let mut options = Self::default();
+        let mut options = Self {
+            filters: Vec::new(),
+            threads: THREADS,
+            plot: false,
+        };
         for argument in arguments {
             match argument.as_str() {
-                "--one-thread" => options.one_thread = true,
                 "--plot" => options.plot = true,
-                flag if flag.starts_with('-') => panic!("there is no flag {flag}"),
-                part => options.filters.push(part.to_owned()),
+                other => match other.strip_prefix("--threads=") {
+                    Some(threads) => options.threads = count(threads),
+                    None if other.starts_with('-') => panic!("there is no flag {other}"),
+                    None => options.filters.push(other.to_owned()),
+                },
             }
         }
         options
@@ -189,15 +200,10 @@ impl Options {
         let asked = |part: &String| contender.id().contains(part);
         self.filters.is_empty() || self.filters.iter().any(asked)
     }
+}
 
-    /// What a part is told of its threads.
-    fn threads(&self) -> &'static str {
-        if self.one_thread {
-            ONE_THREAD
-        } else {
-            "a thread for each core"
-        }
-    }
+fn count(threads: &str) -> usize {
+    threads.parse().expect("a number of threads")
 }
 
 impl Row {
@@ -211,7 +217,7 @@ impl Row {
 }
 
 impl Pair {
-    fn start(contender: Contender, threads: &str) -> Self {
+    fn start(contender: Contender, threads: usize) -> Self {
         let (server, client) = contender.start(threads);
         Self {
             contender,
