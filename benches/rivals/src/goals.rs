@@ -25,10 +25,11 @@ enum Bound {
 /// The rates that are to reach a part of the bound of the same transport, by row.
 const OF_CEILING: [(Row, f64); 3] = [(ROWS[1], 0.6), (ROWS[2], 0.6), (ROWS[3], 0.9)];
 
-/// What others offer, each beside Grapevine over the transport that it uses.
+/// What others offer, encrypted where they can be, each beside Grapevine over the transport that it
+/// uses.
 const RIVALS: [(Contender, Contender); 4] = [
-    (GrapevineTcp, Tonic),
-    (GrapevineTcp, Axum),
+    (GrapevineTcp, TonicTls),
+    (GrapevineTcp, AxumTls),
     (GrapevineTcp, Grenache),
     (GrapevineQuic, IrohStreams),
 ];

@@ -1,12 +1,16 @@
-//! gRPC by tonic: unary calls over one connection, not encrypted.
+//! gRPC by tonic: unary calls over one connection, with TLS and without.
 
 use bytes::Bytes;
+use tokio::net::TcpListener;
 use tonic::transport::server::TcpIncoming;
-use tonic::transport::{Channel, Endpoint, Server};
+use tonic::transport::{
+    Certificate, Channel, ClientTlsConfig, Endpoint, Identity, Server, ServerTlsConfig,
+};
 use tonic::{Request, Response, Status};
 
 use crate::load::{Caller, Client, Latencies, Load, send_with};
 use crate::tcp;
+use crate::tls::{self, Credentials};
 
 include!(concat!(env!("OUT_DIR"), "/rivals.Echo.rs"));
 
@@ -33,14 +37,41 @@ impl Echo for Echoes {
 pub(crate) async fn serve() -> String {
     let listener = tcp::listen().await;
     let address = listener.local_addr().expect("it is bound");
-    let incoming = TcpIncoming::from(listener).with_nodelay(Some(true));
-    let server = Server::builder().add_service(EchoServer::new(Echoes));
-    tokio::spawn(server.serve_with_incoming(incoming));
+    serve_at(listener, Server::builder());
     format!("http://{address}")
 }
 
+/// The same over TLS; returns where, and the certificate.
+pub(crate) async fn serve_tls() -> String {
+    let listener = tcp::listen().await;
+    let address = listener.local_addr().expect("it is bound");
+    let credentials = Credentials::generate();
+    let identity = Identity::from_pem(&credentials.certificate, &credentials.key);
+    let server = Server::builder().tls_config(ServerTlsConfig::new().identity(identity));
+    serve_at(listener, server.expect("a key and its certificate"));
+    credentials.introduce(address)
+}
+
+fn serve_at(listener: TcpListener, mut server: Server) {
+    let incoming = TcpIncoming::from(listener).with_nodelay(Some(true));
+    let server = server.add_service(EchoServer::new(Echoes));
+    tokio::spawn(server.serve_with_incoming(incoming));
+}
+
 pub(crate) async fn connect(server: &str) -> impl Client {
-    let endpoint = Endpoint::from_shared(server.to_owned()).expect("an address");
+    connect_to(Endpoint::from_shared(server.to_owned()).expect("an address")).await
+}
+
+pub(crate) async fn connect_tls(server: &str) -> impl Client {
+    let (address, certificate) = tls::introduced(server);
+    let trusted = ClientTlsConfig::new()
+        .ca_certificate(Certificate::from_pem(certificate))
+        .domain_name(tls::HOST);
+    let endpoint = Endpoint::from_shared(format!("https://{address}")).expect("an address");
+    connect_to(endpoint.tls_config(trusted).expect("a certificate")).await
+}
+
+async fn connect_to(endpoint: Endpoint) -> Calls {
     let channel = endpoint.connect().await.expect("the server answers");
     Calls(EchoClient::new(channel))
 }

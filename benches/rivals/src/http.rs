@@ -1,4 +1,4 @@
-//! HTTP/1.1 by axum and hyper: a kept connection for each request in flight, not encrypted.
+//! HTTP/1.1 by axum and hyper: a kept connection for each request in flight, with TLS and without.
 
 use axum::Router;
 use axum::routing::post;
@@ -9,29 +9,56 @@ use hyper::client::conn::http1::{SendRequest, handshake};
 use hyper::header::HOST;
 use hyper::{Request, StatusCode};
 use hyper_util::rt::TokioIo;
+use tokio::io::{AsyncRead, AsyncWrite};
+use tokio_rustls::TlsConnector;
 
 use crate::load::{Caller, Client, Latencies, Load, send_with};
 use crate::tcp;
+use crate::tls::{self, Credentials, Encrypted};
 
 /// Serves echoes; returns where.
 pub(crate) async fn serve() -> String {
     let listener = tcp::listen().await;
     let address = listener.local_addr().expect("it is bound").to_string();
     let listener = listener.tap_io(|stream| tcp::without_delay(stream));
-    let echo = Router::new().route("/echo", post(async |payload: Bytes| payload));
-    tokio::spawn(async { axum::serve(listener, echo).await });
+    tokio::spawn(async { axum::serve(listener, echo()).await });
     address
 }
 
-pub(crate) async fn connect(server: &str) -> impl Client {
+/// The same over TLS; returns where, and the certificate.
+pub(crate) async fn serve_tls() -> String {
+    let listener = tcp::listen().await;
+    let address = listener.local_addr().expect("it is bound");
+    let credentials = Credentials::generate();
+    let listener = Encrypted::new(listener, &credentials);
+    tokio::spawn(async { axum::serve(listener, echo()).await });
+    credentials.introduce(address)
+}
+
+fn echo() -> Router {
+    Router::new().route("/echo", post(async |payload: Bytes| payload))
+}
+
+pub(crate) fn connect(server: &str) -> impl Client {
     Connections {
         server: server.to_owned(),
+        encryption: None,
+        resting: Vec::new(),
+    }
+}
+
+pub(crate) fn connect_tls(server: &str) -> impl Client {
+    let (address, certificate) = tls::introduced(server);
+    Connections {
+        server: address.to_owned(),
+        encryption: Some(tls::connector(&certificate)),
         resting: Vec::new(),
     }
 }
 
 struct Connections {
     server: String,
+    encryption: Option<TlsConnector>,
     resting: Vec<SendRequest<Full<Bytes>>>,
 }
 
@@ -41,12 +68,29 @@ struct Connection {
     payload: Bytes,
 }
 
+impl Connections {
+    async fn open(&self) -> SendRequest<Full<Bytes>> {
+        match &self.encryption {
+            None => begin(tcp::dial(&self.server).await).await,
+            Some(tls) => begin(tls::dial(tls, &self.server).await).await,
+        }
+    }
+}
+
+async fn begin<S>(stream: S) -> SendRequest<Full<Bytes>>
+where
+    S: AsyncRead + AsyncWrite + Send + Unpin + 'static,
+{
+    let handshake = handshake(TokioIo::new(stream)).await;
+    let (sender, connection) = handshake.expect("nothing is sent yet");
+    tokio::spawn(connection);
+    sender
+}
+
 impl Client for Connections {
     async fn send(&mut self, load: Load) -> Latencies {
         while self.resting.len() < load.in_flight {
-            let stream = TokioIo::new(tcp::dial(&self.server).await);
-            let (sender, connection) = handshake(stream).await.expect("nothing is sent yet");
-            tokio::spawn(connection);
+            let sender = self.open().await;
             self.resting.push(sender);
         }
         let payload = Bytes::from(vec![b'x'; load.bytes]);

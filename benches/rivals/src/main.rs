@@ -25,6 +25,7 @@ mod load;
 mod pipe;
 mod plot;
 mod tcp;
+mod tls;
 
 use std::time::Duration;
 
@@ -97,6 +98,8 @@ struct Options {
 fn play(part: &str, id: &str, threads: usize, argument: String) {
     let contender = Contender::ALL.into_iter().find(|some| some.id() == id);
     let contender = contender.expect("a contender");
+    // Of the two in the tree, which rustls asks to choose from: libp2p's and iroh's too.
+    let _ = rustls::crypto::ring::default_provider().install_default();
     let runtime = Builder::new_multi_thread()
         .worker_threads(threads)
         .enable_all()

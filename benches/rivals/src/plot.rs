@@ -87,7 +87,7 @@ fn draw_group(svg: &mut String, top: f64, row: Row, rounds: &[&Rounds]) -> f64 {
 fn look(contender: Contender) -> (&'static str, &'static str) {
     match contender {
         GrapevineTcp | GrapevineQuic => ("#7b2d8b", "bold"),
-        KeptTcp | KeptQuic | BareTcp | IrohKept => ("#c9c9c9", "normal"),
+        KeptTcp | KeptQuic | KeptTls | BareTcp | IrohKept => ("#c9c9c9", "normal"),
         _ => ("#6f9bc8", "normal"),
     }
 }

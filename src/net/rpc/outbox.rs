@@ -191,6 +191,10 @@ impl<L> Outbox<L> {
         std::mem::swap(&mut self.small, frames);
         self.expected = frames.len().min(WRITE_LEN);
         let enough = frames.len() + WRITE_LEN;
+        if !self.large.is_empty() {
+            // Instead of growing from frame to frame.
+            frames.reserve(WRITE_LEN + KEPT_LEN);
+        }
         while frames.len() < enough
             && let Some(large) = self.large.pop_front()
         {
