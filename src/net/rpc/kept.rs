@@ -52,9 +52,10 @@ const FIRST_REQUEST: Duration = FRAME_DEADLINE.checked_div(2).expect("not by zer
 const LOOK_AGAIN: Duration = Duration::from_secs(1);
 
 /// From so many calls on, half of them leave at once when they have come: the peer then works on one
-/// half while the other is answered here, and asks again. With one thread on each side, 64 callers
-/// got a quarter more requests through by that and 256 four fifths; fewer got no more.
-const HALVED: usize = 64;
+/// half while the other is answered here, and asks again. With one thread on each side, 32 callers
+/// got a seventh more requests through by that, 64 a quarter and 256 four fifths; 16 lost some where
+/// each side had two.
+const HALVED: usize = 32;
 
 /// What is asked of a peer.
 #[derive(Clone, Copy, Debug)]
