@@ -2,7 +2,7 @@
 //!
 //! * A caller enters its request under a lock that all callers share for a moment; a task for each
 //!   stream reads and writes. Writes carry all requests that wait, and never wait for more. A small
-//!   request that is the only open one leaves at once.
+//!   request that is the only open one leaves at once, and so do those of half of many callers.
 //! * Replies are matched by id, in any order. A reply with an id that was never given out ends the
 //!   stream; one whose caller has gone away is dropped.
 //! * Every request has a deadline, and the stream one timer for all of them.
