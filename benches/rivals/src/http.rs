@@ -40,20 +40,12 @@ fn echo() -> Router {
 }
 
 pub(crate) fn connect(server: &str) -> impl Client {
-    Connections {
-        server: server.to_owned(),
-        encryption: None,
-        resting: Vec::new(),
-    }
+    Connections::new(server, None)
 }
 
 pub(crate) fn connect_tls(server: &str) -> impl Client {
     let (address, certificate) = tls::introduced(server);
-    Connections {
-        server: address.to_owned(),
-        encryption: Some(tls::connector(&certificate)),
-        resting: Vec::new(),
-    }
+    Connections::new(address, Some(tls::connector(&certificate)))
 }
 
 struct Connections {
@@ -69,6 +61,14 @@ struct Connection {
 }
 
 impl Connections {
+    fn new(server: &str, encryption: Option<TlsConnector>) -> Self {
+        Self {
+            server: server.to_owned(),
+            encryption,
+            resting: Vec::new(),
+        }
+    }
+
     async fn open(&self) -> SendRequest<Full<Bytes>> {
         match &self.encryption {
             None => begin(tcp::dial(&self.server).await).await,

@@ -6,8 +6,8 @@
 //!
 //! `cargo run --release -p rivals`, behind `--`:
 //! * parts of contenders' ids, to run only those: `tcp`, `grapevine`, `tonic`;
-//! * `--threads=2` gives each process so many threads instead of one, with which client and server do
-//!   not take each other's cores on a machine with two (those of Grenache, on Node.js, always have one);
+//! * `--threads=2` gives each process two threads. It has one otherwise, so that client and server do not
+//!   take each other's cores on a machine with two. On Node.js, Grenache always has one;
 //! * `--plot` draws the rates into `assets/rpc.svg`.
 //!
 //! Grenache needs Node.js and `npm ci --prefix benches/rivals/grenache`.

@@ -191,7 +191,7 @@ impl<L> Outbox<L> {
         std::mem::swap(&mut self.small, frames);
         self.expected = frames.len().min(WRITE_LEN);
         let enough = frames.len() + WRITE_LEN;
-        if !self.large.is_empty() {
+        if self.large.len() > 1 {
             // Instead of growing from frame to frame.
             frames.reserve(WRITE_LEN + KEPT_LEN);
         }
