@@ -3,6 +3,8 @@
 //! later without a change.
 
 use std::io::{self, ErrorKind};
+#[cfg(feature = "http")]
+use std::net::SocketAddr;
 use std::{error, fmt};
 
 use libp2p::{Multiaddr, PeerId};
@@ -244,6 +246,18 @@ impl DialFailure {
             Self::OwnAddress => false,
         }
     }
+}
+
+/// A socket address cannot be listened on.
+#[cfg(feature = "http")]
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("cannot listen on {address}: {reason}")]
+#[non_exhaustive]
+pub struct ListenError {
+    /// The address as it was given.
+    pub address: SocketAddr,
+    /// What the system said, with the remedy where there is one.
+    pub reason: String,
 }
 
 /// What the system said, with the remedy where there is one.

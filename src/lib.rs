@@ -43,6 +43,8 @@
 //!   one cannot be reached or is busy, and never run twice unless [`Delivery`] allows it.
 //!   [`Node::broadcast`] asks all of them.
 //! * **Everything a remote can send is bounded**, in size, number, rate and time: see [`limits`].
+//! * **At the edges**, behind features of their names: `gateway` speaks to Grenache's programs, `monitor`
+//!   to Prometheus.
 //! * The [wire](proto) is one page; libp2p's stock Kademlia and rendezvous clients work against a
 //!   grape.
 //!
@@ -61,9 +63,13 @@ pub mod chat;
 pub mod error;
 #[cfg(feature = "gateway")]
 pub mod gateway;
+#[cfg(feature = "http")]
+mod http;
 pub mod identity;
 pub mod limits;
 mod metrics;
+#[cfg(feature = "monitor")]
+pub mod monitor;
 pub mod name;
 mod net;
 mod node;

@@ -42,6 +42,8 @@ pub(crate) struct Metrics {
     pub(crate) requests_sent: Counter,
     pub(crate) requests_received: Counter,
     pub(crate) requests_refused: Counter,
+    pub(crate) names_told: Counter,
+    pub(crate) names_sought: Counter,
     pub(crate) open_requests: Gauge,
     pub(crate) peers: Gauge,
     pub(crate) announced: Gauge,
@@ -67,23 +69,42 @@ pub struct Snapshot {
     pub requests_refused: u64,
     /// Requests of other nodes that are open now.
     pub open_requests: u64,
+    /// Names that other nodes announced or renewed at this grape's registry, and that it keeps.
+    pub names_told: u64,
+    /// Names that other nodes looked up in it.
+    pub names_sought: u64,
     /// Peers connected now.
     pub peers: u64,
+    /// Other grapes known now.
+    pub grapes: u64,
     /// Names this node announces now.
     pub announced: u64,
     /// Provider records of other nodes kept now.
     pub stored: u64,
     /// Workers kept now: those that announced themselves at this grape, and those of other grapes.
     pub workers: u64,
+    /// Values kept now.
+    pub values: u64,
     /// Provider records dropped to make room for somebody who held fewer.
     pub evicted: u64,
     /// Provider records refused.
     pub refused: u64,
+    /// Provider records dropped because their lease had ended.
+    pub expired: u64,
+}
+
+/// What a node keeps for others now.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Kept {
+    pub(crate) grapes: usize,
+    pub(crate) records: Stats,
+    pub(crate) workers: usize,
+    pub(crate) values: usize,
 }
 
 impl Metrics {
-    /// What has been counted, beside the records and the workers that are kept now.
-    pub(crate) fn snapshot(&self, records: Stats, workers: usize) -> Snapshot {
+    /// What has been counted, beside what is kept now.
+    pub(crate) fn snapshot(&self, kept: Kept) -> Snapshot {
         Snapshot {
             lookups: self.lookups.count(),
             lookups_found: self.lookups_found.count(),
@@ -93,12 +114,17 @@ impl Metrics {
             requests_received: self.requests_received.count(),
             requests_refused: self.requests_refused.count(),
             open_requests: self.open_requests.value(),
+            names_told: self.names_told.count(),
+            names_sought: self.names_sought.count(),
             peers: self.peers.value(),
+            grapes: kept.grapes as u64,
             announced: self.announced.value(),
-            stored: records.records,
-            workers: workers as u64,
-            evicted: records.evicted,
-            refused: records.refused,
+            stored: kept.records.records,
+            workers: kept.workers as u64,
+            values: kept.values as u64,
+            evicted: kept.records.evicted,
+            refused: kept.records.refused,
+            expired: kept.records.expired,
         }
     }
 }

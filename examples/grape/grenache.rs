@@ -3,13 +3,13 @@
 use std::net::{IpAddr, SocketAddr};
 use std::time::Duration;
 
-use grapevine::gateway::{Config, Gateway, GatewayError};
+use grapevine::gateway::{Config, Gateway};
 use grapevine::{Multiaddr, Node};
 use libp2p::multiaddr::Protocol;
 use tokio::net::lookup_host;
 
 use crate::common::flags::{dial_address, quoted};
-use crate::common::{Failure, RUNTIME, USAGE, note};
+use crate::common::{Failure, USAGE, note};
 
 /// The flags of grenache-grape 1.0.0, under its names.
 #[derive(Clone, Debug, clap::Args)]
@@ -137,12 +137,6 @@ impl Grenache {
         if !given.is_empty() {
             note(&format!("without a meaning here: {}", given.join(", ")));
         }
-    }
-}
-
-impl From<GatewayError> for Failure {
-    fn from(error: GatewayError) -> Self {
-        Self::new(RUNTIME, error)
     }
 }
 

@@ -26,19 +26,22 @@
 mod common;
 mod grenache;
 
-use std::net::{IpAddr, Ipv6Addr};
+use std::net::{IpAddr, Ipv6Addr, SocketAddr};
 use std::process::ExitCode;
 use std::time::Duration;
 
 use clap::Parser;
+use futures::future::OptionFuture;
+use grapevine::error::ListenError;
 use grapevine::gateway::Gateway;
+use grapevine::monitor::Monitor;
 use grapevine::{Multiaddr, Node, PeerId, Role};
 use libp2p::multiaddr::Protocol;
 
 use common::flags::{self, Flags, quoted};
 use common::output::Output;
 use common::stop::Stop;
-use common::{Failure, grapes, run, shut_down};
+use common::{Failure, RUNTIME, grapes, run, shut_down};
 use grenache::{Grenache, listen_on};
 
 /// The port that `peer` and `chat` look for a grape on.
@@ -77,6 +80,9 @@ struct Cli {
     /// Do not let this peer connect (repeatable)
     #[arg(long, value_name = "PEERID", value_parser = peer_id)]
     block: Vec<PeerId>,
+    /// Serve metrics to Prometheus, as /metrics, and /healthz at this address, e.g. 127.0.0.1:9100
+    #[arg(long, value_name = "IP:PORT", value_parser = socket_address)]
+    metrics: Option<SocketAddr>,
     #[command(flatten)]
     grenache: Grenache,
     /// Programs that start grapes of Grenache by hand say the program's name twice
@@ -96,20 +102,47 @@ async fn serve(cli: Cli, stop: Stop) -> Result<u8, Failure> {
         Ok(node) => node?,
         Err(cause) => return Ok(cause.code()),
     };
-    let gateway = match cli.grenache.serve(&node, host).await {
-        Ok(gateway) => gateway,
+    let edges = match Edges::open(&cli, &node, host).await {
+        Ok(edges) => edges,
         Err(failure) => {
             shut_down(&node).await;
             return Err(failure);
         }
     };
     let output = Output::stdout(stop.clone());
-    let cause = stop.or(work(&cli, &node, gateway.as_ref(), output)).await;
-    if let Some(gateway) = gateway {
-        gateway.shutdown().await;
-    }
+    let cause = stop.or(work(&cli, &node, &edges, output)).await;
+    edges.shutdown().await;
     shut_down(&node).await;
     Ok(cause.map_or_else(|cause| cause.code(), |()| 0))
+}
+
+/// What serves HTTP beside the node.
+struct Edges {
+    gateway: Option<Gateway>,
+    monitor: Option<Monitor>,
+}
+
+impl Edges {
+    async fn open(cli: &Cli, node: &Node, host: Option<IpAddr>) -> Result<Self, Failure> {
+        let gateway = cli.grenache.serve(node, host).await?;
+        let monitor = match cli.metrics {
+            Some(address) => Some(Monitor::spawn(node.clone(), address).await?),
+            None => None,
+        };
+        Ok(Self { gateway, monitor })
+    }
+
+    async fn shutdown(self) {
+        let gateway = OptionFuture::from(self.gateway.map(Gateway::shutdown));
+        let monitor = OptionFuture::from(self.monitor.map(Monitor::shutdown));
+        tokio::join!(gateway, monitor);
+    }
+}
+
+impl From<ListenError> for Failure {
+    fn from(error: ListenError) -> Self {
+        Self::new(RUNTIME, error)
+    }
 }
 
 async fn start(cli: &Cli, host: Option<IpAddr>) -> Result<Node, Failure> {
@@ -133,17 +166,21 @@ async fn start(cli: &Cli, host: Option<IpAddr>) -> Result<Node, Failure> {
     Ok(node)
 }
 
-async fn work(cli: &Cli, node: &Node, gateway: Option<&Gateway>, output: Output) {
+async fn work(cli: &Cli, node: &Node, edges: &Edges, output: Output) {
     let heading = format!("Grape {} listens on:", node.peer_id());
     output.print(heading).await;
     for address in node.addresses().iter().filter(|a| is_dialable(a)) {
         output.print(address.to_string()).await;
     }
-    if let Some(gateway) = gateway {
+    if let Some(gateway) = &edges.gateway {
         let api = gateway.api_address();
         output.print(format!("Grenache API: http://{api}")).await;
         let carrier = gateway.carrier_address();
         let line = format!("Grenache callers reach other peers at: {carrier}");
+        output.print(line).await;
+    }
+    if let Some(monitor) = &edges.monitor {
+        let line = format!("Metrics: http://{}/metrics", monitor.address());
         output.print(line).await;
     }
     if cli.network.identity.is_none() {
@@ -179,6 +216,15 @@ fn is_link_local(ip: Ipv6Addr) -> bool {
 
 fn lease(text: &str) -> Result<Duration, String> {
     flags::seconds(text, 3, 90)
+}
+
+fn socket_address(text: &str) -> Result<SocketAddr, String> {
+    text.parse().map_err(|_| {
+        format!(
+            "{} is not an IP address and a port, such as 127.0.0.1:9100 or [::1]:9100",
+            quoted(text)
+        )
+    })
 }
 
 fn peer_id(text: &str) -> Result<PeerId, String> {

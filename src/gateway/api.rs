@@ -26,8 +26,8 @@ use serde_json::value::RawValue;
 use tokio::time::sleep;
 
 use super::body::{self, BodyError};
-use super::listener::Ends;
 use super::{Config, rpc, values};
+use crate::http::{self, Ends};
 use crate::node::{Directory, Found, Full, Node};
 use crate::proto::wire::MAX_FOUND;
 
@@ -167,10 +167,7 @@ async fn get(State(api): State<Arc<Api>>, payload: Payload) -> Result<Response, 
 }
 
 async fn healthz(State(api): State<Arc<Api>>) -> (StatusCode, &'static str) {
-    match api.node.status().has_changed() {
-        Ok(_) => (StatusCode::OK, "ok"),
-        Err(_) => (StatusCode::SERVICE_UNAVAILABLE, "the node is shut down"),
-    }
+    http::health(&api.node)
 }
 
 async fn unknown(payload: Payload) -> Failure {

@@ -18,7 +18,6 @@
 mod api;
 mod body;
 mod carrier;
-mod listener;
 mod payload;
 mod rpc;
 mod values;
@@ -27,15 +26,12 @@ mod workers;
 use std::net::{Ipv4Addr, SocketAddr};
 use std::time::Duration;
 
-use tokio::sync::watch;
-use tokio::task::JoinSet;
-
-use crate::error::explain;
+use crate::error::ListenError;
+use crate::http::{Listener, Serving};
 use crate::limits::{MAX_REQUEST_TIME, REQUEST_DEADLINE};
 use crate::node::Node;
 use api::Api;
 use carrier::Carrier;
-use listener::Listener;
 use workers::Workers;
 
 /// How a [`Gateway`] is set up.
@@ -69,27 +65,12 @@ impl Default for Config {
     }
 }
 
-/// Why a gateway could not start.
-#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-#[non_exhaustive]
-pub enum GatewayError {
-    /// The address cannot be listened on.
-    #[error("cannot listen on {address}: {reason}")]
-    Listen {
-        /// The address as it was given.
-        address: SocketAddr,
-        /// What the system said, with the remedy where there is one.
-        reason: String,
-    },
-}
-
 /// Grenache's side of a node. Dropping it closes all its connections at once.
 #[derive(Debug)]
 pub struct Gateway {
     api: SocketAddr,
     carrier: SocketAddr,
-    tasks: JoinSet<()>,
-    stop: watch::Sender<()>,
+    serving: Serving,
 }
 
 impl Gateway {
@@ -98,28 +79,25 @@ impl Gateway {
     /// Must be called within a Tokio runtime with I/O and time enabled.
     ///
     /// # Errors
-    /// [`GatewayError::Listen`] if an address cannot be listened on.
-    pub async fn spawn(node: Node, config: Config) -> Result<Self, GatewayError> {
-        let api = bind(config.api).await?;
-        let carrier = bind(SocketAddr::new(config.api.ip(), config.carrier_port)).await?;
+    /// If an address cannot be listened on.
+    pub async fn spawn(node: Node, config: Config) -> Result<Self, ListenError> {
+        let api = Listener::bind(config.api).await?;
+        let carrier = SocketAddr::new(config.api.ip(), config.carrier_port);
+        let carrier = Listener::bind(carrier).await?;
         let deadline = config.deadline.min(MAX_REQUEST_TIME);
-        let (stop, stopped) = watch::channel(());
         let mut gateway = Self {
             api: api.address(),
             carrier: carrier.address(),
-            tasks: JoinSet::new(),
-            stop,
+            serving: Serving::new(),
         };
+        let serving = &mut gateway.serving;
         let directory = node.directory();
         let workers = Workers::new(directory.clone(), deadline);
-        let from_peers = workers.serve(directory.carry(), stopped.clone());
-        let to_peers = Carrier::new(node.clone(), deadline, stopped.clone()).routes();
-        let answers = Api::new(node, &config, gateway.carrier.port()).routes();
-        gateway.tasks.spawn(from_peers);
-        gateway
-            .tasks
-            .spawn(carrier.serve(to_peers, stopped.clone()));
-        gateway.tasks.spawn(api.serve(answers, stopped));
+        serving.spawn(workers.serve(directory.carry(), serving.stopped()));
+        let to_peers = Carrier::new(node.clone(), deadline, serving.stopped());
+        serving.serve(carrier, to_peers.routes());
+        let answers = Api::new(node, &config, gateway.carrier.port());
+        serving.serve(api, answers.routes());
         Ok(gateway)
     }
 
@@ -134,15 +112,7 @@ impl Gateway {
     }
 
     /// Takes no more connections, answers what is under way for up to a second, and closes.
-    pub async fn shutdown(mut self) {
-        self.stop.send_replace(());
-        while self.tasks.join_next().await.is_some() {}
+    pub async fn shutdown(self) {
+        self.serving.shutdown().await;
     }
-}
-
-async fn bind(address: SocketAddr) -> Result<Listener, GatewayError> {
-    Listener::bind(address).await.map_err(|error| {
-        let reason = explain(&error);
-        GatewayError::Listen { address, reason }
-    })
 }

@@ -22,9 +22,9 @@ use tokio::sync::{mpsc, watch};
 use tokio::task::JoinSet;
 use tokio::time::timeout;
 
-use super::listener::DRAIN;
 use super::payload::{self, Form};
 use super::rpc::Answer;
+use crate::http::DRAIN;
 use crate::name::ServiceName;
 use crate::node::{Carried, Directory, Request};
 use crate::proto::wire::{ErrorCode, RemoteError};

@@ -26,7 +26,7 @@ pub(crate) use directory::{Directory, Found, PutError};
 
 use crate::error::{AnnounceError, LookupError, RequestError};
 use crate::limits::{LOOKUP_DEADLINE, MAX_LOOKUPS, MAX_REQUEST_TIME, SHUTDOWN_DEADLINE};
-use crate::metrics::Snapshot;
+use crate::metrics::{Kept, Snapshot};
 use crate::name::ServiceName;
 use crate::net::{Command, Handle, Link, Status, Waiter};
 use crate::proto::routes::Routes;
@@ -97,8 +97,13 @@ impl Node {
     pub fn metrics(&self) -> Snapshot {
         let handle = &self.shared.handle;
         let (own, others) = handle.registry.workers().len();
-        let records = handle.registry.providers().stats();
-        handle.metrics.snapshot(records, own + others)
+        let kept = Kept {
+            grapes: handle.grapes.borrow().len(),
+            records: handle.registry.providers().stats(),
+            workers: own + others,
+            values: handle.registry.values().len(),
+        };
+        handle.metrics.snapshot(kept)
     }
 
     /// Announces a name, and returns when a grape holds it: from then on others find it.

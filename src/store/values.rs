@@ -107,6 +107,11 @@ impl Values {
         })
     }
 
+    /// How many values are held.
+    pub(crate) fn len(&self) -> usize {
+        self.values.len()
+    }
+
     /// Drops values whose time is over, a thousand at most; the rest stays invisible.
     pub(crate) fn sweep(&mut self, now: Instant) {
         let now = nanos(now.saturating_duration_since(self.epoch));

@@ -1,7 +1,6 @@
 //! Grenache's side of a grape, by its own words: what `WIRE` shows was captured from grenache-grape
 //! and its clients.
 
-mod http;
 mod workers;
 
 use std::collections::HashSet;
@@ -15,7 +14,7 @@ use flate2::write::GzEncoder;
 use futures::{SinkExt, StreamExt};
 use grapevine::chat::{ChatMessage, ChatReply};
 use grapevine::error::RequestError;
-use grapevine::gateway::{Config, Gateway, GatewayError};
+use grapevine::gateway::{Config, Gateway};
 use grapevine::proto::wire::ErrorCode;
 use grapevine::{Node, Request, Testnet};
 use serde_json::{Value, json};
@@ -25,7 +24,7 @@ use tokio::time::timeout;
 use tokio_tungstenite::tungstenite::Message;
 use tokio_tungstenite::{WebSocketStream, client_async};
 
-use http::{answer, post, send};
+use crate::http::{answer, post, send};
 use workers::{Transport, Worker};
 
 /// No scenario takes longer than this, however busy the machine.
@@ -721,10 +720,8 @@ async fn a_port_that_is_taken_is_named_with_the_remedy() {
         };
         let grape = net.testnet.grapes()[1].clone();
         let refused = Gateway::spawn(grape, config).await.unwrap_err();
-        let GatewayError::Listen { address, reason } = refused else {
-            panic!("{refused}");
-        };
-        assert_eq!(address, net.gateway.api_address());
+        assert_eq!(refused.address, net.gateway.api_address());
+        let reason = refused.reason;
         assert!(
             reason.contains("another program uses this port"),
             "{reason}"

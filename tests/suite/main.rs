@@ -8,6 +8,7 @@ mod grenache;
 // What it measures is read from Linux's /proc.
 #[cfg(target_os = "linux")]
 mod hostile;
+mod http;
 mod interop;
 mod network;
 mod process;

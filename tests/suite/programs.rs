@@ -2,7 +2,7 @@
 
 mod terminal;
 
-use std::net::TcpListener;
+use std::net::{SocketAddr, TcpListener};
 use std::time::{Duration, Instant};
 
 use grapevine::limits::{Bounds, Limits};
@@ -10,6 +10,7 @@ use grapevine::{Identity, Multiaddr, Node, Role, Service};
 use rustix::process::Signal;
 use tokio::process::Command;
 
+use crate::http;
 use crate::process::{Program, Run, in_time, key_file, path, run, run_into};
 
 /// Nobody listens there: the port takes privileges.
@@ -557,6 +558,51 @@ async fn grapes_are_started_as_those_of_grenache() {
 }
 
 #[tokio::test]
+async fn a_grape_tells_prometheus_what_it_does_and_keeps() {
+    in_time(async {
+        let mut grape = grape(&["--metrics", "127.0.0.1:0"]).await;
+        let line = grape.line().await;
+        let at = line.strip_prefix("Metrics: http://");
+        let at = at.and_then(|at| at.strip_suffix("/metrics"));
+        let at: SocketAddr = at.expect("where the metrics are").parse().unwrap();
+        let mut peer = peer("client1", &grape).await;
+        assert_eq!(
+            send(&grape, "client1", "hello").await.stdout,
+            "Echo: hello\n"
+        );
+
+        let metrics = http::send(at, "GET", "/metrics", "", b"").await;
+        let text = metrics.text();
+        assert_eq!(metrics.status, 200, "{text}");
+        let is_there = |wanted: &str| text.lines().any(|line| line == wanted);
+        let version = env!("CARGO_PKG_VERSION");
+        for wanted in [
+            format!("grapevine_build_info{{version=\"{version}\"}} 1").as_str(),
+            "# TYPE grapevine_provider_records gauge",
+            "grapevine_provider_records 1",
+            "# TYPE grapevine_names_told counter",
+            "grapevine_names_told_total 1",
+            "grapevine_names_sought_total 1",
+            "grapevine_records_refused_total 0",
+            "# EOF",
+        ] {
+            assert!(is_there(wanted), "{wanted} in:\n{text}");
+        }
+        for (method, path, status) in [
+            ("GET", "/healthz", 200),
+            ("GET", "/", 404),
+            ("POST", "/metrics", 405),
+        ] {
+            let answer = http::send(at, method, path, "", b"").await;
+            assert_eq!(answer.status, status, "{method} {path}");
+        }
+        peer.ends_on(Signal::TERM, 0).await;
+        grape.ends_on(Signal::TERM, 0).await;
+    })
+    .await;
+}
+
+#[tokio::test]
 async fn a_signal_while_joining_ends_every_program() {
     in_time(async {
         for signal in [Signal::INT, Signal::TERM] {
@@ -874,6 +920,23 @@ async fn wrong_usage_is_one_line_that_says_what_to_do() {
                 &["--listen", free, "--aph", &taken_port],
                 1,
                 "another program uses this port",
+            ),
+            (
+                "grape",
+                &[
+                    "--listen",
+                    free,
+                    "--metrics",
+                    &format!("127.0.0.1:{taken_port}"),
+                ],
+                1,
+                "another program uses this port",
+            ),
+            (
+                "grape",
+                &["--metrics", "9100"],
+                2,
+                "is not an IP address and a port, such as 127.0.0.1:9100",
             ),
             (
                 "grape",

@@ -263,7 +263,9 @@ impl Server {
     fn on_names(&self, remote: Remote, payload: &[u8], mut responder: Responder) {
         let answer = match self.registry.get() {
             None => Err(RemoteError::new(ErrorCode::UnknownService, NOT_SERVED)),
-            Some(registry) if responder.admit_short() => answer_on_names(registry, remote, payload),
+            Some(registry) if responder.admit_short() => {
+                self.answer_on_names(registry, remote, payload)
+            }
             Some(_) => {
                 let message = "too many answers wait to be read";
                 Err(RemoteError::new(ErrorCode::Busy, message))
@@ -271,24 +273,30 @@ impl Server {
         };
         responder.answer(answer);
     }
-}
 
-fn answer_on_names(
-    registry: &Registry,
-    remote: Remote,
-    payload: &[u8],
-) -> Result<Vec<u8>, RemoteError> {
-    let request = NamesRequest::decode(payload).map_err(|error| match error {
-        DecodeError::TooLarge { .. } => RemoteError::new(ErrorCode::TooLarge, error.to_string()),
-        error => RemoteError::new(ErrorCode::BadRequest, error.to_string()),
-    })?;
-    let reply = registry.on_names(remote.peer, remote.host, &request, Instant::now());
-    let reply = reply.map_err(|error| match error {
-        NotTaken::TooFast => RemoteError::new(ErrorCode::Busy, error.to_string()),
-        error => RemoteError::new(ErrorCode::BadRequest, error.to_string()),
-    })?;
-    let encoded = reply.encode();
-    encoded.map_err(|error| RemoteError::new(ErrorCode::HandlerFailed, error.to_string()))
+    fn answer_on_names(
+        &self,
+        registry: &Registry,
+        remote: Remote,
+        payload: &[u8],
+    ) -> Result<Vec<u8>, RemoteError> {
+        let request = NamesRequest::decode(payload).map_err(|error| match error {
+            DecodeError::TooLarge { .. } => {
+                RemoteError::new(ErrorCode::TooLarge, error.to_string())
+            }
+            error => RemoteError::new(ErrorCode::BadRequest, error.to_string()),
+        })?;
+        let reply = registry.on_names(remote.peer, remote.host, &request, Instant::now());
+        let reply = reply.map_err(|error| match error {
+            NotTaken::TooFast => RemoteError::new(ErrorCode::Busy, error.to_string()),
+            error => RemoteError::new(ErrorCode::BadRequest, error.to_string()),
+        })?;
+        let kept = request.announce.len() - reply.refused.len();
+        self.metrics.names_told.add(kept as u64);
+        self.metrics.names_sought.add(request.find.len() as u64);
+        let encoded = reply.encode();
+        encoded.map_err(|error| RemoteError::new(ErrorCode::HandlerFailed, error.to_string()))
+    }
 }
 
 /// Serves one stream until the remote has closed its side and every reply has left, or it fails.

@@ -7,19 +7,19 @@ use tokio::net::TcpStream;
 
 /// What a server answered.
 #[derive(Debug, PartialEq, Eq)]
-pub(super) struct Answer {
-    pub(super) status: u16,
-    pub(super) body: Vec<u8>,
+pub(crate) struct Answer {
+    pub(crate) status: u16,
+    pub(crate) body: Vec<u8>,
 }
 
 impl Answer {
-    pub(super) fn text(&self) -> &str {
+    pub(crate) fn text(&self) -> &str {
         std::str::from_utf8(&self.body).unwrap()
     }
 }
 
 /// One request on a connection of its own.
-pub(super) async fn send(
+pub(crate) async fn send(
     at: SocketAddr,
     method: &str,
     path: &str,
@@ -37,12 +37,12 @@ pub(super) async fn send(
     answer(&mut stream).await
 }
 
-pub(super) async fn post(at: SocketAddr, path: &str, body: &str) -> Answer {
+pub(crate) async fn post(at: SocketAddr, path: &str, body: &str) -> Answer {
     send(at, "POST", path, "", body.as_bytes()).await
 }
 
 /// Reads until the server closes.
-pub(super) async fn answer(stream: &mut TcpStream) -> Answer {
+pub(crate) async fn answer(stream: &mut TcpStream) -> Answer {
     let mut bytes = Vec::new();
     stream.read_to_end(&mut bytes).await.unwrap();
     let end = bytes.windows(4).position(|four| four == b"\r\n\r\n");

@@ -1,4 +1,4 @@
-//! A bounded HTTP server: so many connections, and a deadline for each head of a request.
+//! Bounded HTTP servers: so many connections, and a deadline for each head of a request.
 //!
 //! Deadlines for bodies and for what a request leads to are the routes' matter.
 
@@ -8,6 +8,7 @@ use std::time::Duration;
 
 use axum::Router;
 use axum::extract::Request;
+use axum::http::StatusCode;
 use hyper::body::Incoming;
 use hyper::server::conn::http1;
 use hyper::service::service_fn;
@@ -17,6 +18,9 @@ use tokio::sync::watch;
 use tokio::task::JoinSet;
 use tokio::time::{sleep, timeout};
 use tower_service::Service;
+
+use crate::error::{ListenError, explain};
+use crate::node::Node;
 
 /// The connections that are served at once; the next ones wait in the system's queue. An idle one
 /// holds 20 KB.
@@ -33,38 +37,81 @@ const MAX_BUFFER: usize = 16 << 10;
 /// the loop would spin until one is closed.
 const REFUSED_PAUSE: Duration = Duration::from_millis(50);
 
-/// How long requests under way may take when the gateway is told to stop.
-pub(super) const DRAIN: Duration = Duration::from_secs(1);
+/// How long requests under way may take when a server is told to stop.
+pub(crate) const DRAIN: Duration = Duration::from_secs(1);
 
 /// The two ends of a connection. Routes find it as an extension of each request.
 #[derive(Clone, Copy, Debug)]
-pub(super) struct Ends {
+pub(crate) struct Ends {
     /// The address that the client connected to.
-    pub(super) here: IpAddr,
+    pub(crate) here: IpAddr,
     /// Where the client is.
-    pub(super) there: IpAddr,
+    pub(crate) there: IpAddr,
 }
 
 /// A socket that listens.
-pub(super) struct Listener {
+pub(crate) struct Listener {
     socket: TcpListener,
     address: SocketAddr,
 }
 
-impl Listener {
-    pub(super) async fn bind(address: SocketAddr) -> io::Result<Self> {
-        let socket = TcpListener::bind(address).await?;
-        let address = socket.local_addr()?;
-        Ok(Self { socket, address })
+/// Servers, and what they do beside. Dropping them cuts all their connections.
+#[derive(Debug)]
+pub(crate) struct Serving {
+    tasks: JoinSet<()>,
+    stop: watch::Sender<()>,
+}
+
+impl Serving {
+    pub(crate) fn new() -> Self {
+        Self {
+            tasks: JoinSet::new(),
+            stop: watch::Sender::new(()),
+        }
     }
 
-    pub(super) fn address(&self) -> SocketAddr {
+    /// Changes when they are told to stop.
+    pub(crate) fn stopped(&self) -> watch::Receiver<()> {
+        self.stop.subscribe()
+    }
+
+    /// Serves routes until they are told to stop.
+    pub(crate) fn serve(&mut self, listener: Listener, routes: Router) {
+        self.spawn(listener.serve(routes, self.stopped()));
+    }
+
+    /// Runs a task that ends when they are told to stop.
+    pub(crate) fn spawn(&mut self, task: impl Future<Output = ()> + Send + 'static) {
+        self.tasks.spawn(task);
+    }
+
+    /// Takes no more connections, answers what is under way for up to [`DRAIN`], and closes.
+    pub(crate) async fn shutdown(mut self) {
+        self.stop.send_replace(());
+        while self.tasks.join_next().await.is_some() {}
+    }
+}
+
+impl Listener {
+    pub(crate) async fn bind(address: SocketAddr) -> Result<Self, ListenError> {
+        let bound = async {
+            let socket = TcpListener::bind(address).await?;
+            let address = socket.local_addr()?;
+            Ok(Self { socket, address })
+        };
+        bound.await.map_err(|error: io::Error| ListenError {
+            address,
+            reason: explain(&error),
+        })
+    }
+
+    pub(crate) fn address(&self) -> SocketAddr {
         self.address
     }
 
     /// Serves the routes until `stop` changes or its sender is dropped. Dropping the future cuts
     /// all connections.
-    pub(super) async fn serve(self, router: Router, mut stop: watch::Receiver<()>) {
+    async fn serve(self, router: Router, mut stop: watch::Receiver<()>) {
         let mut connections = JoinSet::new();
         loop {
             while connections.try_join_next().is_some() {}
@@ -86,6 +133,14 @@ impl Listener {
         let drained = async { while connections.join_next().await.is_some() {} };
         // What is left after it is cut off.
         let _ = timeout(DRAIN, drained).await;
+    }
+}
+
+/// Whether a node still runs, as an answer to whoever restarts what does not.
+pub(crate) fn health(node: &Node) -> (StatusCode, &'static str) {
+    match node.status().has_changed() {
+        Ok(_) => (StatusCode::OK, "ok"),
+        Err(_) => (StatusCode::SERVICE_UNAVAILABLE, "the node is shut down"),
     }
 }
 
