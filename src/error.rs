@@ -10,6 +10,7 @@ use std::{error, fmt};
 use libp2p::{Multiaddr, PeerId};
 use thiserror::Error;
 
+use crate::limits::OutOfRange;
 use crate::name::ServiceName;
 use crate::proto::wire::RemoteError;
 
@@ -33,6 +34,9 @@ pub enum SpawnError {
         /// How many are taken.
         max: usize,
     },
+    /// A limit that no node can work by.
+    #[error("limits: {0}")]
+    Limits(#[from] OutOfRange),
     /// The encrypted transport could not be set up.
     #[error("cannot set up the transport: {0}")]
     Transport(String),
@@ -44,7 +48,7 @@ impl SpawnError {
     pub fn is_retryable(&self) -> bool {
         match self {
             Self::Listen { .. } => true,
-            Self::TooManyBootstrap { .. } | Self::Transport(_) => false,
+            Self::TooManyBootstrap { .. } | Self::Limits(_) | Self::Transport(_) => false,
         }
     }
 }

@@ -3,6 +3,8 @@
 //! What one module alone uses stands in that module; what two share, or what an operator may want
 //! to change ([`Limits`]), stands here.
 
+use std::fmt::Debug;
+use std::ops::RangeInclusive;
 use std::time::Duration;
 
 use libp2p::StreamProtocol;
@@ -25,8 +27,8 @@ pub const AGENT: &str = "grapevine/";
 /// The agent that identify tells.
 pub const AGENT_VERSION: &str = concat!("grapevine/", env!("CARGO_PKG_VERSION"));
 
-/// How long a grape keeps an announcement that is not renewed. Three renewals fit in, so that one
-/// lost message does not make a living peer disappear.
+/// How long a grape keeps an announcement that is not renewed, at most: a killed peer's name is gone
+/// then. Three renewals fit in, so that one lost message does not make a living peer disappear.
 pub const LEASE: Duration = Duration::from_secs(90);
 
 /// A lease is renewed when this part of it has passed.
@@ -134,10 +136,12 @@ pub const SHUTDOWN_DEADLINE: Duration = Duration::from_secs(2);
 /// What a node takes on at once. Every field bounds something a remote can make grow.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Limits {
-    /// The requests of others that are open at once; one more is answered `busy`. 1,024 by default.
+    /// The requests of others that are open at once; one more is answered `busy`. 1,024 by default, from
+    /// 1 to a million.
     pub inbound_requests: usize,
     /// The payload bytes of those requests and of their replies that are held at once, and again as
-    /// many of requests that are still arriving. 64 MiB by default: 64 of the largest payloads. Those
+    /// many of requests that are still arriving. 64 MiB by default, 64 of the largest payloads; at most
+    /// 2 GiB. Those
     /// of up to 4 KiB do not count; the number of requests bounds them. Beside them each peer may leave
     /// 64 KiB of short answers on names unread.
     pub inbound_bytes: usize,
@@ -155,10 +159,12 @@ pub struct Limits {
     pub memory: Option<usize>,
     /// A connection on which nothing happens is closed after this. 120 s by default: longer than a
     /// renewal interval, so that announcing peers stay connected to their grapes. A grape of a network
-    /// of many hundred saves memory by less: it meets most of the others, and dials who is needed.
+    /// of many hundred saves memory by less: it meets most of the others, and dials who is needed. From a
+    /// second to a day.
     pub idle: Duration,
     /// How often a node asks its way through the whole network again, so that its routing table
-    /// stays good. Every 5 minutes by default, as libp2p has it; `None`: only when it joins.
+    /// stays good. Every 5 minutes by default, as libp2p has it, from a second to a day; `None`: only
+    /// when it joins.
     pub explore: Option<Duration>,
     /// The provider records that a grape keeps.
     pub store: Bounds,
@@ -181,7 +187,54 @@ impl Default for Limits {
     }
 }
 
-/// How much a grape's store of provider records holds.
+impl Limits {
+    /// Whether every field is one that a node can work by.
+    pub(crate) fn check(&self) -> Result<(), OutOfRange> {
+        const TIMES: RangeInclusive<Duration> =
+            Duration::from_secs(1)..=Duration::from_secs(24 * 60 * 60);
+        in_range("inbound_requests", self.inbound_requests, &(1..=1_000_000))?;
+        in_range("inbound_bytes", self.inbound_bytes, &(0..=2 << 30))?;
+        in_range("idle", self.idle, &TIMES)?;
+        self.explore
+            .map_or(Ok(()), |explore| in_range("explore", explore, &TIMES))
+    }
+}
+
+/// A field of [`Limits`] that no node can work by.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("{limit} is {given}, which is not from {least} to {most}")]
+#[non_exhaustive]
+pub struct OutOfRange {
+    /// The field.
+    pub limit: &'static str,
+    /// Its value.
+    pub given: String,
+    /// The least that it may be.
+    pub least: String,
+    /// The most that it may be.
+    pub most: String,
+}
+
+fn in_range<T: Debug + PartialOrd>(
+    limit: &'static str,
+    given: T,
+    range: &RangeInclusive<T>,
+) -> Result<(), OutOfRange> {
+    if range.contains(&given) {
+        return Ok(());
+    }
+    let [given, least, most] =
+        [&given, range.start(), range.end()].map(|value| format!("{value:?}"));
+    Err(OutOfRange {
+        limit,
+        given,
+        least,
+        most,
+    })
+}
+
+/// How much a grape's store of provider records holds. What bounds a single record is part of the
+/// [wire](crate::proto#limits).
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Bounds {
     /// Records in total, where each full 512 bytes of a peer's addresses and envelope count as one
@@ -194,18 +247,6 @@ pub struct Bounds {
     pub per_peer: usize,
     /// Providers of one key. 1,000: fifty different full answers; nobody asks for more.
     pub per_key: usize,
-    /// Names that this node announces itself. 20,000: what another grape takes from one peer.
-    pub own: usize,
-    /// Bytes of a key. 64: room for the multihash of any common hash; a name's has 34.
-    pub key_bytes: usize,
-    /// Addresses of one peer; the rest is dropped. 8: TCP and QUIC on two interfaces, IPv4 and IPv6.
-    pub addresses: usize,
-    /// Encoded bytes of one address; a longer one is dropped. 256: a relayed address takes 140.
-    pub address_bytes: usize,
-    /// Bytes of a signed peer record. 4 KiB: eight of the longest addresses, an RSA key, a signature.
-    pub envelope_bytes: usize,
-    /// Longest lease; a longer one is cut. 90 s: a killed peer's name disappears within it.
-    pub lease: Duration,
 }
 
 impl Default for Bounds {
@@ -215,12 +256,56 @@ impl Default for Bounds {
             per_prefix: 100_000,
             per_peer: 20_000,
             per_key: 1_000,
-            own: 20_000,
-            key_bytes: 64,
-            addresses: 8,
-            address_bytes: 256,
-            envelope_bytes: 4_096,
-            lease: LEASE,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn limits_that_no_node_can_work_by_are_named() {
+        type Change = fn(&mut Limits);
+        let table: [(Change, Result<(), &str>); 12] = [
+            (|_| (), Ok(())),
+            (
+                |limits| limits.idle = Duration::ZERO,
+                Err("idle is 0ns, which is not from 1s to 86400s"),
+            ),
+            (|limits| limits.idle = Duration::MAX, Err("idle")),
+            (|limits| limits.idle = Duration::from_secs(1), Ok(())),
+            (|limits| limits.idle = Duration::from_secs(86_400), Ok(())),
+            (|limits| limits.explore = None, Ok(())),
+            (
+                |limits| limits.explore = Some(Duration::ZERO),
+                Err("explore"),
+            ),
+            (
+                |limits| limits.inbound_requests = 0,
+                Err("inbound_requests is 0"),
+            ),
+            (
+                |limits| limits.inbound_requests = usize::MAX,
+                Err("inbound_requests"),
+            ),
+            (
+                |limits| limits.inbound_bytes = usize::MAX,
+                Err("inbound_bytes"),
+            ),
+            (|limits| limits.inbound_bytes = 2 << 30, Ok(())),
+            (|limits| limits.store.records = 0, Ok(())),
+        ];
+        for (change, expected) in table {
+            let mut limits = Limits::default();
+            change(&mut limits);
+            match (limits.check(), expected) {
+                (Ok(()), Ok(())) => {}
+                (Err(error), Err(start)) => {
+                    assert!(error.to_string().starts_with(start), "{error}")
+                }
+                (given, expected) => panic!("{given:?} instead of {expected:?}"),
+            }
         }
     }
 }

@@ -35,8 +35,9 @@ use libp2p::{
     multiaddr::Protocol,
 };
 
-use crate::limits::Bounds;
+use crate::limits::{Bounds, MAX_ADDRESSES, MAX_ANNOUNCED};
 use crate::name;
+use crate::proto::wire::{MAX_ADDRESS, MAX_RECORD};
 
 mod heap;
 mod index;
@@ -54,6 +55,9 @@ use heap::{Heap, Order};
 use index::Index;
 use slab::Slab;
 use withdrawn::Withdrawn;
+
+/// Bytes of a key: room for the multihash of any common hash; a name's has 34.
+const MAX_KEY: usize = 64;
 
 /// Providers in one answer of Kademlia, which cuts its answers at the replication factor of 20.
 const KADEMLIA_ANSWER: usize = 20;
@@ -136,7 +140,7 @@ pub(crate) struct NewRecord<'a> {
     pub(crate) addresses: &'a [Multiaddr],
     /// The road by which the record came.
     pub(crate) origin: Origin,
-    /// The lease, cut to [`Bounds::lease`].
+    /// The lease, cut to the longest one that is granted.
     pub(crate) ttl: Duration,
 }
 
@@ -224,6 +228,8 @@ pub(crate) struct Stats {
 pub(crate) struct Store {
     local: PeerId,
     bounds: Bounds,
+    /// The longest lease; a longer one is cut.
+    lease: Duration,
     /// Leases are kept as nanoseconds since here: half the size of an `Instant`, and exact.
     epoch: Instant,
     next_sequence: u64,
@@ -250,10 +256,17 @@ impl Store {
     /// Registrations are numbered from `first_sequence`. Pass the wall clock in microseconds: a
     /// cookie from before a restart then still means "what came since", where counting from 0 would
     /// hide every new registration from its holder.
-    pub(crate) fn new(local: PeerId, bounds: Bounds, first_sequence: u64, now: Instant) -> Self {
+    pub(crate) fn new(
+        local: PeerId,
+        bounds: Bounds,
+        lease: Duration,
+        first_sequence: u64,
+        now: Instant,
+    ) -> Self {
         Self {
             local,
             bounds,
+            lease,
             epoch: now,
             next_sequence: first_sequence.max(1),
             own: HashMap::new(),
@@ -379,7 +392,7 @@ impl Store {
 
     /// The longest lease that is granted.
     pub(crate) fn lease(&self) -> Duration {
-        self.bounds.lease
+        self.lease
     }
 
     /// The signed record of a peer that has registered something.
@@ -418,7 +431,7 @@ impl Store {
             Origin::Kademlia => {}
             Origin::Rendezvous { .. } => self.withdrawn.remove(new.key, &new.peer),
         }
-        let lease = new.ttl.min(self.bounds.lease);
+        let lease = new.ttl.min(self.lease);
         let expires = now.saturating_add(nanos(lease));
         let slot = match self.find(new.key, &new.peer) {
             Some(slot) => {
@@ -439,12 +452,9 @@ impl Store {
             Origin::Rendezvous {
                 namespace,
                 envelope,
-            } => {
-                namespace.len() <= MAX_NAMESPACE_BYTES
-                    && envelope.len() <= self.bounds.envelope_bytes
-            }
+            } => namespace.len() <= MAX_NAMESPACE_BYTES && envelope.len() <= MAX_RECORD,
         };
-        if fits && new.key.len() <= self.bounds.key_bytes {
+        if fits && new.key.len() <= MAX_KEY {
             Ok(())
         } else {
             Err(Refused::TooLarge)
@@ -619,8 +629,8 @@ impl Store {
         let addresses: Box<[_]> = new
             .addresses
             .iter()
-            .filter(|address| address.len() <= self.bounds.address_bytes)
-            .take(self.bounds.addresses)
+            .filter(|address| address.len() <= MAX_ADDRESS)
+            .take(MAX_ADDRESSES)
             .cloned()
             .collect();
         let addresses = match known {
@@ -897,7 +907,7 @@ impl Store {
         }
         let ttl = match record.expires {
             Some(expires) => expires.saturating_duration_since(now),
-            None => self.bounds.lease,
+            None => self.lease,
         };
         let new = NewRecord {
             key: record.key.as_ref(),
@@ -956,7 +966,7 @@ impl Store {
     }
 
     fn provide(&mut self, record: ProviderRecord) -> store::Result<()> {
-        if self.own.len() >= self.bounds.own && !self.own.contains_key(&record.key) {
+        if self.own.len() >= MAX_ANNOUNCED && !self.own.contains_key(&record.key) {
             return Err(store::Error::MaxProvidedKeys);
         }
         self.own.insert(record.key.clone(), record);
@@ -1200,6 +1210,7 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
+    use crate::limits::LEASE;
 
     const SECOND: Duration = Duration::from_secs(1);
 
@@ -1235,8 +1246,6 @@ mod tests {
             per_prefix: 60,
             per_peer: 30,
             per_key: 10,
-            own: 2,
-            ..Bounds::default()
         }
     }
 
@@ -1249,7 +1258,7 @@ mod tests {
     impl Scene {
         fn new(bounds: Bounds) -> Self {
             let now = Instant::now();
-            let store = Store::new(peer(u32::MAX), bounds, 1, now);
+            let store = Store::new(peer(u32::MAX), bounds, LEASE, 1, now);
             Self { store, now }
         }
 
@@ -1305,7 +1314,7 @@ mod tests {
             bounds, records, ..
         } = store;
         assert!(store.weights.total as usize <= bounds.records);
-        assert!(store.own.len() <= bounds.own);
+        assert!(store.own.len() <= MAX_ANNOUNCED);
         assert_eq!(store.by_expiry.len(), records.len());
         assert_eq!(store.by_id.len(), records.len());
         assert_eq!(store.by_key.len(), store.keys.len());
@@ -1741,20 +1750,21 @@ mod tests {
         let mut scene = Scene::new(tight());
         let local = peer(u32::MAX);
         let own = |n| ProviderRecord::new(key(n), local, vec![]);
-        scene.store.add_provider(own(1), scene.now).unwrap();
+        for n in 1..=MAX_ANNOUNCED as u32 {
+            scene.store.add_provider(own(n), scene.now).unwrap();
+        }
         scene.store.add_provider(own(2), scene.now).unwrap();
-        scene.store.add_provider(own(2), scene.now).unwrap();
-        assert!(scene.store.add_provider(own(3), scene.now).is_err());
+        assert!(scene.store.add_provider(own(0), scene.now).is_err());
         for who in 0..500 {
             let _ = scene.announce(network(who), who, 1);
         }
         let found = scene.store.providers(&key(1).into(), scene.now);
         assert_eq!((found[0].provider, found.len()), (local, 11));
-        assert_eq!(scene.store.provided().count(), 2);
+        assert_eq!(scene.store.provided().count(), MAX_ANNOUNCED);
         scene.store.remove_provider(&key(1).into(), &local);
         let found = scene.store.providers(&key(1).into(), scene.now);
         assert!(found.iter().all(|record| record.provider != local));
-        assert_eq!(scene.store.stats().own, 1);
+        assert_eq!(scene.store.stats().own, MAX_ANNOUNCED as u64 - 1);
     }
 
     #[test]
@@ -1794,7 +1804,6 @@ mod tests {
             per_prefix: 1_000,
             per_peer: 200,
             per_key: 50,
-            ..Bounds::default()
         };
         let mut scene = Scene::new(bounds);
         let peers: Vec<_> = (0..5_000).map(peer).collect();
@@ -1932,7 +1941,6 @@ mod tests {
                 per_prefix: 9,
                 per_peer: 5,
                 per_key: 4,
-                ..Bounds::default()
             };
             let mut scene = Scene::new(bounds);
             let mut model = Model::new();

@@ -33,7 +33,7 @@ use std::time::Duration;
 use clap::Parser;
 use futures::future::OptionFuture;
 use grapevine::error::ListenError;
-use grapevine::gateway::Gateway;
+use grapevine::gateway::{Gateway, GatewayError};
 use grapevine::monitor::Monitor;
 use grapevine::{Multiaddr, Node, PeerId, Role};
 use libp2p::multiaddr::Protocol;
@@ -136,6 +136,12 @@ impl Edges {
         let gateway = OptionFuture::from(self.gateway.map(Gateway::shutdown));
         let monitor = OptionFuture::from(self.monitor.map(Monitor::shutdown));
         tokio::join!(gateway, monitor);
+    }
+}
+
+impl From<GatewayError> for Failure {
+    fn from(error: GatewayError) -> Self {
+        Self::new(RUNTIME, error)
     }
 }
 

@@ -70,9 +70,14 @@ pub(super) enum Failure {
 }
 
 impl Api {
-    pub(super) fn new(node: Node, config: &Config, carrier_port: u16) -> Self {
+    pub(super) fn new(
+        node: Node,
+        directory: Directory,
+        config: &Config,
+        carrier_port: u16,
+    ) -> Self {
         Self {
-            directory: node.directory(),
+            directory,
             started: Instant::now(),
             node,
             carrier_port,

@@ -1,8 +1,7 @@
 //! The edge to Grenache: its HTTP API for whoever announces and looks up there, and its transports
 //! for requests in both directions.
 //!
-//! A [`Gateway`] is an ordinary client of a [`Node`], which should be a grape. Grenache's programs
-//! (`grenache-nodejs-link` and what stands on it) use it in place of `grenache-grape`.
+//! A [`Gateway`] serves beside a [`Node`] that is a grape. Grenache's programs (`grenache-nodejs-link` and what stands on it) use it in place of `grenache-grape`.
 //!
 //! * `api` answers `POST /announce`, `/lookup`, `/put` and `/get` as grenache-grape 1.0.0 does, word
 //!   for word, and beyond it `/unannounce` and `/healthz`.
@@ -65,6 +64,21 @@ impl Default for Config {
     }
 }
 
+/// Why a gateway could not start.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
+pub enum GatewayError {
+    /// An address cannot be listened on.
+    #[error(transparent)]
+    Listen(#[from] ListenError),
+    /// Only grapes know what Grenache's programs announce.
+    #[error("the node is no grape: build it with Role::Grape")]
+    NotAGrape,
+    /// The node's other gateway must be shut down first.
+    #[error("the node has a gateway already")]
+    AlreadyRunning,
+}
+
 /// Grenache's side of a node. Dropping it closes all its connections at once.
 #[derive(Debug)]
 pub struct Gateway {
@@ -74,13 +88,15 @@ pub struct Gateway {
 }
 
 impl Gateway {
-    /// Starts to serve, and returns when clients can connect. A node has one gateway at most.
+    /// Starts to serve for a grape, and returns when clients can connect. A node has one gateway at a
+    /// time.
     ///
     /// Must be called within a Tokio runtime with I/O and time enabled.
     ///
     /// # Errors
-    /// If an address cannot be listened on.
-    pub async fn spawn(node: Node, config: Config) -> Result<Self, ListenError> {
+    /// See [`GatewayError`].
+    pub async fn spawn(node: Node, config: Config) -> Result<Self, GatewayError> {
+        let directory = node.directory().ok_or(GatewayError::NotAGrape)?;
         let api = Listener::bind(config.api).await?;
         let carrier = SocketAddr::new(config.api.ip(), config.carrier_port);
         let carrier = Listener::bind(carrier).await?;
@@ -91,12 +107,12 @@ impl Gateway {
             serving: Serving::new(),
         };
         let serving = &mut gateway.serving;
-        let directory = node.directory();
+        let carried = directory.carry().ok_or(GatewayError::AlreadyRunning)?;
         let workers = Workers::new(directory.clone(), deadline);
-        serving.spawn(workers.serve(directory.carry(), serving.stopped()));
+        serving.spawn(workers.serve(carried, serving.stopped()));
         let to_peers = Carrier::new(node.clone(), deadline, serving.stopped());
         serving.serve(carrier, to_peers.routes());
-        let answers = Api::new(node, &config, gateway.carrier.port());
+        let answers = Api::new(node, directory, &config, gateway.carrier.port());
         serving.serve(api, answers.routes());
         Ok(gateway)
     }

@@ -69,11 +69,9 @@ pub(super) async fn start(settings: Settings) -> Result<Handle, SpawnError> {
     let metrics = Arc::new(Metrics::default());
     let now = Instant::now();
     let local = settings.identity.peer_id();
-    let registry = Registry::new(local, settings.limits.store.clone(), now);
-    let server = Server::new(&settings.limits, Arc::clone(&metrics));
-    if settings.registrar {
-        server.keep(Arc::clone(&registry));
-    }
+    let registry = Registry::new(local, settings.limits.store.clone(), settings.lease, now);
+    let kept = settings.registrar.then(|| Arc::clone(&registry));
+    let server = Server::new(&settings.limits, kept, Arc::clone(&metrics));
     let mut swarm = build(&settings, Arc::clone(&server), Arc::clone(&registry))
         .map_err(|error| SpawnError::Transport(error.to_string()))?;
     let early = listen(&mut swarm, &settings.listen).await?;

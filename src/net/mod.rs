@@ -17,6 +17,7 @@ mod values;
 
 use std::net::IpAddr;
 use std::sync::Arc;
+use std::time::Duration;
 
 use libp2p::multiaddr::Protocol;
 use libp2p::{Multiaddr, PeerId};
@@ -66,6 +67,8 @@ pub(crate) struct Settings {
     pub(crate) registrar: bool,
     /// Only these may connect.
     pub(crate) allowed: Option<Vec<PeerId>>,
+    /// The longest lease that is granted: from [`MIN_LEASE`](crate::limits::MIN_LEASE) to [`LEASE`](crate::limits::LEASE).
+    pub(crate) lease: Duration,
     pub(crate) limits: Limits,
 }
 

@@ -152,8 +152,8 @@ fn kademlia(settings: &Settings, registry: Arc<Registry>) -> kad::Behaviour<Reco
         .set_query_timeout(LOOKUP_DEADLINE)
         // Strangers' records come up as events and enter the store by its bounds.
         .set_record_filtering(kad::StoreInserts::FilterBoth)
-        .set_provider_record_ttl(Some(settings.limits.store.lease))
-        // We renew leases ourselves; values are not kept at all.
+        .set_provider_record_ttl(Some(settings.lease))
+        // We renew leases ourselves; values are kept for a time, by those that they were sent to.
         .set_provider_publication_interval(None)
         .set_publication_interval(None)
         .set_replication_interval(None)

@@ -7,7 +7,7 @@ use libp2p::{Multiaddr, PeerId};
 use super::Node;
 use crate::error::SpawnError;
 use crate::identity::Identity;
-use crate::limits::{Limits, MAX_BOOTSTRAP, MIN_LEASE};
+use crate::limits::{LEASE, Limits, MAX_BOOTSTRAP, MIN_LEASE};
 use crate::net::{self, Carrier, Settings};
 
 /// What a node is for. A preset of its [`Builder`], nothing more.
@@ -40,6 +40,7 @@ impl Builder {
             bootstrap: Vec::new(),
             registrar: matches!(role, Role::Grape),
             allowed: None,
+            lease: LEASE,
             limits: Limits::default(),
         };
         Self { settings }
@@ -85,10 +86,10 @@ impl Builder {
         self
     }
 
-    /// The longest lease that a grape grants, [`LEASE`](crate::limits::LEASE) by default and at
-    /// least [`MIN_LEASE`]. Peers renew after a third of it.
+    /// The longest lease that a grape grants: [`LEASE`] by default, which is the most, and at least
+    /// [`MIN_LEASE`]. Peers renew after a third of it.
     pub fn lease(mut self, lease: Duration) -> Self {
-        self.settings.limits.store.lease = lease.max(MIN_LEASE);
+        self.settings.lease = lease.clamp(MIN_LEASE, LEASE);
         self
     }
 
@@ -105,7 +106,8 @@ impl Builder {
     ///
     /// # Errors
     /// [`SpawnError::Listen`] if an address cannot be listened on,
-    /// [`SpawnError::TooManyBootstrap`], [`SpawnError::Transport`].
+    /// [`SpawnError::TooManyBootstrap`], [`SpawnError::Limits`] if one of them is out of its range,
+    /// [`SpawnError::Transport`].
     pub async fn spawn(self) -> Result<Node, SpawnError> {
         let given = self.settings.bootstrap.len();
         if given > MAX_BOOTSTRAP {
@@ -114,6 +116,7 @@ impl Builder {
                 max: MAX_BOOTSTRAP,
             });
         }
+        self.settings.limits.check()?;
         let peer = self.settings.identity.peer_id();
         let handle = net::start(self.settings).await?;
         Ok(Node::new(peer, handle))

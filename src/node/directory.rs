@@ -82,20 +82,20 @@ pub(crate) enum PutError {
 }
 
 impl Node {
-    /// The workers of the network; this node must be a grape. The first call begins to tell the
-    /// other grapes of this one's.
-    pub(crate) fn directory(&self) -> Directory {
+    /// The workers of the network, if this node is a grape. The first call begins to tell the other
+    /// grapes of this one's.
+    pub(crate) fn directory(&self) -> Option<Directory> {
         let handle = &self.shared.handle;
-        let registry = Arc::clone(&handle.registry);
+        let registry = Arc::clone(handle.server.registry()?);
         self.shared.directory.telling.get_or_init(|| {
             let grapes = handle.grapes.clone();
             let teller = Teller::new(Arc::downgrade(&self.shared), Arc::clone(&registry));
             tokio::spawn(teller.run(grapes));
         });
-        Directory {
+        Some(Directory {
             node: self.clone(),
             registry,
-        }
+        })
     }
 }
 
@@ -244,11 +244,11 @@ impl Directory {
         others.map_or_else(|_| vec![own.bytes], Result::unwrap_or_default)
     }
 
-    /// What other nodes ask of this grape's workers. Only the first call gets anything.
-    pub(crate) fn carry(&self) -> mpsc::Receiver<Carried> {
+    /// What other nodes ask of this grape's workers; `None` while somebody else receives it.
+    pub(crate) fn carry(&self) -> Option<mpsc::Receiver<Carried>> {
         let (carrier, carried) = mpsc::channel(CARRIED);
-        self.node.shared.handle.server.carry(carrier);
-        carried
+        let is_ours = self.node.shared.handle.server.carry(carrier);
+        is_ours.then_some(carried)
     }
 }
 

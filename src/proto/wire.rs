@@ -23,7 +23,8 @@ use map::{Draft, Fill};
 
 pub use chat::{ChatMessage, ChatReply, MAX_FROM, MAX_TEXT};
 pub use names::{
-    MAX_NAMES, MAX_PROVIDERS, MAX_RECORD, MAX_SOUGHT, NAMES, NamesReply, NamesRequest, Provided,
+    MAX_ADDRESS, MAX_NAMES, MAX_PROVIDERS, MAX_RECORD, MAX_SOUGHT, NAMES, NamesReply, NamesRequest,
+    Provided,
 };
 pub use registry::{Batch, BatchReply, Change, Digest, MAX_CHANGES, MAX_FIND, MAX_FOUND, REGISTRY};
 pub use rpc::{

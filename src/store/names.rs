@@ -13,7 +13,6 @@ use libp2p::kad::RecordKey;
 use libp2p::{Multiaddr, PeerId};
 
 use super::{NewRecord, Origin, Prefix, Registry};
-use crate::limits::MIN_LEASE;
 use crate::name::ServiceName;
 use crate::proto::rate::RateLimit;
 use crate::proto::rendezvous::{RecordError, SignedPeer};
@@ -228,7 +227,7 @@ impl Registry {
     }
 
     fn granted(&self) -> Duration {
-        self.providers().lease().max(MIN_LEASE)
+        self.providers().lease()
     }
 }
 
@@ -256,7 +255,7 @@ mod tests {
         fn new() -> Self {
             let (now, keypair) = (Instant::now(), Keypair::generate_ed25519());
             Self {
-                registry: Registry::new(PeerId::random(), Bounds::default(), now),
+                registry: Registry::new(PeerId::random(), Bounds::default(), LEASE, now),
                 record: signed(&keypair, 1),
                 keypair,
                 now,

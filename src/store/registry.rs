@@ -6,7 +6,7 @@ use std::iter;
 use std::net::IpAddr;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::{Instant, SystemTime};
+use std::time::{Duration, Instant, SystemTime};
 use std::vec;
 
 use libp2p::PeerId;
@@ -50,12 +50,12 @@ pub(crate) struct Registry {
 }
 
 impl Registry {
-    pub(crate) fn new(local: PeerId, bounds: Bounds, now: Instant) -> Arc<Self> {
+    pub(crate) fn new(local: PeerId, bounds: Bounds, lease: Duration, now: Instant) -> Arc<Self> {
         // A rendezvous cookie from before a restart then still means "what came since".
         let first_sequence = SystemTime::now()
             .duration_since(SystemTime::UNIX_EPOCH)
             .map_or(1, |since| since.as_micros() as u64);
-        let providers = Store::new(local, bounds, first_sequence, now);
+        let providers = Store::new(local, bounds, lease, first_sequence, now);
         Arc::new(Self {
             local,
             providers: Mutex::new(providers),

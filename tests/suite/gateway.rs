@@ -14,7 +14,7 @@ use flate2::write::GzEncoder;
 use futures::{SinkExt, StreamExt};
 use grapevine::chat::{ChatMessage, ChatReply};
 use grapevine::error::RequestError;
-use grapevine::gateway::{Config, Gateway};
+use grapevine::gateway::{Config, Gateway, GatewayError};
 use grapevine::proto::wire::ErrorCode;
 use grapevine::{Node, Request, Testnet};
 use serde_json::{Value, json};
@@ -720,6 +720,9 @@ async fn a_port_that_is_taken_is_named_with_the_remedy() {
         };
         let grape = net.testnet.grapes()[1].clone();
         let refused = Gateway::spawn(grape, config).await.unwrap_err();
+        let GatewayError::Listen(refused) = refused else {
+            panic!("{refused}");
+        };
         assert_eq!(refused.address, net.gateway.api_address());
         let reason = refused.reason;
         assert!(
@@ -741,6 +744,31 @@ async fn a_gateway_that_is_shut_down_frees_its_ports() {
             tokio::net::TcpListener::bind(at).await.unwrap();
         }
         while let Some(Ok(_)) = kept.next().await {}
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn a_grape_has_one_gateway_after_the_other() {
+    in_time(async {
+        let mut net = Net::start().await;
+        let config = || Config {
+            api: "127.0.0.1:0".parse().unwrap(),
+            ..Config::default()
+        };
+        let grape = net.testnet.grapes()[0].clone();
+        let second = Gateway::spawn(grape.clone(), config()).await.unwrap_err();
+        assert_eq!(second, GatewayError::AlreadyRunning);
+        let peer = net.testnet.peer().await.unwrap();
+        let of_a_peer = Gateway::spawn(peer, config()).await.unwrap_err();
+        assert_eq!(of_a_peer, GatewayError::NotAGrape);
+
+        let worker = Worker::start(Transport::Http).await;
+        let caller = net.announce("worker1", &worker).await;
+        net.gateway.shutdown().await;
+        net.gateway = Gateway::spawn(grape, config()).await.unwrap();
+        let reply = caller.request(&"worker1".parse().unwrap(), "hello").await;
+        assert_eq!(reply.unwrap().text().unwrap(), "Echo: hello");
     })
     .await;
 }

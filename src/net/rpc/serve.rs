@@ -9,7 +9,7 @@ use std::error::Error;
 use std::io;
 use std::net::IpAddr;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, OnceLock, PoisonError, RwLock};
+use std::sync::{Arc, PoisonError, RwLock};
 use std::time::{Duration, Instant};
 
 use futures::future::{Either, select};
@@ -47,9 +47,9 @@ pub(crate) struct Server {
     streams: Arc<Semaphore>,
     stopping: AtomicBool,
     /// The tables of a grape.
-    registry: OnceLock<Arc<Registry>>,
+    registry: Option<Arc<Registry>>,
     /// Where requests for this grape's workers go.
-    carrier: OnceLock<mpsc::Sender<Carried>>,
+    carrier: RwLock<Option<mpsc::Sender<Carried>>>,
     metrics: Arc<Metrics>,
 }
 
@@ -121,7 +121,12 @@ pub(crate) struct Inbound {
 }
 
 impl Server {
-    pub(crate) fn new(limits: &Limits, metrics: Arc<Metrics>) -> Arc<Self> {
+    /// The server of a node; that of a grape has its tables.
+    pub(crate) fn new(
+        limits: &Limits,
+        registry: Option<Arc<Registry>>,
+        metrics: Arc<Metrics>,
+    ) -> Arc<Self> {
         Arc::new(Self {
             services: RwLock::default(),
             changes: AtomicU64::new(0),
@@ -129,21 +134,26 @@ impl Server {
             rest: limits.idle,
             streams: Arc::new(Semaphore::new(MAX_SERVED_STREAMS)),
             stopping: AtomicBool::new(false),
-            registry: OnceLock::new(),
-            carrier: OnceLock::new(),
+            registry,
+            carrier: RwLock::default(),
             metrics,
         })
     }
 
-    /// This node is a grape, which other grapes tell of their workers.
-    pub(crate) fn keep(&self, registry: Arc<Registry>) {
-        // Once, when the node starts.
-        let _ = self.registry.set(registry);
+    /// The tables, if this node is a grape.
+    pub(crate) fn registry(&self) -> Option<&Arc<Registry>> {
+        self.registry.as_ref()
     }
 
-    /// Requests for this grape's workers go to this channel from now on. Only the first counts.
-    pub(crate) fn carry(&self, carrier: mpsc::Sender<Carried>) {
-        let _ = self.carrier.set(carrier);
+    /// Requests for this grape's workers go to this channel from now on, unless they go to another
+    /// one that somebody receives from; says whether they do.
+    pub(crate) fn carry(&self, carrier: mpsc::Sender<Carried>) -> bool {
+        let mut current = self.carrier.write().unwrap_or_else(PoisonError::into_inner);
+        let is_free = current.as_ref().is_none_or(mpsc::Sender::is_closed);
+        if is_free {
+            *current = Some(carrier);
+        }
+        is_free
     }
 
     /// Requests for the name go to this channel from now on.
@@ -242,15 +252,16 @@ impl Server {
     }
 
     /// Where requests for a name go that a worker of this grape's serves.
-    fn carrier_for(&self, name: &ServiceName) -> Option<&mpsc::Sender<Carried>> {
-        let (carrier, registry) = (self.carrier.get()?, self.registry.get()?);
+    fn carrier_for(&self, name: &ServiceName) -> Option<mpsc::Sender<Carried>> {
+        let carrier = self.carrier.read().unwrap_or_else(PoisonError::into_inner);
+        let (carrier, registry) = (carrier.as_ref()?, self.registry.as_ref()?);
         let has_own = registry.workers().has_own(&name.digest(), Instant::now());
-        has_own.then_some(carrier)
+        has_own.then(|| carrier.clone())
     }
 
     /// Takes what another grape tells of its workers.
     fn on_batch(&self, remote: Remote, payload: &[u8]) -> Result<Vec<u8>, RemoteError> {
-        let Some(registry) = self.registry.get() else {
+        let Some(registry) = self.registry.as_ref() else {
             return Err(RemoteError::new(ErrorCode::UnknownService, NOT_SERVED));
         };
         let refuse = |error: &dyn Error| RemoteError::new(ErrorCode::BadRequest, error.to_string());
@@ -261,7 +272,7 @@ impl Server {
 
     /// Keeps, takes back and finds names for another node.
     fn on_names(&self, remote: Remote, payload: &[u8], mut responder: Responder) {
-        let answer = match self.registry.get() {
+        let answer = match self.registry.as_ref() {
             None => Err(RemoteError::new(ErrorCode::UnknownService, NOT_SERVED)),
             Some(registry) if responder.admit_short() => {
                 self.answer_on_names(registry, remote, payload)
@@ -470,7 +481,7 @@ mod tests {
     impl Client {
         fn new(limits: &Limits, name: &str) -> (Self, mpsc::Receiver<Inbound>) {
             let (near, far) = duplex(1 << 20);
-            let server = Server::new(limits, Arc::default());
+            let server = Server::new(limits, None, Arc::default());
             let (handler, requests) = mpsc::channel(100);
             server.serve(name.parse().unwrap(), handler);
             let remote = Remote {

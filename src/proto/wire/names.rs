@@ -28,7 +28,7 @@ pub const MAX_PROVIDERS: usize = 64;
 pub const MAX_RECORD: usize = 4_096;
 
 /// The bytes of an address, at most: a relayed one takes 140.
-const MAX_ADDRESS: usize = 256;
+pub const MAX_ADDRESS: usize = 256;
 
 /// The bytes that the providers of one name take in an answer, at most. Ordinary ones take 120.
 const MAX_ANSWER: usize = 60 * 1_024;
