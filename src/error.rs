@@ -12,7 +12,7 @@ use thiserror::Error;
 
 use crate::limits::OutOfRange;
 use crate::name::ServiceName;
-use crate::proto::wire::RemoteError;
+pub use crate::proto::wire::{ErrorCode, RemoteError};
 
 /// Why a node could not start.
 #[derive(Clone, Debug, PartialEq, Eq, Error)]

@@ -79,12 +79,14 @@ pub mod testnet;
 pub mod text;
 
 pub use libp2p::identity::Keypair;
-pub use libp2p::{Multiaddr, PeerId};
+pub use libp2p::{Multiaddr, PeerId, multiaddr};
 
 pub use identity::Identity;
 pub use metrics::Snapshot;
 pub use name::ServiceName;
 pub use net::Status;
-pub use node::{Builder, Delivery, Node, Provider, Reply, Request, RequestOptions, Role, Service};
+pub use node::{
+    Builder, Delivery, Node, Provider, Replies, Reply, Request, RequestOptions, Role, Service,
+};
 pub use proto::bootstrap::BootstrapStatus;
 pub use testnet::Testnet;

@@ -1,7 +1,8 @@
-//! Every protocol id, size and interval of the network on one page, each with its reason.
+//! The protocol ids, sizes and intervals that several modules share, and what an operator may want to
+//! change ([`Limits`]), each with its reason.
 //!
-//! What one module alone uses stands in that module; what two share, or what an operator may want
-//! to change ([`Limits`]), stands here.
+//! What a frame may carry, and how many names a peer may announce and look up each second, is part of
+//! the [wire](crate::proto#limits). What one module alone uses stands in that module.
 
 use std::fmt::Debug;
 use std::ops::RangeInclusive;

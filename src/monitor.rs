@@ -37,7 +37,8 @@ pub struct Monitor {
 impl Monitor {
     /// Starts to serve, and returns when clients can connect. Port 0 is any free one.
     ///
-    /// Must be called within a Tokio runtime with I/O and time enabled.
+    /// Must be called within a Tokio runtime with I/O and time enabled. Cancel-safe: dropping the
+    /// future frees the port.
     ///
     /// # Errors
     /// If the address cannot be listened on.
@@ -54,7 +55,8 @@ impl Monitor {
         self.address
     }
 
-    /// Takes no more connections, answers what is under way for up to a second, and closes.
+    /// Takes no more connections, answers what is under way for up to a second, and closes. Dropping
+    /// the future closes at once.
     pub async fn shutdown(self) {
         self.serving.shutdown().await;
     }

@@ -44,6 +44,8 @@ impl Testnet {
     /// Starts `grapes` grapes, each with earlier ones as bootstrap (of more than 3, with 3 of
     /// them drawn at random), and returns when each is connected to one.
     ///
+    /// Cancel-safe: grapes whose future is dropped end.
+    ///
     /// # Errors
     /// As [`Builder::spawn`].
     pub async fn new(grapes: usize) -> Result<Self, SpawnError> {
@@ -100,7 +102,7 @@ impl Testnet {
             .bootstrap(bootstrap)
     }
 
-    /// Starts a peer that joins by the grapes.
+    /// Starts a peer that joins by the grapes. Cancel-safe.
     ///
     /// # Errors
     /// As [`Builder::spawn`].

@@ -6,8 +6,8 @@ use std::process::exit;
 
 use clap::Parser;
 use clap::error::{ContextKind, ErrorKind};
+use grapevine::multiaddr::Protocol;
 use grapevine::{Builder, Identity, Multiaddr, Node, Role};
-use libp2p::multiaddr::Protocol;
 
 use super::{Failure, USAGE, complain};
 

@@ -80,7 +80,7 @@ pub(crate) enum Answer {
 
 /// Shows what came in, and answers it.
 pub(crate) async fn attend(request: Request, answer: Answer, output: Option<Output>) {
-    let peer = request.from();
+    let peer = request.peer();
     let incoming = match Incoming::parse(request.payload()) {
         Ok(Incoming::Echo(text)) => Ok((None, text.to_owned())),
         Ok(Incoming::Chat(message)) => Ok((Some(message.clone()), message.text)),

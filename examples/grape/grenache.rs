@@ -4,8 +4,8 @@ use std::net::{IpAddr, SocketAddr};
 use std::time::Duration;
 
 use grapevine::gateway::{Config, Gateway};
+use grapevine::multiaddr::Protocol;
 use grapevine::{Multiaddr, Node};
-use libp2p::multiaddr::Protocol;
 use tokio::net::lookup_host;
 
 use crate::common::flags::{dial_address, quoted};

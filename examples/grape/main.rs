@@ -35,8 +35,8 @@ use futures::future::OptionFuture;
 use grapevine::error::ListenError;
 use grapevine::gateway::{Gateway, GatewayError};
 use grapevine::monitor::Monitor;
+use grapevine::multiaddr::Protocol;
 use grapevine::{Multiaddr, Node, PeerId, Role};
-use libp2p::multiaddr::Protocol;
 
 use common::flags::{self, Flags, quoted};
 use common::output::Output;
@@ -161,15 +161,12 @@ async fn start(cli: &Cli, host: Option<IpAddr>) -> Result<Node, Failure> {
         .network
         .builder(Role::Grape, listen)?
         .bootstrap(cli.grenache.bootstrap())
+        .block(cli.block.iter().copied())
         .lease(cli.lease);
     if !cli.allow.is_empty() {
         builder = builder.allow_only(cli.allow.iter().copied());
     }
-    let node = builder.spawn().await?;
-    for peer in &cli.block {
-        node.block(*peer).await;
-    }
-    Ok(node)
+    Ok(builder.spawn().await?)
 }
 
 async fn work(cli: &Cli, node: &Node, edges: &Edges, output: Output) {

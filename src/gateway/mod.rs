@@ -91,7 +91,8 @@ impl Gateway {
     /// Starts to serve for a grape, and returns when clients can connect. A node has one gateway at a
     /// time.
     ///
-    /// Must be called within a Tokio runtime with I/O and time enabled.
+    /// Must be called within a Tokio runtime with I/O and time enabled. Cancel-safe: dropping the
+    /// future frees the ports.
     ///
     /// # Errors
     /// See [`GatewayError`].
@@ -127,7 +128,8 @@ impl Gateway {
         self.carrier
     }
 
-    /// Takes no more connections, answers what is under way for up to a second, and closes.
+    /// Takes no more connections, answers what is under way for up to a second, and closes. Dropping
+    /// the future closes at once.
     pub async fn shutdown(self) {
         self.serving.shutdown().await;
     }

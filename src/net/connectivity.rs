@@ -179,7 +179,7 @@ impl Connectivity {
         self.publish();
     }
 
-    /// Whether a dial to this peer may begin.
+    /// Whether a dial to this peer is under way.
     pub(crate) fn is_dialling(&self, peer: &PeerId) -> bool {
         self.dials.contains_key(peer)
     }

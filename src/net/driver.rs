@@ -1,5 +1,5 @@
-//! The loop that owns the Swarm: it routes events and commands to the concerns and carries out what
-//! they decide. It holds no logic of its own, and waits nowhere but in its `select!`.
+//! The loop that owns the Swarm: it routes events and commands to the concerns, carries out what they
+//! decide, and passes on what one learns and another needs. It waits nowhere but in its `select!`.
 
 mod carrying;
 mod events;

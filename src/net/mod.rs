@@ -67,6 +67,8 @@ pub(crate) struct Settings {
     pub(crate) registrar: bool,
     /// Only these may connect.
     pub(crate) allowed: Option<Vec<PeerId>>,
+    /// These may not.
+    pub(crate) blocked: Vec<PeerId>,
     /// The longest lease that is granted: from [`MIN_LEASE`](crate::limits::MIN_LEASE) to [`LEASE`](crate::limits::LEASE).
     pub(crate) lease: Duration,
     pub(crate) limits: Limits,

@@ -81,7 +81,7 @@ fn behaviour(
 ) -> Behaviour {
     let limits = &settings.limits;
     Behaviour {
-        blocked: allow_block_list::Behaviour::default(),
+        blocked: blocked(&settings.blocked),
         allowed: allowed(settings.allowed.as_deref()).into(),
         prefixes: admission::Behaviour::new(
             limits.connections_per_prefix,
@@ -129,6 +129,14 @@ fn behaviour(
                 .with_max_concurrent_streams(MAX_RPC_STREAMS),
         ),
     }
+}
+
+fn blocked(peers: &[PeerId]) -> allow_block_list::Behaviour<BlockedPeers> {
+    let mut behaviour = allow_block_list::Behaviour::default();
+    for peer in peers {
+        behaviour.block_peer(*peer);
+    }
+    behaviour
 }
 
 fn allowed(peers: Option<&[PeerId]>) -> Option<allow_block_list::Behaviour<AllowedPeers>> {

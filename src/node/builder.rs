@@ -40,6 +40,7 @@ impl Builder {
             bootstrap: Vec::new(),
             registrar: matches!(role, Role::Grape),
             allowed: None,
+            blocked: Vec::new(),
             lease: LEASE,
             limits: Limits::default(),
         };
@@ -80,6 +81,12 @@ impl Builder {
         self
     }
 
+    /// Lets these peers not connect, until [`Node::unblock`].
+    pub fn block(mut self, peers: impl IntoIterator<Item = PeerId>) -> Self {
+        self.settings.blocked.extend(peers);
+        self
+    }
+
     /// What the node takes on at once.
     pub fn limits(mut self, limits: Limits) -> Self {
         self.settings.limits = limits;
@@ -102,7 +109,8 @@ impl Builder {
     /// Starts the node in a task of its own; returns when it listens on every address. The
     /// bootstrap grapes are dialled in the background.
     ///
-    /// Must be called within a Tokio runtime with I/O and time enabled.
+    /// Must be called within a Tokio runtime with I/O and time enabled. Cancel-safe: a node whose
+    /// future is dropped ends.
     ///
     /// # Errors
     /// [`SpawnError::Listen`] if an address cannot be listened on,

@@ -1,10 +1,14 @@
 //! The calling side: picks a provider, sends, and decides what a failure means.
 
+use std::fmt;
+use std::pin::Pin;
 use std::str::Utf8Error;
 use std::sync::Arc;
+use std::task::{Context, Poll};
 use std::time::Duration;
 
 use bytes::Bytes;
+use futures::stream::{self, BoxStream, FuturesUnordered, Stream, StreamExt};
 use libp2p::PeerId;
 use tokio::sync::oneshot;
 use tokio::time::{Instant, timeout_at};
@@ -66,6 +70,35 @@ impl Reply {
     }
 }
 
+/// The replies to a [broadcast](Node::broadcast), each as it comes.
+///
+/// Ends after the last one; a failed lookup is its only item. Dropping it drops the requests that are
+/// not answered; they may still run.
+#[must_use = "nothing is sent before it is polled"]
+pub struct Replies(BoxStream<'static, Result<Reply, RequestError>>);
+
+impl Replies {
+    pub(super) fn new(
+        replies: impl Stream<Item = Result<Reply, RequestError>> + Send + 'static,
+    ) -> Self {
+        Self(replies.boxed())
+    }
+}
+
+impl Stream for Replies {
+    type Item = Result<Reply, RequestError>;
+
+    fn poll_next(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Option<Self::Item>> {
+        self.0.poll_next_unpin(context)
+    }
+}
+
+impl fmt::Debug for Replies {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Replies").finish_non_exhaustive()
+    }
+}
+
 /// What is sent to one provider after another.
 struct Message<'a> {
     node: &'a Node,
@@ -97,7 +130,7 @@ enum Verdict {
 pub(super) async fn request(
     node: &Node,
     name: &ServiceName,
-    payload: Vec<u8>,
+    payload: Bytes,
     options: RequestOptions,
 ) -> Result<Reply, RequestError> {
     let message = Message::within_bounds(node, name, payload, &options)?;
@@ -120,7 +153,7 @@ pub(super) async fn request_to(
     node: &Node,
     provider: PeerId,
     name: &ServiceName,
-    payload: Vec<u8>,
+    payload: Bytes,
     options: RequestOptions,
 ) -> Result<Reply, RequestError> {
     let message = Message::within_bounds(node, name, payload, &options)?;
@@ -136,6 +169,34 @@ pub(super) async fn request_to(
     }
 }
 
+pub(super) fn broadcast(
+    node: Node,
+    name: ServiceName,
+    payload: Bytes,
+    options: RequestOptions,
+) -> impl Stream<Item = Result<Reply, RequestError>> + Send + 'static {
+    let replies = async move {
+        let end = Instant::now() + options.deadline.min(MAX_REQUEST_TIME);
+        let found = timeout_at(end, node.lookup(&name)).await;
+        let found = found.unwrap_or_else(|_| Err(LookupError::TimedOut(name.clone())));
+        let providers = match found {
+            Ok(providers) => providers,
+            Err(error) => return stream::iter([Err(error.into())]).left_stream(),
+        };
+        let options = RequestOptions {
+            deadline: end - Instant::now(),
+            ..options
+        };
+        let requests = providers.into_iter().map(|provider| {
+            let (node, name, payload) = (node.clone(), name.clone(), payload.clone());
+            let options = options.clone();
+            async move { request_to(&node, provider.peer, &name, payload, options).await }
+        });
+        requests.collect::<FuturesUnordered<_>>().right_stream()
+    };
+    stream::once(replies).flatten()
+}
+
 /// Calls a service of one peer that is no name: one of the protocol's own.
 pub(super) async fn call_peer(
     node: &Node,
@@ -145,7 +206,7 @@ pub(super) async fn call_peer(
     time: Duration,
 ) -> Outcome {
     let service = service.into();
-    let message = Message::new(node, &service, payload, time);
+    let message = Message::new(node, &service, payload.into(), time);
     let link = node.routes().link(peer);
     match message.send(peer, &link).await {
         Ok(Outcome::TimedOut) => Outcome::Broken("it did not answer in time".into()),
@@ -155,12 +216,12 @@ pub(super) async fn call_peer(
 }
 
 impl<'a> Message<'a> {
-    fn new(node: &'a Node, service: &'a Arc<str>, payload: Vec<u8>, time: Duration) -> Self {
+    fn new(node: &'a Node, service: &'a Arc<str>, payload: Bytes, time: Duration) -> Self {
         let begun = Instant::now();
         Self {
             node,
             service,
-            payload: payload.into(),
+            payload,
             begun,
             deadline: begun + time,
         }
@@ -170,7 +231,7 @@ impl<'a> Message<'a> {
     fn within_bounds(
         node: &'a Node,
         name: &'a ServiceName,
-        payload: Vec<u8>,
+        payload: Bytes,
         options: &RequestOptions,
     ) -> Result<Self, RequestError> {
         let (len, max) = (payload.len(), MAX_PAYLOAD);

@@ -8,13 +8,12 @@ mod service;
 
 use std::sync::Arc;
 
-use futures::stream::{FuturesUnordered, Stream, StreamExt};
 use libp2p::{Multiaddr, PeerId};
 use tokio::sync::{Semaphore, oneshot, watch};
-use tokio::time::{Instant, timeout, timeout_at};
+use tokio::time::timeout;
 
 pub use builder::{Builder, Role};
-pub use call::{Delivery, Reply, RequestOptions};
+pub use call::{Delivery, Replies, Reply, RequestOptions};
 pub use service::{Request, Service};
 
 #[cfg(feature = "gateway")]
@@ -25,7 +24,7 @@ pub(crate) use crate::store::workers::Full;
 pub(crate) use directory::{Directory, Found, PutError};
 
 use crate::error::{AnnounceError, LookupError, RequestError};
-use crate::limits::{LOOKUP_DEADLINE, MAX_LOOKUPS, MAX_REQUEST_TIME, SHUTDOWN_DEADLINE};
+use crate::limits::{LOOKUP_DEADLINE, MAX_LOOKUPS, SHUTDOWN_DEADLINE};
 use crate::metrics::{Kept, Snapshot};
 use crate::name::ServiceName;
 use crate::net::{Command, Handle, Link, Status, Waiter};
@@ -186,77 +185,61 @@ impl Node {
         payload: impl Into<Vec<u8>>,
         options: RequestOptions,
     ) -> Result<Reply, RequestError> {
-        call::request(self, name, payload.into(), options).await
+        call::request(self, name, payload.into().into(), options).await
     }
 
-    /// Sends a request to one provider of the name.
+    /// Sends a request to one provider of the name: one that a lookup has found, one that has
+    /// [answered](Reply::provider) or [asked](Request::peer) before, or any other.
+    ///
+    /// Cancel-safe; a dropped request may still run.
     ///
     /// # Errors
     /// As [`request_with`](Self::request_with). The name is looked up only if the provider is not
     /// connected.
     pub async fn request_to(
         &self,
-        provider: &Provider,
+        provider: PeerId,
         name: &ServiceName,
         payload: impl Into<Vec<u8>>,
         options: RequestOptions,
     ) -> Result<Reply, RequestError> {
-        call::request_to(self, provider.peer, name, payload.into(), options).await
+        call::request_to(self, provider, name, payload.into().into(), options).await
     }
 
     /// Sends a request to every live provider of the name, and yields each one's reply as it comes.
     ///
     /// As [`broadcast_with`](Self::broadcast_with) with the default [`RequestOptions`].
-    pub fn broadcast(
-        &self,
-        name: &ServiceName,
-        payload: Vec<u8>,
-    ) -> impl Stream<Item = Result<Reply, RequestError>> + Send + use<> {
+    pub fn broadcast(&self, name: &ServiceName, payload: impl Into<Vec<u8>>) -> Replies {
         self.broadcast_with(name, payload, RequestOptions::default())
     }
 
     /// Sends a request to every live provider of the name, and yields each one's reply as it comes.
     ///
-    /// Ends after the last one; a failed lookup is its only item. The deadline is that of the whole,
-    /// from the first poll on. Dropping it drops the requests that are not answered.
+    /// The deadline is that of the whole, from the first poll on.
     pub fn broadcast_with(
         &self,
         name: &ServiceName,
-        payload: Vec<u8>,
+        payload: impl Into<Vec<u8>>,
         options: RequestOptions,
-    ) -> impl Stream<Item = Result<Reply, RequestError>> + Send + use<> {
-        let (node, name) = (self.clone(), name.clone());
-        let replies = async move {
-            let end = Instant::now() + options.deadline.min(MAX_REQUEST_TIME);
-            let found = timeout_at(end, node.lookup(&name)).await;
-            let found = found.unwrap_or_else(|_| Err(LookupError::TimedOut(name.clone())));
-            let providers = match found {
-                Ok(providers) => providers,
-                Err(error) => {
-                    return futures::stream::iter([Err(error.into())]).left_stream();
-                }
-            };
-            let options = RequestOptions {
-                deadline: end - Instant::now(),
-                ..options
-            };
-            let requests = providers.into_iter().map(|provider| {
-                let (node, name, payload) = (node.clone(), name.clone(), payload.clone());
-                let options = options.clone();
-                async move { node.request_to(&provider, &name, payload, options).await }
-            });
-            requests.collect::<FuturesUnordered<_>>().right_stream()
-        };
-        futures::stream::once(replies).flatten()
+    ) -> Replies {
+        Replies::new(call::broadcast(
+            self.clone(),
+            name.clone(),
+            payload.into().into(),
+            options,
+        ))
     }
 
     /// Closes the connections with a peer and refuses new ones, until [`unblock`](Self::unblock).
+    /// Returns when that is about to happen; [`Builder::block`] lets none be opened before.
+    ///
+    /// Cancel-safe: a dropped call may still block.
     pub async fn block(&self, peer: PeerId) {
         // A node that is shut down has no connections.
         let _ = self.send(Command::Block(peer)).await;
     }
 
-    /// Lets a blocked peer connect again.
+    /// Lets a blocked peer connect again. Cancel-safe, as [`block`](Self::block).
     pub async fn unblock(&self, peer: PeerId) {
         // See `block`.
         let _ = self.send(Command::Unblock(peer)).await;
@@ -265,6 +248,8 @@ impl Node {
     /// Takes all names back, answers what is open, refuses what comes, closes the connections.
     ///
     /// Ends within [`SHUTDOWN_DEADLINE`]. Every later call of any clone fails with `Closed`.
+    ///
+    /// Cancel-safe: a dropped call may still shut the node down.
     pub async fn shutdown(&self) {
         let (done, stopped) = oneshot::channel();
         if self.send(Command::Shutdown(done)).await.is_ok() {

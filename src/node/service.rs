@@ -82,7 +82,7 @@ impl Service {
         for inbound in self.taken.drain(..) {
             self.waiting.push(inbound.responder.peer(), inbound);
         }
-        self.waiting.pop().map(Into::into)
+        self.waiting.pop().map(Request::from)
     }
 
     /// Runs a handler for every request, each in a task of its own, so that a slow one delays no
@@ -105,6 +105,8 @@ impl Service {
 
     /// Takes the name back, and returns when that is on its way to every grape. Requests that wait
     /// in the queue are answered with an error.
+    ///
+    /// Cancel-safe: dropping the future takes the name back as well.
     pub async fn withdraw(self) {
         let (done, withdrawn) = oneshot::channel();
         let command = Command::Withdraw {
@@ -143,13 +145,18 @@ impl From<Inbound> for Request {
 
 impl Request {
     /// Who asks, proved by its key.
-    pub fn from(&self) -> PeerId {
+    pub fn peer(&self) -> PeerId {
         self.responder.peer()
     }
 
     /// What was sent, at most [`MAX_PAYLOAD`](crate::proto::wire::MAX_PAYLOAD) bytes.
     pub fn payload(&self) -> &[u8] {
         &self.payload
+    }
+
+    /// Takes out what was sent, for a handler that passes it on; [`payload`](Self::payload) is empty then.
+    pub fn take_payload(&mut self) -> Vec<u8> {
+        std::mem::take(&mut self.payload)
     }
 
     /// What was sent, as text.

@@ -210,13 +210,12 @@ pub(crate) mod announce;
 pub(crate) mod bencode;
 pub(crate) mod bep44;
 pub(crate) mod bootstrap;
-#[doc(hidden)]
 pub(crate) mod exploration;
+#[doc(hidden)]
 pub mod frame;
 pub(crate) mod lookup;
 pub(crate) mod rate;
 pub(crate) mod registrations;
-#[doc(hidden)]
-pub mod rendezvous;
+pub(crate) mod rendezvous;
 pub(crate) mod routes;
 pub mod wire;

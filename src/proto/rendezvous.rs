@@ -16,31 +16,28 @@
 //! that: its clients drop a whole response for a single record in the other form (`libp2p-peer-record`).
 
 mod codec;
+#[cfg(test)]
+mod interop;
 mod signed_peer;
 mod wire;
 
 use std::{borrow::Borrow, fmt, time::Duration};
 
-use libp2p::StreamProtocol;
-
-pub use self::{
+pub(crate) use self::{
     codec::Codec,
     signed_peer::{RecordError, SignedPeer},
 };
 
-/// The protocol's id.
-pub const PROTOCOL: StreamProtocol = StreamProtocol::new("/rendezvous/1.0.0");
-
 /// Longest request in bytes: one record and one namespace take 4.3 KiB, the rest is room for fields that we
 /// do not know.
-pub const MAX_REQUEST_LEN: usize = 8 * 1024;
+pub(crate) const MAX_REQUEST_LEN: usize = 8 * 1024;
 
 /// Longest response in bytes: a full page of the largest registrations fits.
-pub const MAX_RESPONSE_LEN: usize = 256 * 1024;
+pub(crate) const MAX_RESPONSE_LEN: usize = 256 * 1024;
 
 /// Most registrations in one response, sent or used. Checking one takes 50 to 80 µs, so a page takes a client up to 4 ms;
 /// who wants more continues with the cookie.
-pub const MAX_REGISTRATIONS: usize = 50;
+pub(crate) const MAX_REGISTRATIONS: usize = 50;
 
 /// A registration's namespace, record, TTL, and the tags and lengths around them.
 const MAX_REGISTRATION_LEN: usize = Namespace::MAX_LEN + SignedPeer::MAX_LEN + 32;
@@ -53,7 +50,7 @@ const _: () = assert!(
 
 /// What a client asks of a rendezvous point.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Request {
+pub(crate) enum Request {
     /// Be found under `namespace`. Answered by [`Response::Registered`].
     Register {
         /// What to be found under.
@@ -83,7 +80,7 @@ pub enum Request {
 
 /// A request whose content is wrong. Becomes the [`Response`] that says so.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Malformed {
+pub(crate) enum Malformed {
     /// A wrong [`Request::Register`].
     Register(Status),
     /// A wrong [`Request::Unregister`], for which the protocol has no answer.
@@ -94,7 +91,7 @@ pub enum Malformed {
 
 /// What a rendezvous point answers.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Response {
+pub(crate) enum Response {
     /// Registered for this long, or why not.
     Registered(Result<Ttl, Status>),
     /// One page of registrations, or why not.
@@ -105,7 +102,7 @@ pub enum Response {
 
 /// Some of the registrations, and where to continue.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Page {
+pub(crate) struct Page {
     /// At most [`MAX_REGISTRATIONS`].
     pub registrations: Vec<Registration>,
     /// For the next [`Request::Discover`] with the same namespace.
@@ -114,7 +111,7 @@ pub struct Page {
 
 /// Who was registered under a namespace.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Registration {
+pub(crate) struct Registration {
     /// As the server says; the signature does not cover it.
     pub namespace: Namespace,
     /// Who, and where.
@@ -125,7 +122,7 @@ pub struct Registration {
 
 /// Why a request was refused: the error codes of the protocol.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, thiserror::Error)]
-pub enum Status {
+pub(crate) enum Status {
     /// Code 100.
     #[error("invalid namespace")]
     InvalidNamespace,
@@ -151,7 +148,7 @@ pub enum Status {
 
 /// How many registrations answer a [`Request::Discover`] with this limit: never more than
 /// [`MAX_REGISTRATIONS`], which is also what no limit and 0 (how go-libp2p says "no limit") stand for.
-pub fn page_len(limit: Option<u64>) -> usize {
+pub(crate) fn page_len(limit: Option<u64>) -> usize {
     match limit.map(usize::try_from) {
         Some(Ok(limit)) if limit > 0 => limit.min(MAX_REGISTRATIONS),
         _ => MAX_REGISTRATIONS,
@@ -170,14 +167,14 @@ impl From<Malformed> for Response {
 
 /// What one registers under: 1 to 255 bytes of UTF-8.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub struct Namespace(String);
+pub(crate) struct Namespace(String);
 
 impl Namespace {
     /// Longest namespace in bytes, as the protocol's specification has it.
-    pub const MAX_LEN: usize = 255;
+    pub(crate) const MAX_LEN: usize = 255;
 
     /// Fails with [`Status::InvalidNamespace`] unless `text` has 1 to 255 bytes.
-    pub fn new(text: impl Into<String>) -> Result<Self, Status> {
+    pub(crate) fn new(text: impl Into<String>) -> Result<Self, Status> {
         let text = text.into();
         match text.len() {
             1..=Self::MAX_LEN => Ok(Self(text)),
@@ -186,7 +183,7 @@ impl Namespace {
     }
 
     /// The text.
-    pub fn as_str(&self) -> &str {
+    pub(crate) fn as_str(&self) -> &str {
         &self.0
     }
 }
@@ -242,24 +239,24 @@ impl From<Ttl> for Duration {
 /// client would then miss what is numbered below its old cookie. Start them from the clock. Anybody can make up a
 /// cookie, and gains nothing that a discovery without one would not give.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
-pub struct Cookie(Vec<u8>);
+pub(crate) struct Cookie(Vec<u8>);
 
 impl Cookie {
     /// Longest cookie in bytes. Ours have at most 263, other servers add a nonce or a hash; a client sends back either.
-    pub const MAX_LEN: usize = 512;
+    pub(crate) const MAX_LEN: usize = 512;
 
     /// For the page that ends with the registration numbered `sequence`.
     ///
     /// Rust's stock client does not treat cookies as opaque: it takes 8 bytes and then a namespace, and refuses
     /// anything else. Hence this encoding: the number in big-endian order, then the namespace, if any.
-    pub fn after(sequence: u64, namespace: Option<&Namespace>) -> Self {
+    pub(crate) fn after(sequence: u64, namespace: Option<&Namespace>) -> Self {
         let namespace = namespace.map_or("", Namespace::as_str);
         Self([&sequence.to_be_bytes(), namespace.as_bytes()].concat())
     }
 
     /// The number to continue after, in a discovery of `namespace`. Fails with [`Status::InvalidCookie`] for a
     /// cookie that was given for another namespace, or that is none of ours.
-    pub fn sequence_for(&self, namespace: Option<&Namespace>) -> Result<u64, Status> {
+    pub(crate) fn sequence_for(&self, namespace: Option<&Namespace>) -> Result<u64, Status> {
         let (sequence, ours) = self.0.split_first_chunk().ok_or(Status::InvalidCookie)?;
         if ours != namespace.map_or("", Namespace::as_str).as_bytes() {
             return Err(Status::InvalidCookie);
@@ -268,7 +265,7 @@ impl Cookie {
     }
 
     /// Any bytes that a server may have sent; fails with [`Status::InvalidCookie`] beyond [`Cookie::MAX_LEN`].
-    pub fn from_bytes(bytes: Vec<u8>) -> Result<Self, Status> {
+    pub(crate) fn from_bytes(bytes: Vec<u8>) -> Result<Self, Status> {
         if bytes.len() > Self::MAX_LEN {
             return Err(Status::InvalidCookie);
         }
@@ -276,7 +273,7 @@ impl Cookie {
     }
 
     /// As on the wire.
-    pub fn as_bytes(&self) -> &[u8] {
+    pub(crate) fn as_bytes(&self) -> &[u8] {
         &self.0
     }
 }

@@ -29,6 +29,7 @@ use grapevine::proto::frame::read_frame;
 use grapevine::proto::wire::{ErrorCode, MAX_FRAME, MAX_PAYLOAD, NamesReply, Reply};
 use grapevine::{Multiaddr, Node, PeerId, RequestOptions, Role, ServiceName};
 use libp2p::identity::Keypair;
+use sha1::{Digest, Sha1};
 use tokio::io::AsyncReadExt as _;
 use tokio::sync::{Mutex, MutexGuard};
 use tokio::task::JoinSet;
@@ -47,8 +48,10 @@ const ENDLESS: usize = 240;
 const RECORDS: usize = 20_000;
 const PEERS: usize = 50;
 
-/// The values put, the registrations made, and how many of those one peer has under way.
-const VALUES: usize = 12_000;
+/// The values put that are what their key says and that are not, the registrations made, and how many
+/// of those one peer has under way.
+const TRUE_VALUES: usize = 50;
+const FALSE_VALUES: usize = 12_000;
 const REGISTRATIONS: usize = 6_000;
 const UNDER_WAY: usize = 50;
 
@@ -629,7 +632,7 @@ mod records {
     }
 
     #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-    async fn values_are_not_kept() {
+    async fn of_values_only_those_that_verify_are_kept() {
         in_turn(async {
             let (started, ceiling) = (Instant::now(), IDLE);
             let mut victim = victim_grape();
@@ -639,7 +642,13 @@ mod records {
                 wire::accepted(&mut stream, KAD).await.unwrap();
                 let (mut answers, mut stream) = stream.split();
                 let write = async {
-                    for number in 0..VALUES {
+                    for number in 0..TRUE_VALUES {
+                        let content = format!("4:{number:04}");
+                        let value = format!("d1:v{content}e");
+                        let message = wire::put_value(&Sha1::digest(content), value.as_bytes());
+                        stream.write_all(&message).await.unwrap();
+                    }
+                    for number in 0..FALSE_VALUES {
                         let message = wire::put_value(&key(0, number), &[7; 1_024]);
                         stream.write_all(&message).await.unwrap();
                     }
@@ -653,8 +662,13 @@ mod records {
                 futures::join!(write, read);
             };
             let ((), honest) = during(victim.address(), attack).await;
-            let figures = victim.figures();
-            println!("{VALUES} values of 1 KiB: {} records kept", figures.stored);
+            let all = TRUE_VALUES as u64;
+            let figures = figures_when(&mut victim, |figures| figures.values >= all).await;
+            println!(
+                "{FALSE_VALUES} false values of 1 KiB: {} kept",
+                figures.values - all
+            );
+            assert_eq!(figures.values, all);
             report("values", started, &honest, victim.memory(), ceiling);
         })
         .await;

@@ -456,7 +456,7 @@ async fn requests_spread_over_all_providers_and_broadcast_reaches_each() {
         // Fair would be 40 each.
         assert!(counts.values().all(|count| *count >= 10), "{counts:?}");
         let replies: Vec<Reply> = client
-            .broadcast(&name("client1"), "all".into())
+            .broadcast(&name("client1"), "all")
             .map(Result::unwrap)
             .collect()
             .await;
@@ -1008,7 +1008,7 @@ async fn a_peer_that_asks_much_at_once_makes_another_one_wait_for_one_request() 
         let mut order = Vec::new();
         for _ in 0..MANY {
             let request = service.next().await.unwrap();
-            order.push(request.from());
+            order.push(request.peer());
             request.reply("hello");
         }
         let place = order.iter().position(|from| *from == modest.peer_id());
@@ -1062,7 +1062,7 @@ async fn a_provider_whose_connection_broke_is_called_again() {
             let options = RequestOptions::default();
             if direct {
                 client
-                    .request_to(&provider, &name("client1"), "after", options)
+                    .request_to(provider.peer, &name("client1"), "after", options)
                     .await
                     .unwrap();
             } else {

@@ -119,7 +119,7 @@ mod tests {
             steps in vec(proptest::option::weighted(0.6, 0..4_u8), 0..200),
         ) {
             let mut turns = Turns::default();
-            let (mut given, mut taken) = (0, [None; 4]);
+            let (mut given, mut taken, mut count) = (0, [None; 4], 0);
             for step in steps {
                 match step {
                     Some(owner) => {
@@ -131,6 +131,7 @@ mod tests {
                         let popped = turns.pop();
                         prop_assert_eq!(popped.is_some(), before > 0);
                         if let Some((owner, item)) = popped {
+                            count += 1;
                             let last = taken[usize::from(owner)].replace(item);
                             prop_assert!(last < Some(item));
                         }
@@ -139,7 +140,7 @@ mod tests {
             }
             let rest = std::iter::from_fn(|| turns.pop()).count();
             prop_assert_eq!(turns.len(), 0);
-            prop_assert!(rest <= given);
+            prop_assert_eq!(count + rest, given);
         }
     }
 }

@@ -21,7 +21,7 @@ const READ_TIMEOUT: Duration = Duration::from_secs(10);
 /// an error, and so is a stream that ends without one, except after [`Request::Unregister`]. That relies on
 /// request-response using one clone for each stream, as its `&mut self` across both calls asks for.
 #[derive(Debug, Clone, Default)]
-pub struct Codec {
+pub(crate) struct Codec {
     asked: Option<Asked>,
 }
 
@@ -129,10 +129,11 @@ mod tests {
     use libp2p::{identity::Keypair, request_response::Codec as _};
     use proptest::{option, prelude::*, sample::Index};
 
+    use crate::limits::RENDEZVOUS_PROTOCOL;
+
     use super::{
         super::{
-            Cookie, MAX_REGISTRATIONS, Namespace, PROTOCOL, Page, Registration, SignedPeer, Status,
-            Ttl,
+            Cookie, MAX_REGISTRATIONS, Namespace, Page, Registration, SignedPeer, Status, Ttl,
         },
         *,
     };
@@ -154,24 +155,25 @@ mod tests {
 
     fn asked(request: &Request) -> (Codec, Vec<u8>) {
         let (mut codec, mut stream) = (Codec::default(), Cursor::new(Vec::new()));
-        block_on(codec.write_request(&PROTOCOL, &mut stream, Ok(request.clone()))).unwrap();
+        block_on(codec.write_request(&RENDEZVOUS_PROTOCOL, &mut stream, Ok(request.clone())))
+            .unwrap();
         (codec, stream.into_inner())
     }
 
     fn answered(response: &Response) -> io::Result<Vec<u8>> {
         let (mut codec, mut stream) = (Codec::default(), Cursor::new(Vec::new()));
-        block_on(codec.write_response(&PROTOCOL, &mut stream, response.clone()))?;
+        block_on(codec.write_response(&RENDEZVOUS_PROTOCOL, &mut stream, response.clone()))?;
         Ok(stream.into_inner())
     }
 
     fn read_request(bytes: &[u8]) -> io::Result<Result<Request, Malformed>> {
         let mut stream = Cursor::new(bytes);
-        runtime().block_on(Codec::default().read_request(&PROTOCOL, &mut stream))
+        runtime().block_on(Codec::default().read_request(&RENDEZVOUS_PROTOCOL, &mut stream))
     }
 
     fn read_response(mut codec: Codec, bytes: &[u8]) -> io::Result<Response> {
         let mut stream = Cursor::new(bytes);
-        runtime().block_on(codec.read_response(&PROTOCOL, &mut stream))
+        runtime().block_on(codec.read_response(&RENDEZVOUS_PROTOCOL, &mut stream))
     }
 
     fn framed(message: &[u8]) -> Vec<u8> {
@@ -436,7 +438,7 @@ mod tests {
     fn malformed_request_is_never_sent() {
         let (mut codec, mut stream) = (Codec::default(), Cursor::new(Vec::new()));
         let request = Err(Malformed::Discover(Status::InvalidCookie));
-        assert!(block_on(codec.write_request(&PROTOCOL, &mut stream, request)).is_err());
+        assert!(block_on(codec.write_request(&RENDEZVOUS_PROTOCOL, &mut stream, request)).is_err());
         assert!(stream.into_inner().is_empty());
     }
 

@@ -12,7 +12,7 @@ use libp2p::{
 ///
 /// Cheap to clone. It says nothing about when it was signed, nor about who passed it on.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct SignedPeer {
+pub(crate) struct SignedPeer {
     peer: PeerId,
     addresses: Arc<[Multiaddr]>,
     envelope: Arc<[u8]>,
@@ -20,7 +20,7 @@ pub struct SignedPeer {
 
 /// Why there is no [`SignedPeer`].
 #[derive(Debug, thiserror::Error)]
-pub enum RecordError {
+pub(crate) enum RecordError {
     /// The envelope has more than [`SignedPeer::MAX_LEN`] bytes.
     #[error("signed peer record of {0} bytes")]
     TooLarge(usize),
@@ -37,14 +37,14 @@ pub enum RecordError {
 
 impl SignedPeer {
     /// Longest envelope in bytes. An Ed25519 peer's takes 182 and then what its addresses take, 10 to 100 each.
-    pub const MAX_LEN: usize = 4 * 1024;
+    pub(crate) const MAX_LEN: usize = 4 * 1024;
 
     /// Most addresses used of a record: nobody dials more, and a record could name two thousand.
-    pub const MAX_ADDRESSES: usize = 16;
+    pub(crate) const MAX_ADDRESSES: usize = 16;
 
     /// Signs the first [`SignedPeer::MAX_ADDRESSES`] of `addresses`. Fails if they are so long that the envelope
     /// exceeds [`SignedPeer::MAX_LEN`].
-    pub fn sign(
+    pub(crate) fn sign(
         key: &Keypair,
         addresses: impl IntoIterator<Item = Multiaddr>,
     ) -> Result<Self, RecordError> {
@@ -55,7 +55,7 @@ impl SignedPeer {
     }
 
     /// Reads and verifies what [`SignedPeer::envelope`] gave. Takes 50 to 80 µs.
-    pub fn from_envelope(envelope: Vec<u8>) -> Result<Self, RecordError> {
+    pub(crate) fn from_envelope(envelope: Vec<u8>) -> Result<Self, RecordError> {
         // Before any parsing: a record in memory takes many times its length on the wire.
         if envelope.len() > Self::MAX_LEN {
             return Err(RecordError::TooLarge(envelope.len()));
@@ -67,7 +67,7 @@ impl SignedPeer {
 
     /// The record of `peer` that [`SignedPeer::from_envelope`] has verified before, to be passed on. Its
     /// addresses are not read again: there are none.
-    pub fn from_verified(peer: PeerId, envelope: Arc<[u8]>) -> Self {
+    pub(crate) fn from_verified(peer: PeerId, envelope: Arc<[u8]>) -> Self {
         let addresses = Arc::default();
         Self {
             peer,
@@ -89,17 +89,17 @@ impl SignedPeer {
     }
 
     /// Who signed.
-    pub fn peer(&self) -> PeerId {
+    pub(crate) fn peer(&self) -> PeerId {
         self.peer
     }
 
     /// Where the peer says it is; at most [`SignedPeer::MAX_ADDRESSES`], and not necessarily true.
-    pub fn addresses(&self) -> &[Multiaddr] {
+    pub(crate) fn addresses(&self) -> &[Multiaddr] {
         &self.addresses
     }
 
     /// The bytes to pass on, with the signature.
-    pub fn envelope(&self) -> &[u8] {
+    pub(crate) fn envelope(&self) -> &[u8] {
         &self.envelope
     }
 }

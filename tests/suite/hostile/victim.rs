@@ -53,6 +53,7 @@ pub(crate) struct Figures {
     /// Provider records that it keeps.
     pub(crate) stored: u64,
     pub(crate) open_requests: u64,
+    pub(crate) values: u64,
 }
 
 impl Victim {
@@ -124,12 +125,13 @@ impl Victim {
             .split_whitespace()
             .filter_map(|n| n.parse().ok())
             .collect();
-        let [stored, open_requests] = numbers[..] else {
+        let [stored, open_requests, values] = numbers[..] else {
             panic!("not the figures: {line}");
         };
         Figures {
             stored,
             open_requests,
+            values,
         }
     }
 
@@ -193,8 +195,11 @@ async fn run(role: Role) {
     let commands = tokio::task::spawn_blocking(move || {
         for command in io::stdin().lines().map_while(Result::ok) {
             if command == "metrics" {
-                let metrics = node.metrics();
-                tell(&format!("{} {}", metrics.stored, metrics.open_requests));
+                let now = node.metrics();
+                tell(&format!(
+                    "{} {} {}",
+                    now.stored, now.open_requests, now.values
+                ));
             }
         }
     });

@@ -3,10 +3,6 @@
 use std::{collections::HashMap, time::Duration};
 
 use futures::StreamExt;
-use grapevine::proto::rendezvous::{
-    Codec, Cookie, Namespace, PROTOCOL, Page, Registration, Request, Response, SignedPeer, Status,
-    Ttl, page_len,
-};
 use libp2p::{
     Multiaddr, PeerId, Swarm, SwarmBuilder,
     core::{Transport, transport::MemoryTransport, upgrade},
@@ -19,12 +15,22 @@ use libp2p::{
 };
 use tokio::sync::mpsc;
 
+use crate::limits::RENDEZVOUS_PROTOCOL;
+
+use super::{
+    Codec, Cookie, Namespace, Page, Registration, Request, Response, SignedPeer, Status, Ttl,
+    page_len,
+};
+
 type Ours = request_response::Behaviour<Codec>;
 
 const DEADLINE: Duration = Duration::from_secs(10);
 
 fn ours(support: ProtocolSupport) -> Ours {
-    Ours::new([(PROTOCOL, support)], request_response::Config::default())
+    Ours::new(
+        [(RENDEZVOUS_PROTOCOL, support)],
+        request_response::Config::default(),
+    )
 }
 
 fn swarm<B: NetworkBehaviour>(behaviour: impl FnOnce(Keypair) -> B) -> Swarm<B> {
