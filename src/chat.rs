@@ -44,6 +44,9 @@ pub enum Incoming<'a> {
 
 impl<'a> Incoming<'a> {
     /// Tells the kinds apart by the first byte: that of a CBOR map begins no UTF-8 text.
+    ///
+    /// # Errors
+    /// If it is neither text nor a chat message within its limits.
     pub fn parse(payload: &'a [u8]) -> Result<Self, DecodeError> {
         match payload.first() {
             Some(0xa0..=0xbf) => ChatMessage::decode(payload).map(Self::Chat),

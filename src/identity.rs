@@ -46,6 +46,9 @@ impl Identity {
     /// Reads the identity in `path`; where there is no such file, makes one with a fresh identity.
     ///
     /// The folder must exist. A new key is on the disk before this returns.
+    ///
+    /// # Errors
+    /// As [`load`](Self::load), and [`IdentityError::Unwritable`] if no file can be made there.
     pub fn load_or_generate(path: impl AsRef<Path>) -> Result<Self, IdentityError> {
         let path = path.as_ref();
         match Self::load(path) {
@@ -55,6 +58,10 @@ impl Identity {
     }
 
     /// Reads the identity in `path`.
+    ///
+    /// # Errors
+    /// If the file cannot be read, is no key, or can be read by others than its owner; see
+    /// [`IdentityError`].
     pub fn load(path: impl AsRef<Path>) -> Result<Self, IdentityError> {
         let path = path.as_ref();
         let (bytes, metadata) = read(path)?;

@@ -40,6 +40,9 @@ pub struct ServiceName(Arc<str>);
 impl ServiceName {
     /// Accepts a name as it came from another node, which must have normalised it already: silently
     /// repairing it would make two spellings of one name answer on different keys.
+    ///
+    /// # Errors
+    /// [`NameError`] says what is wrong with it.
     pub fn from_wire(name: &str) -> Result<Self, NameError> {
         // The length first: nothing else is worth doing for a megabyte.
         check_len(name)?;

@@ -159,6 +159,9 @@ impl Node {
     ///
     /// As [`request_with`](Self::request_with) with the default [`RequestOptions`]: 10 seconds, and
     /// never run twice.
+    ///
+    /// # Errors
+    /// As [`request_with`](Self::request_with).
     pub async fn request(
         &self,
         name: &ServiceName,

@@ -43,6 +43,9 @@ pub struct ChatReply {
 
 impl ChatMessage {
     /// Reads the payload of a request.
+    ///
+    /// # Errors
+    /// If they are not such a map, or a field is missing, wrong or longer than its limit.
     pub fn decode(payload: &[u8]) -> Result<Self, DecodeError> {
         check_len("payload", payload.len(), MAX_PAYLOAD)?;
         let draft: MessageDraft<'_> = decode(payload)?;
@@ -62,6 +65,9 @@ impl ChatMessage {
     }
 
     /// Writes the payload of a request.
+    ///
+    /// # Errors
+    /// [`EncodeError`] if a field is longer than its limit; nothing is written then.
     pub fn encode(&self) -> Result<Vec<u8>, EncodeError> {
         check_sendable("sender's name", self.from.len(), MAX_FROM)?;
         check_sendable("text", self.text.len(), MAX_TEXT)?;
@@ -77,6 +83,9 @@ impl ChatMessage {
 
 impl ChatReply {
     /// Reads the payload of a reply.
+    ///
+    /// # Errors
+    /// If they are not such a map, or a field is missing, wrong or longer than its limit.
     pub fn decode(payload: &[u8]) -> Result<Self, DecodeError> {
         check_len("payload", payload.len(), MAX_PAYLOAD)?;
         let draft: ReplyDraft<'_> = decode(payload)?;
@@ -94,6 +103,9 @@ impl ChatReply {
     }
 
     /// Writes the payload of a reply; without an answer it has no key for one.
+    ///
+    /// # Errors
+    /// [`EncodeError`] if a field is longer than its limit; nothing is written then.
     pub fn encode(&self) -> Result<Vec<u8>, EncodeError> {
         let reply = self.reply.as_deref();
         let len = reply.map_or(0, str::len);

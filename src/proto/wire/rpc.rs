@@ -106,6 +106,9 @@ pub struct OtherCode(String);
 
 impl Request {
     /// Reads a frame's content, which must be one request and nothing else.
+    ///
+    /// # Errors
+    /// If they are not such a map, or a field is missing, wrong or longer than its limit.
     pub fn decode(frame: &[u8]) -> Result<Self, DecodeError> {
         match RequestRef::peek(frame) {
             Some(request) => Ok(request.to_owned()),
@@ -162,6 +165,9 @@ impl<'a> RequestRef<'a> {
     }
 
     /// Writes a frame's content.
+    ///
+    /// # Errors
+    /// [`EncodeError`] if a field is longer than its limit; nothing is written then.
     pub fn encode(&self) -> Result<Vec<u8>, EncodeError> {
         let mut frame = Vec::new();
         self.append_to(&mut frame)?;
@@ -169,6 +175,9 @@ impl<'a> RequestRef<'a> {
     }
 
     /// Writes a frame's content behind what is in `out` already.
+    ///
+    /// # Errors
+    /// [`EncodeError`] if a field is longer than its limit; nothing is written then.
     pub fn append_to(&self, out: &mut Vec<u8>) -> Result<(), EncodeError> {
         check_sendable("service", self.service.len(), MAX_SERVICE)?;
         check_sendable("payload", self.payload.len(), MAX_PAYLOAD)?;
@@ -179,6 +188,9 @@ impl<'a> RequestRef<'a> {
 
 impl Reply {
     /// Reads a frame's content, which must be one reply and nothing else.
+    ///
+    /// # Errors
+    /// If they are not such a map, or a field is missing, wrong or longer than its limit.
     pub fn decode(frame: &[u8]) -> Result<Self, DecodeError> {
         let Some((id, payload)) = plain::reply(frame) else {
             return Self::decode_any(frame);
@@ -217,6 +229,9 @@ impl Reply {
 
 impl ReplyRef<'_> {
     /// Writes a frame's content. An error always fits.
+    ///
+    /// # Errors
+    /// [`EncodeError`] if a field is longer than its limit; nothing is written then.
     pub fn encode(&self) -> Result<Vec<u8>, EncodeError> {
         let mut frame = Vec::new();
         self.append_to(&mut frame)?;
@@ -224,6 +239,9 @@ impl ReplyRef<'_> {
     }
 
     /// Writes a frame's content behind what is in `out` already.
+    ///
+    /// # Errors
+    /// [`EncodeError`] if a field is longer than its limit; nothing is written then.
     pub fn append_to(&self, out: &mut Vec<u8>) -> Result<(), EncodeError> {
         match self.outcome {
             Ok(payload) => {
