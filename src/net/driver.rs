@@ -367,7 +367,7 @@ impl Driver {
             .stop_providing(&kad::RecordKey::new(&name.key()));
         // A grape of ours hears of it by its registry.
         let by_rendezvous = |grape: &PeerId| {
-            self.names.registrations.is_deaf(grape) || !self.connectivity.is_ours(grape)
+            self.names.registrations.lacks_registry(grape) || !self.connectivity.is_ours(grape)
         };
         for grape in grapes.filter(by_rendezvous) {
             self.rendezvous
@@ -426,11 +426,12 @@ impl Driver {
             count = Some(known);
             others = self.connectivity.grapes();
             others.retain(|grape| {
-                let is_ours = self.connectivity.is_ours(grape) && !registrations.is_deaf(grape);
+                let is_ours =
+                    self.connectivity.is_ours(grape) && !registrations.lacks_registry(grape);
                 is_ours && !bootstraps.contains(grape)
             });
         }
-        let with_kind = |grape| (grape, registrations.is_deaf(&grape));
+        let with_kind = |grape| (grape, registrations.lacks_registry(&grape));
         Grapes {
             bootstraps: bootstraps.into_iter().map(with_kind).collect(),
             others,

@@ -30,7 +30,7 @@ pub(crate) enum Learned {
     /// A grape keeps these names, which no grape has kept before.
     Kept(Vec<ServiceName>),
     /// A grape has no registry; these names were asked for.
-    Deaf(PeerId, Vec<ServiceName>),
+    NoRegistry(PeerId, Vec<ServiceName>),
     /// A grape named providers of each of these names; `None`: it did not answer.
     Found(PeerId, Vec<(ServiceName, Option<Providers>)>),
     /// A peer said whether it serves a name; `None`: it did not answer.
@@ -234,7 +234,6 @@ impl Names {
         reply: Reply,
         now: time::Instant,
     ) -> Learned {
-        let is_deaf = matches!(reply, Reply::Deaf);
         let answer = match reply {
             Reply::Read(reply) => {
                 let index = |number: &u64| usize::try_from(*number).ok();
@@ -246,14 +245,11 @@ impl Names {
                     false => Answer::Failed,
                 }
             }
-            Reply::Deaf => Answer::Deaf,
+            Reply::NoRegistry => Answer::NoRegistry,
             Reply::Nothing => Answer::Failed,
         };
         let kept = self.registrations.on_answer(&grape, answer, now);
-        match is_deaf {
-            true => Learned::Deaf(grape, Vec::new()),
-            false => Learned::Kept(kept),
-        }
+        Learned::Kept(kept)
     }
 
     fn on_found(
@@ -265,9 +261,9 @@ impl Names {
     ) -> Learned {
         let found = match reply {
             Reply::Read(reply) if reply.found.len() == names.len() => reply.found,
-            Reply::Deaf => {
-                self.registrations.on_deaf(&grape, now);
-                return Learned::Deaf(grape, names);
+            Reply::NoRegistry => {
+                self.registrations.on_no_registry(&grape, now);
+                return Learned::NoRegistry(grape, names);
             }
             _ => {
                 let unanswered = names.into_iter().map(|name| (name, None));
@@ -311,7 +307,7 @@ impl Names {
 enum Reply {
     Read(NamesReply),
     /// The peer has no registry.
-    Deaf,
+    NoRegistry,
     Nothing,
 }
 
@@ -324,7 +320,9 @@ fn read(outcome: Outcome) -> Reply {
                 Reply::Nothing
             }
         },
-        Outcome::Answered(Err(error)) if error.code == ErrorCode::UnknownService => Reply::Deaf,
+        Outcome::Answered(Err(error)) if error.code == ErrorCode::UnknownService => {
+            Reply::NoRegistry
+        }
         outcome => {
             tracing::debug!(?outcome, "a registry did not answer");
             Reply::Nothing

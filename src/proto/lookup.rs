@@ -375,7 +375,7 @@ impl<Q: Copy + Eq + Hash> Lookups<Q> {
     }
 
     /// A grape that was to be asked by its registry has none: it is asked by rendezvous.
-    pub(crate) fn on_deaf(&mut self, point: &PeerId, name: &ServiceName) {
+    pub(crate) fn on_no_registry(&mut self, point: &PeerId, name: &ServiceName) {
         let lookup = self.running.get(name);
         if lookup.is_some_and(|lookup| lookup.points.contains(point)) {
             self.steps.push_back(Step::Discover(*point, name.clone()));
@@ -1139,16 +1139,16 @@ mod tests {
     }
 
     #[test]
-    fn a_deaf_point_is_asked_by_rendezvous_as_long_as_it_is_waited_for() {
+    fn a_point_without_registry_is_asked_by_rendezvous_as_long_as_it_is_waited_for() {
         let a = PeerId::random();
         let mut scene = small(&[a], true);
         let (name, discover) = (scene.name.clone(), Step::Discover(a, scene.name.clone()));
-        scene.lookups.on_deaf(&a, &name);
+        scene.lookups.on_no_registry(&a, &name);
         scene.collect();
         assert!(scene.steps.contains(&discover));
         scene.witness(a, &[]);
         scene.steps.clear();
-        scene.lookups.on_deaf(&a, &name);
+        scene.lookups.on_no_registry(&a, &name);
         scene.collect();
         assert_eq!(scene.steps, []);
     }

@@ -9,8 +9,8 @@
 //! * A grape is told of new names at once, and of all of its names again in *rounds*, each begun
 //!   when a third of the lease that it grants has passed, jittered. One that (re)connects may have
 //!   lost everything and is told of every name.
-//! * One that has no registry is *deaf*: it is left to Kademlia and rendezvous until it reconnects.
-//!   One that does not answer is tried again after growing pauses.
+//! * One that has no registry is left to Kademlia and rendezvous until it reconnects. One that does not
+//!   answer is tried again after growing pauses.
 //!
 //! Does no I/O: it takes what happened and `now`.
 
@@ -83,8 +83,7 @@ pub(crate) enum Answer {
         lease: Duration,
         refused: BTreeSet<usize>,
     },
-    /// It has no registry.
-    Deaf,
+    NoRegistry,
     /// It did not answer, or is busy.
     Failed,
 }
@@ -102,9 +101,9 @@ pub(crate) struct Registrations {
     /// When the closest grapes of each name are looked for.
     walks: BTreeSet<(Instant, Number)>,
     walking: usize,
-    /// How many grapes are deaf, and those that have just turned out to be.
-    deaf: usize,
-    turned_deaf: Vec<PeerId>,
+    /// How many grapes have no registry, and those of which that has just turned out.
+    without_registry: usize,
+    found_without: Vec<PeerId>,
 }
 
 #[derive(Debug)]
@@ -123,26 +122,32 @@ struct Grape {
     /// It is told of every name, and otherwise of those that it is among the closest to.
     every: bool,
     closest_to: BTreeSet<Number>,
-    /// The lease that it grants.
-    lease: Duration,
-    deaf: bool,
-    /// Those that it is told of next.
-    fresh: BTreeSet<Number>,
-    /// Those that it did not take, and when it is told of them again.
-    refused: BTreeSet<Number>,
-    retry: Option<Instant>,
-    /// Those that it may keep and that are taken back, and until when it may keep any.
-    gone: BTreeSet<ServiceName>,
-    keeps_until: Instant,
-    /// Where the round is, if one is under way.
-    round: Option<Number>,
-    next_round: Instant,
+    /// `None`: it has no registry.
+    ledger: Option<Ledger>,
     in_flight: Option<InFlight>,
     failures: u32,
     /// Nothing is told before.
     not_before: Option<Instant>,
     /// Its entry in [`Registrations::due`].
     due: Option<Instant>,
+}
+
+/// What the registry of a grape keeps of this node's names, and what it has to be told.
+#[derive(Debug)]
+struct Ledger {
+    /// The lease that it grants.
+    lease: Duration,
+    /// Those that it is told of next.
+    pending: BTreeSet<Number>,
+    /// Those that it did not take, and when it is told of them again.
+    refused: BTreeSet<Number>,
+    retry: Option<Instant>,
+    /// Those that it may keep and that are taken back, and until when it may keep any.
+    withdrawn: BTreeSet<ServiceName>,
+    keeps_until: Instant,
+    /// Where the round is, if one is under way.
+    round: Option<Number>,
+    next_round: Instant,
 }
 
 #[derive(Debug)]
@@ -162,8 +167,8 @@ impl Registrations {
             scope: Scope::All,
             walks: BTreeSet::new(),
             walking: 0,
-            deaf: 0,
-            turned_deaf: Vec::new(),
+            without_registry: 0,
+            found_without: Vec::new(),
         }
     }
 
@@ -174,14 +179,17 @@ impl Registrations {
         // A grape that was to be told that it is gone may still keep it.
         let (mut told, mut touched) = (false, Vec::new());
         for (peer, grape) in &mut self.grapes {
-            let is_kept = grape.gone.remove(name);
+            let Some(ledger) = &mut grape.ledger else {
+                continue;
+            };
+            let is_kept = ledger.withdrawn.remove(name);
             told |= is_kept;
             if is_kept && !grape.every {
                 // Until a walk says otherwise.
                 grape.closest_to.insert(number);
             }
-            if (is_kept || grape.every) && !grape.deaf {
-                grape.fresh.insert(number);
+            if is_kept || grape.every {
+                ledger.pending.insert(number);
                 touched.push(*peer);
             }
         }
@@ -212,14 +220,17 @@ impl Registrations {
         }
         let mut touched = Vec::new();
         for (peer, grape) in &mut self.grapes {
-            grape.fresh.remove(&number);
-            grape.refused.remove(&number);
             let is_kept = grape.closest_to.remove(&number) || grape.every;
+            let Some(ledger) = &mut grape.ledger else {
+                continue;
+            };
+            ledger.pending.remove(&number);
+            ledger.refused.remove(&number);
             if !is_kept {
                 continue;
             }
-            if entry.told && !grape.deaf && grape.gone.len() < MAX_ANNOUNCED {
-                grape.gone.insert(name.clone());
+            if entry.told && ledger.withdrawn.len() < MAX_ANNOUNCED {
+                ledger.withdrawn.insert(name.clone());
                 if grape.failures == 0 {
                     // What is taken back waits for nothing.
                     grape.not_before = None;
@@ -244,14 +255,17 @@ impl Registrations {
                 .grapes
                 .entry(known.peer)
                 .or_insert_with(|| Grape::new(now));
-            if known.is_foreign && grape.turn_deaf() {
-                self.deaf += 1;
-                self.turned_deaf.push(known.peer);
+            if known.is_foreign && grape.ledger.take().is_some() {
+                self.without_registry += 1;
+                self.found_without.push(known.peer);
             }
-            if every && !grape.every && !grape.deaf {
+            if every
+                && !grape.every
+                && let Some(ledger) = &mut grape.ledger
+            {
                 let all = self.names.keys();
                 let new = all.filter(|number| !grape.closest_to.contains(number));
-                grape.fresh.extend(new);
+                ledger.pending.extend(new);
             }
             if has_grown && grape.every {
                 // Until a walk says otherwise.
@@ -293,7 +307,7 @@ impl Registrations {
             if let Some(at) = grape.due {
                 self.due.remove(&(at, peer));
             }
-            self.deaf -= usize::from(grape.deaf);
+            self.without_registry -= usize::from(grape.ledger.is_none());
             self.walk_for(grape.closest_to, now);
         }
     }
@@ -303,14 +317,14 @@ impl Registrations {
         let Some(grape) = self.grapes.get_mut(peer) else {
             return;
         };
-        self.deaf -= usize::from(std::mem::take(&mut grape.deaf));
         (grape.failures, grape.not_before) = (0, None);
-        grape.fresh = match grape.every {
+        self.without_registry -= usize::from(grape.ledger.is_none());
+        let ledger = grape.ledger.get_or_insert_with(|| Ledger::new(now));
+        ledger.pending = match grape.every {
             true => self.names.keys().copied().collect(),
             false => grape.closest_to.clone(),
         };
-        (grape.refused, grape.retry) = Default::default();
-        grape.round = None;
+        (ledger.refused, ledger.retry, ledger.round) = Default::default();
         self.reschedule(peer, now);
     }
 
@@ -320,8 +334,10 @@ impl Registrations {
             return;
         };
         let soon = now + RETRY_MIN.mul_f64(rand::rng().random_range(0.5..1.0));
-        grape.next_round = grape.next_round.min(soon);
         grape.not_before = Some(soon);
+        if let Some(ledger) = &mut grape.ledger {
+            ledger.next_round = ledger.next_round.min(soon);
+        }
         self.reschedule(peer, now);
     }
 
@@ -385,18 +401,24 @@ impl Registrations {
             if !is_lost || grape.every {
                 continue;
             }
-            grape.fresh.remove(&number);
-            grape.refused.remove(&number);
-            if told && !grape.deaf {
+            let Some(ledger) = &mut grape.ledger else {
+                continue;
+            };
+            ledger.pending.remove(&number);
+            ledger.refused.remove(&number);
+            if told {
                 // It would not hear of a withdrawal any more.
-                grape.gone.insert(name.clone());
+                ledger.withdrawn.insert(name.clone());
             }
         }
         for peer in closest {
             let grape = self.grapes.entry(*peer).or_insert_with(|| Grape::new(now));
-            if grape.closest_to.insert(number) && !grape.every && !grape.deaf {
-                grape.gone.remove(name);
-                grape.fresh.insert(number);
+            if grape.closest_to.insert(number)
+                && !grape.every
+                && let Some(ledger) = &mut grape.ledger
+            {
+                ledger.withdrawn.remove(name);
+                ledger.pending.insert(number);
             }
         }
         self.reschedule_all(now);
@@ -415,8 +437,8 @@ impl Registrations {
         };
         let confirmed = match answer {
             Answer::Taken { lease, refused } => self.on_taken(peer, &told, lease, &refused, now),
-            Answer::Deaf => {
-                self.on_deaf(peer, now);
+            Answer::NoRegistry => {
+                self.on_no_registry(peer, now);
                 Vec::new()
             }
             Answer::Failed => {
@@ -439,25 +461,27 @@ impl Registrations {
         let Some(grape) = self.grapes.get_mut(peer) else {
             return Vec::new();
         };
-        grape.failures = 0;
-        grape.not_before = None;
-        grape.keeps_until = grape.keeps_until.max(now + lease.min(LONGEST));
+        (grape.failures, grape.not_before) = (0, None);
+        let Some(ledger) = &mut grape.ledger else {
+            return Vec::new();
+        };
+        ledger.keeps_until = ledger.keeps_until.max(now + lease.min(LONGEST));
         // A longer one is no reason to be heard of less often.
-        grape.lease = lease.clamp(MIN_LEASE, LEASE);
-        grape.next_round = grape.next_round.min(now + grape.renewal());
+        ledger.lease = lease.clamp(MIN_LEASE, LEASE);
+        ledger.next_round = ledger.next_round.min(now + ledger.renewal());
         let mut confirmed = Vec::new();
         for (index, number) in told.announce.iter().enumerate() {
             let Some(entry) = self.names.get_mut(number) else {
                 continue;
             };
             if refused.contains(&index) {
-                grape.refused.insert(*number);
+                ledger.refused.insert(*number);
             } else if !std::mem::replace(&mut entry.confirmed, true) {
                 confirmed.push(entry.name.clone());
             }
         }
-        if !grape.refused.is_empty() {
-            grape.retry.get_or_insert(now + REFUSED);
+        if !ledger.refused.is_empty() {
+            ledger.retry.get_or_insert(now + REFUSED);
         }
         confirmed
     }
@@ -466,9 +490,12 @@ impl Registrations {
         let Some(grape) = self.grapes.get_mut(peer) else {
             return;
         };
+        let Some(ledger) = &mut grape.ledger else {
+            return;
+        };
         let announced = told.announce.into_iter();
         let still = announced.filter(|number| self.names.contains_key(number));
-        grape.fresh.extend(still);
+        ledger.pending.extend(still);
         for name in told.withdraw {
             let again = self.numbers.get(&name);
             match again.and_then(|number| self.names.get_mut(number)) {
@@ -478,13 +505,13 @@ impl Registrations {
                     entry.told = true;
                 }
                 _ => {
-                    grape.gone.insert(name);
+                    ledger.withdrawn.insert(name);
                 }
             }
         }
-        if now >= grape.keeps_until {
+        if now >= ledger.keeps_until {
             // It has forgotten them by itself.
-            grape.gone.clear();
+            ledger.withdrawn.clear();
         }
         grape.failures += 1;
         if grape.failures > 1 {
@@ -502,36 +529,39 @@ impl Registrations {
         let is_open = |grape: &&Grape| {
             let told = grape.in_flight.as_ref();
             let telling = told.is_some_and(|told| !told.withdraw.is_empty());
-            grape.failures == 0 && (telling || !grape.gone.is_empty())
+            let ledger = grape.ledger.as_ref();
+            let to_tell = ledger.is_some_and(|ledger| !ledger.withdrawn.is_empty());
+            grape.failures == 0 && (telling || to_tell)
         };
         self.grapes.values().filter(is_open).count()
     }
 
-    /// Whether a grape has said that it has no registry.
-    pub(crate) fn is_deaf(&self, peer: &PeerId) -> bool {
-        self.grapes.get(peer).is_some_and(|grape| grape.deaf)
+    /// Whether a grape is known to have no registry.
+    pub(crate) fn lacks_registry(&self, peer: &PeerId) -> bool {
+        let grape = self.grapes.get(peer);
+        grape.is_some_and(|grape| grape.ledger.is_none())
     }
 
     /// A grape has answered that it has no registry.
-    pub(crate) fn on_deaf(&mut self, peer: &PeerId, now: Instant) {
+    pub(crate) fn on_no_registry(&mut self, peer: &PeerId, now: Instant) {
         let Some(grape) = self.grapes.get_mut(peer) else {
             return;
         };
-        if grape.turn_deaf() {
-            self.deaf += 1;
-            self.turned_deaf.push(*peer);
+        if grape.ledger.take().is_some() {
+            self.without_registry += 1;
+            self.found_without.push(*peer);
         }
         self.reschedule(peer, now);
     }
 
-    /// The next grape that turned out to be deaf.
-    pub(crate) fn poll_deaf(&mut self) -> Option<PeerId> {
-        self.turned_deaf.pop()
+    /// The next grape that turned out to have no registry.
+    pub(crate) fn poll_without_registry(&mut self) -> Option<PeerId> {
+        self.found_without.pop()
     }
 
     /// Whether a grape that is known has no registry, so that Kademlia has to tell it.
-    pub(crate) fn knows_deaf(&self) -> bool {
-        self.deaf > 0
+    pub(crate) fn knows_one_without_registry(&self) -> bool {
+        self.without_registry > 0
     }
 
     /// Looks for the grapes of names, again or for the first time.
@@ -583,63 +613,42 @@ impl Registrations {
 
 impl Grape {
     fn new(now: Instant) -> Self {
-        let mut grape = Self {
+        Self {
             every: false,
             closest_to: BTreeSet::new(),
-            lease: LEASE,
-            deaf: false,
-            fresh: BTreeSet::new(),
-            refused: BTreeSet::new(),
-            retry: None,
-            gone: BTreeSet::new(),
-            keeps_until: now,
-            round: None,
-            next_round: now,
+            ledger: Some(Ledger::new(now)),
             in_flight: None,
             failures: 0,
             not_before: None,
             due: None,
-        };
-        grape.next_round += grape.renewal();
-        grape
+        }
     }
 
     /// Whether it keeps names by itself, or is to hear that one is gone.
     fn is_needed(&self) -> bool {
-        !self.closest_to.is_empty() || !self.gone.is_empty() || self.in_flight.is_some()
-    }
-
-    /// How long after one round the next one begins.
-    fn renewal(&self) -> Duration {
-        let jitter = rand::rng().random_range(0.8..1.0);
-        (self.lease / RENEWALS_PER_LEASE).mul_f64(jitter)
-    }
-
-    /// Returns whether it was not before.
-    fn turn_deaf(&mut self) -> bool {
-        self.fresh.clear();
-        (self.refused, self.retry) = Default::default();
-        self.gone.clear();
-        !std::mem::replace(&mut self.deaf, true)
+        let ledger = self.ledger.as_ref();
+        let has_withdrawn = ledger.is_some_and(|ledger| !ledger.withdrawn.is_empty());
+        !self.closest_to.is_empty() || has_withdrawn || self.in_flight.is_some()
     }
 
     /// When there is something to tell.
     fn next_due(&self, nothing_announced: bool, now: Instant) -> Option<Instant> {
-        if self.deaf || self.in_flight.is_some() {
+        let ledger = self.ledger.as_ref()?;
+        if self.in_flight.is_some() {
             return None;
         }
         let keeps_nothing = match self.every {
             true => nothing_announced,
             false => self.closest_to.is_empty(),
         };
-        let at_once = !self.fresh.is_empty() || !self.gone.is_empty() || self.round.is_some();
-        let due = match (at_once, keeps_nothing) {
+        let due = match (ledger.is_behind(), keeps_nothing) {
             // An earlier one stays as it is.
             (true, _) => self.due.map_or(now, |due| due.min(now)),
             (false, true) => return None,
-            (false, false) => self
-                .retry
-                .map_or(self.next_round, |at| at.min(self.next_round)),
+            (false, false) => {
+                let retry = ledger.retry;
+                retry.map_or(ledger.next_round, |at| at.min(ledger.next_round))
+            }
         };
         Some(self.not_before.map_or(due, |at| at.max(due)))
     }
@@ -650,25 +659,25 @@ impl Grape {
         names: &mut BTreeMap<Number, Name>,
         now: Instant,
     ) -> Option<(Vec<ServiceName>, Vec<ServiceName>)> {
-        if self.in_flight.is_some() || self.deaf {
+        if self.in_flight.is_some() {
             return None;
         }
-        if self.round.is_none() && self.next_round <= now {
-            self.round = Some(Number::MIN);
-            self.next_round = now + self.renewal();
-        }
-        if self.retry.is_some_and(|at| at <= now) {
-            self.retry = None;
-            self.fresh.append(&mut self.refused);
-        }
+        let ledger = self.ledger.as_mut()?;
+        ledger.on_time(now);
         let mut announce: Vec<Number> = Vec::new();
         // New names do not keep a round from going on, nor the other way round.
-        self.take_fresh(MAX_NAMES / 2, &mut announce);
-        self.go_on(names, &mut announce);
-        self.take_fresh(MAX_NAMES, &mut announce);
+        ledger.take_pending(MAX_NAMES / 2, &mut announce);
+        if let Some(from) = ledger.round {
+            let range = (Bound::Included(from), Bound::Unbounded);
+            match self.every {
+                true => ledger.go_on(names.range(range).map(|(number, _)| number), &mut announce),
+                false => ledger.go_on(self.closest_to.range(range), &mut announce),
+            }
+        }
+        ledger.take_pending(MAX_NAMES, &mut announce);
         let mut withdraw = Vec::new();
         while withdraw.len() < MAX_NAMES
-            && let Some(name) = self.gone.pop_first()
+            && let Some(name) = ledger.withdrawn.pop_first()
         {
             withdraw.push(name);
         }
@@ -677,7 +686,7 @@ impl Grape {
         }
         if !announce.is_empty() {
             // What it grants is not known yet: at least as long as ours do, from when it arrives.
-            self.keeps_until = self.keeps_until.max(now + 2 * LEASE);
+            ledger.keeps_until = ledger.keeps_until.max(now + 2 * LEASE);
         }
         let mut told = Vec::with_capacity(announce.len());
         for number in &announce {
@@ -692,35 +701,72 @@ impl Grape {
         });
         Some((told, withdraw))
     }
+}
 
-    fn take_fresh(&mut self, up_to: usize, announce: &mut Vec<Number>) {
+impl Ledger {
+    fn new(now: Instant) -> Self {
+        let mut ledger = Self {
+            lease: LEASE,
+            pending: BTreeSet::new(),
+            refused: BTreeSet::new(),
+            retry: None,
+            withdrawn: BTreeSet::new(),
+            keeps_until: now,
+            round: None,
+            next_round: now,
+        };
+        ledger.next_round += ledger.renewal();
+        ledger
+    }
+
+    /// How long after one round the next one begins.
+    fn renewal(&self) -> Duration {
+        let jitter = rand::rng().random_range(0.8..1.0);
+        (self.lease / RENEWALS_PER_LEASE).mul_f64(jitter)
+    }
+
+    /// Whether there is something to tell at once.
+    fn is_behind(&self) -> bool {
+        !self.pending.is_empty() || !self.withdrawn.is_empty() || self.round.is_some()
+    }
+
+    /// Begins a round, and repeats what was refused, when it is time.
+    fn on_time(&mut self, now: Instant) {
+        if self.round.is_none() && self.next_round <= now {
+            self.round = Some(Number::MIN);
+            self.next_round = now + self.renewal();
+        }
+        if self.retry.is_some_and(|at| at <= now) {
+            self.retry = None;
+            self.pending.append(&mut self.refused);
+        }
+    }
+
+    fn take_pending(&mut self, up_to: usize, announce: &mut Vec<Number>) {
         while announce.len() < up_to
-            && let Some(number) = self.fresh.pop_first()
+            && let Some(number) = self.pending.pop_first()
         {
             announce.push(number);
         }
     }
 
-    /// Fills a message with the next names of the round, which ends with the last one.
-    fn go_on(&mut self, names: &BTreeMap<Number, Name>, announce: &mut Vec<Number>) {
-        let Some(from) = self.round else {
-            return;
-        };
+    /// Fills a message with the next names of the round, of which these are left; it ends with the
+    /// last one.
+    fn go_on<'a>(
+        &mut self,
+        mut rest: impl Iterator<Item = &'a Number>,
+        announce: &mut Vec<Number>,
+    ) {
         let new = announce.len();
-        let range = (Bound::Included(from), Bound::Unbounded);
-        let mut rest: Box<dyn Iterator<Item = Number>> = match self.every {
-            true => Box::new(names.range(range).map(|(number, _)| *number)),
-            false => Box::new(self.closest_to.range(range).copied()),
-        };
         self.round = loop {
             if announce.len() >= MAX_NAMES {
-                break rest.next();
+                break rest.next().copied();
             }
             let Some(number) = rest.next() else {
                 break None;
             };
-            if announce[..new].binary_search(&number).is_err() && !self.fresh.contains(&number) {
-                announce.push(number);
+            if announce[..new].binary_search(number).is_err() && !self.pending.contains(number) {
+                announce.push(*number);
             }
         };
     }
@@ -1076,16 +1122,19 @@ mod tests {
     }
 
     #[test]
-    fn a_deaf_grape_is_left_alone_until_it_reconnects() {
+    fn a_grape_without_registry_is_left_alone_until_it_reconnects() {
         let grapes = grapes(2);
         let mut scene = Scene::new(&grapes);
         scene.announce([1]);
         let update = scene.update().unwrap();
-        scene.answer(&update.grape, Answer::Deaf);
+        scene.answer(&update.grape, Answer::NoRegistry);
         scene.settle();
-        assert_eq!(scene.registrations.poll_deaf(), Some(update.grape));
-        assert_eq!(scene.registrations.poll_deaf(), None);
-        assert!(scene.registrations.knows_deaf());
+        assert_eq!(
+            scene.registrations.poll_without_registry(),
+            Some(update.grape)
+        );
+        assert_eq!(scene.registrations.poll_without_registry(), None);
+        assert!(scene.registrations.knows_one_without_registry());
         scene.announce([2]);
         scene.withdraw(1);
         scene.settle();
@@ -1106,9 +1155,16 @@ mod tests {
         };
         let known = [known(ours), foreign];
         scene.registrations.on_grapes(&known, Scope::All, scene.now);
-        assert_eq!(scene.registrations.poll_deaf(), Some(foreign.peer));
+        assert_eq!(
+            scene.registrations.poll_without_registry(),
+            Some(foreign.peer)
+        );
         scene.registrations.on_grapes(&known, Scope::All, scene.now);
-        assert_eq!(scene.registrations.poll_deaf(), None, "only once");
+        assert_eq!(
+            scene.registrations.poll_without_registry(),
+            None,
+            "only once"
+        );
         scene.announce([1]);
         assert_eq!(scene.update().unwrap().grape, ours);
         assert_eq!(scene.update(), None);
@@ -1222,6 +1278,7 @@ mod tests {
         Connects(usize),
         Disconnects(usize),
         Knows(usize),
+        HasNoRegistry(usize),
         Asks(u8),
         Passes(u32),
     }
@@ -1233,6 +1290,7 @@ mod tests {
             (0..3usize).prop_map(Happening::Connects),
             (0..3usize).prop_map(Happening::Disconnects),
             (1..4usize).prop_map(Happening::Knows),
+            (0..3usize).prop_map(Happening::HasNoRegistry),
             (0..4u8).prop_map(Happening::Asks),
             (0..40u32).prop_map(Happening::Passes),
         ]
@@ -1270,6 +1328,9 @@ mod tests {
                         }
                         scene.knows(&grapes[..count], Scope::All);
                     }
+                    Happening::HasNoRegistry(grape) => {
+                        scene.registrations.on_no_registry(&grapes[grape], scene.now);
+                    }
                     // One in four messages arrives and its answer does not; one is lost.
                     Happening::Asks(luck) => if luck > 1 {
                         scene.settle();
@@ -1288,6 +1349,14 @@ mod tests {
                 }
             }
             scene.knows(&grapes, Scope::All);
+            for grape in &grapes {
+                if scene.registrations.lacks_registry(grape) {
+                    // What it kept before was no registry's, or is lost with its connection.
+                    scene.kept.remove(grape);
+                    scene.registrations.on_connected(grape, scene.now);
+                }
+            }
+            prop_assert!(!scene.registrations.knows_one_without_registry());
             for _ in 0..4 {
                 scene.now += LEASE / RENEWALS_PER_LEASE;
                 scene.settle();

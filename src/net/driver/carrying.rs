@@ -44,10 +44,10 @@ impl Driver {
             let kad = &mut self.swarm.behaviour_mut().kad;
             self.discovery.walk(kad, name);
         }
-        while let Some(grape) = self.names.registrations.poll_deaf() {
-            self.on_deaf(grape);
+        while let Some(grape) = self.names.registrations.poll_without_registry() {
+            self.on_no_registry(grape);
         }
-        let by_kademlia = self.registrar || self.names.registrations.knows_deaf();
+        let by_kademlia = self.registrar || self.names.registrations.knows_one_without_registry();
         self.discovery.announcements.use_kademlia(by_kademlia);
     }
 
@@ -307,7 +307,7 @@ impl Driver {
             self.swarm.behaviour_mut().kad.add_address(&grape, address);
         }
         self.on_grapes_changed();
-        if self.names.registrations.is_deaf(&grape) {
+        if self.names.registrations.lacks_registry(&grape) {
             self.discovery.announcements.on_grape(grape);
         }
         if self.connectivity.bootstraps.connected().len() == 1 {

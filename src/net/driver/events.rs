@@ -235,9 +235,9 @@ impl Driver {
                     self.on_published(published, &name);
                 }
             }
-            names::Learned::Deaf(grape, sought) => {
+            names::Learned::NoRegistry(grape, sought) => {
                 for name in sought {
-                    self.discovery.lookups.on_deaf(&grape, &name);
+                    self.discovery.lookups.on_no_registry(&grape, &name);
                 }
             }
             names::Learned::Found(grape, found) => {
@@ -278,7 +278,7 @@ impl Driver {
     }
 
     /// A grape without a registry is told of names by rendezvous and Kademlia.
-    pub(super) fn on_deaf(&mut self, grape: PeerId) {
+    pub(super) fn on_no_registry(&mut self, grape: PeerId) {
         if self.connectivity.bootstraps.connected().contains(&grape) {
             self.discovery.announcements.on_grape(grape);
         }
