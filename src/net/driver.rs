@@ -31,9 +31,10 @@ use crate::error::{AnnounceError, LookupError, SpawnError};
 use crate::limits::{KEEP_ALIVE_INTERVAL, MAX_ANNOUNCED, MAX_LOOKUPS, SHUTDOWN_DEADLINE};
 use crate::metrics::Metrics;
 use crate::name::ServiceName;
-use crate::proto::exploration::Exploration;
-use crate::proto::lookup::{Grapes, Plan};
+use crate::proto::grapes::Grapes;
+use crate::proto::lookup::{Connected, Plan};
 use crate::proto::rate::RateLimit;
+use crate::proto::registrations::Registrations;
 use crate::proto::routes::Routes;
 use crate::store::Registry;
 
@@ -41,13 +42,6 @@ use listen::listen;
 
 /// How often expired records are dropped, and lookups that nobody waits for.
 const HOUSEKEEPING: Duration = Duration::from_secs(1);
-
-/// How long after one change of the known grapes the next is looked at, for each grape of a large
-/// network: each is a look at all of them, and a grape that joins hundreds meets some in every moment.
-const PAUSE_PER_GRAPE: Duration = Duration::from_millis(2);
-
-/// The longest such pause.
-const MAX_PAUSE: Duration = Duration::from_secs(1);
 
 /// The provider records taken from one peer by Kademlia each second: as many as by rendezvous.
 const RECORDS_PER_SECOND: u32 = 2_000;
@@ -103,11 +97,8 @@ pub(super) async fn start(settings: Settings) -> Result<Handle, SpawnError> {
         records: RateLimit::new(RECORDS_PER_SECOND),
         puts: RateLimit::new(VALUES_PER_SECOND),
         registrar: settings.registrar,
-        grapes: known_grapes,
-        grapes_told: now,
-        grapes_due: None,
-        looked_around: false,
-        exploration: Exploration::default(),
+        grapes: Grapes::new(now),
+        known_grapes,
         routes: Arc::clone(&routes),
         metrics: Arc::clone(&metrics),
     };
@@ -156,14 +147,8 @@ struct Driver {
     records: RateLimit,
     puts: RateLimit,
     registrar: bool,
-    /// The other grapes that this one knows, when they were last told, and when again because they
-    /// may have changed.
-    grapes: watch::Sender<Vec<KnownGrape>>,
-    grapes_told: Instant,
-    grapes_due: Option<Instant>,
-    /// Whether the grapes near this node have been asked for once.
-    looked_around: bool,
-    exploration: Exploration,
+    grapes: Grapes,
+    known_grapes: watch::Sender<Vec<KnownGrape>>,
     routes: Arc<Routes<Link>>,
     metrics: Arc<Metrics>,
 }
@@ -365,11 +350,9 @@ impl Driver {
         behaviour
             .kad
             .stop_providing(&kad::RecordKey::new(&name.key()));
-        // A grape of ours hears of it by its registry.
-        let by_rendezvous = |grape: &PeerId| {
-            self.names.registrations.lacks_registry(grape) || !self.connectivity.is_ours(grape)
-        };
-        for grape in grapes.filter(by_rendezvous) {
+        let registrations = &self.names.registrations;
+        let by_registry = |grape: &PeerId| has_registry(&self.connectivity, registrations, grape);
+        for grape in grapes.filter(|grape| !by_registry(grape)) {
             self.rendezvous
                 .unregister(&mut behaviour.rendezvous, grape, name);
         }
@@ -389,7 +372,8 @@ impl Driver {
             return;
         }
         let grapes = self.grapes_to_ask();
-        if grapes.bootstraps.is_empty() && self.connectivity.bootstraps.is_starting() {
+        let has_none = grapes.registries.is_empty() && grapes.points.is_empty();
+        if has_none && self.connectivity.bootstraps.is_starting() {
             return;
         }
         // A grape that is not connected any more can be dialled, if Kademlia knows it.
@@ -415,25 +399,25 @@ impl Driver {
     }
 
     /// What is known of the grapes that a lookup may ask.
-    fn grapes_to_ask(&self) -> Grapes {
+    fn grapes_to_ask(&self) -> Connected {
         let registrations = &self.names.registrations;
         let bootstraps = self.connectivity.bootstraps.connected();
-        let mut others = Vec::new();
-        let mut count = None;
-        let known = self.grapes.borrow().len();
         // A grape has some of the names itself, and asks Kademlia for the others.
-        if self.looked_around && !self.registrar && self.names.most_grapes() <= known as u64 {
-            count = Some(known);
+        let count = self.grapes.count().filter(|_| !self.registrar);
+        let mut others = Vec::new();
+        if count.is_some() {
             others = self.connectivity.grapes();
             others.retain(|grape| {
-                let is_ours =
-                    self.connectivity.is_ours(grape) && !registrations.lacks_registry(grape);
-                is_ours && !bootstraps.contains(grape)
+                let has_registry = has_registry(&self.connectivity, registrations, grape);
+                has_registry && !bootstraps.contains(grape)
             });
         }
-        let with_kind = |grape| (grape, registrations.lacks_registry(&grape));
-        Grapes {
-            bootstraps: bootstraps.into_iter().map(with_kind).collect(),
+        let (points, registries) = bootstraps
+            .iter()
+            .partition(|grape| registrations.lacks_registry(grape));
+        Connected {
+            registries,
+            points,
             others,
             count,
         }
@@ -451,8 +435,7 @@ impl Driver {
             self.discovery.announcements.next_due(),
             self.names.registrations.next_due(),
             self.discovery.lookups.next_deadline(),
-            self.exploration.next_due(),
-            self.grapes_due,
+            self.grapes.next_due(),
         ];
         let due = due.into_iter().flatten().min();
         due.unwrap_or(self.housekeeping)
@@ -465,7 +448,7 @@ impl Driver {
         let now = Instant::now();
         self.dial_bootstraps(now);
         self.discovery.lookups.on_time(now);
-        if self.exploration.poll(now) && self.needs_to_look() {
+        if self.grapes.poll_exploration(now) && self.needs_to_look() {
             self.look_around();
         }
         if now >= self.keep_alive {
@@ -480,7 +463,7 @@ impl Driver {
     /// there are.
     fn needs_to_look(&self) -> bool {
         let announces = self.discovery.announcements.len() > 0;
-        self.registrar || announces || self.names.most_grapes() > self.grapes.borrow().len() as u64
+        self.registrar || announces || self.grapes.are_more()
     }
 
     fn keep_alive(&mut self, now: Instant) {
@@ -502,4 +485,14 @@ impl Driver {
         self.release_held();
         self.housekeeping = now + HOUSEKEEPING;
     }
+}
+
+/// Whether a grape is known to have a registry of names, so that it need not be told and asked by
+/// other means.
+fn has_registry(
+    connectivity: &Connectivity,
+    registrations: &Registrations,
+    grape: &PeerId,
+) -> bool {
+    connectivity.is_ours(grape) && !registrations.lacks_registry(grape)
 }

@@ -16,6 +16,7 @@ use tokio::time::{Instant, timeout_at};
 use super::rpc::Outcome;
 use crate::limits::{MAX_ADDRESSES, SERVES_DEADLINE};
 use crate::name::ServiceName;
+use crate::proto::grapes::Grapes;
 use crate::proto::registrations::{Answer, Registrations, Update};
 use crate::proto::rendezvous::SignedPeer;
 use crate::proto::wire::{ErrorCode, MAX_SOUGHT, NAMES, NamesReply, NamesRequest, SERVES};
@@ -49,9 +50,6 @@ pub(crate) struct Names {
     under_way: FuturesUnordered<BoxFuture<'static, Answered>>,
     /// What is asked of each grape at the end of this turn.
     sought: HashMap<PeerId, Vec<ServiceName>>,
-    /// How many grapes each grape says that there are, and whether that has changed.
-    counts: HashMap<PeerId, u64>,
-    counts_changed: bool,
 }
 
 /// A message that is to be sent; what waits for its outcome is told by the sender.
@@ -87,8 +85,6 @@ impl Names {
             registrations: Registrations::new(),
             under_way: FuturesUnordered::new(),
             sought: HashMap::new(),
-            counts: HashMap::new(),
-            counts_changed: false,
         }
     }
 
@@ -195,8 +191,13 @@ impl Names {
         }
     }
 
-    /// Handles an answer.
-    pub(crate) fn on_answer(&mut self, answered: Answered, now: time::Instant) -> Learned {
+    /// Handles an answer, of which `grapes` learns how many there are.
+    pub(crate) fn on_answer(
+        &mut self,
+        answered: Answered,
+        grapes: &mut Grapes,
+        now: time::Instant,
+    ) -> Learned {
         let Answered {
             peer,
             asked,
@@ -204,11 +205,11 @@ impl Names {
         } = answered;
         match asked {
             Asked::Update { announced } => {
-                let reply = self.read(peer, outcome);
+                let reply = read(peer, outcome, grapes, now);
                 self.on_told(peer, announced, reply, now)
             }
             Asked::Find(names) => {
-                let reply = self.read(peer, outcome);
+                let reply = read(peer, outcome, grapes, now);
                 self.on_found(peer, names, reply, now)
             }
             Asked::Serves(name) => match outcome {
@@ -216,15 +217,6 @@ impl Names {
                 outcome => Learned::Serves(peer, name, outcome.serves()),
             },
         }
-    }
-
-    fn read(&mut self, grape: PeerId, outcome: Outcome) -> Reply {
-        let reply = read(outcome);
-        if let Reply::Read(reply) = &reply {
-            let before = self.counts.insert(grape, reply.grapes);
-            self.counts_changed |= before != Some(reply.grapes);
-        }
-        reply
     }
 
     fn on_told(
@@ -280,27 +272,6 @@ impl Names {
         });
         Learned::Found(grape, names.into_iter().zip(providers).collect())
     }
-
-    /// A peer has no connection any more.
-    pub(crate) fn on_disconnected(&mut self, peer: &PeerId, now: time::Instant) {
-        self.counts.remove(peer);
-        self.registrations.on_disconnected(peer, now);
-    }
-
-    /// Forgets what grapes have said of how many there are.
-    pub(crate) fn forget_counts(&mut self, of: impl Fn(&PeerId) -> bool) {
-        self.counts.retain(|grape, _| !of(grape));
-    }
-
-    /// The most grapes that any grape says there are.
-    pub(crate) fn most_grapes(&self) -> u64 {
-        self.counts.values().copied().max().unwrap_or_default()
-    }
-
-    /// Whether a grape has said something new about how many there are, since the last call.
-    pub(crate) fn counts_changed(&mut self) -> bool {
-        std::mem::take(&mut self.counts_changed)
-    }
 }
 
 /// What came back.
@@ -311,10 +282,13 @@ enum Reply {
     Nothing,
 }
 
-fn read(outcome: Outcome) -> Reply {
+fn read(grape: PeerId, outcome: Outcome, grapes: &mut Grapes, now: time::Instant) -> Reply {
     match outcome {
         Outcome::Answered(Ok(payload)) => match NamesReply::decode(&payload) {
-            Ok(reply) => Reply::Read(reply),
+            Ok(reply) => {
+                grapes.on_said(grape, reply.grapes, now);
+                Reply::Read(reply)
+            }
             Err(error) => {
                 tracing::debug!(%error, "a registry's answer makes no sense");
                 Reply::Nothing

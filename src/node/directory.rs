@@ -12,7 +12,7 @@ use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
 use futures::stream::{FuturesUnordered, StreamExt};
-use libp2p::{PeerId, kad};
+use libp2p::PeerId;
 use tokio::sync::{Semaphore, mpsc, oneshot};
 use tokio::time::timeout;
 
@@ -20,6 +20,7 @@ use super::{Node, call};
 use crate::name::{self, ServiceName};
 use crate::net::{Carried, Command, KnownGrape, Outcome};
 use crate::proto::bep44::Target;
+use crate::proto::grapes::SMALL;
 use crate::proto::wire::{Batch, BatchReply, Digest, REGISTRY};
 use crate::store::Registry;
 use crate::store::workers::{Full, draw};
@@ -254,5 +255,5 @@ impl Directory {
 
 /// Whether each grape of a network knows all others, and is responsible for every name.
 fn is_small(known: &[KnownGrape]) -> bool {
-    known.len() < kad::K_VALUE.get()
+    known.len() < SMALL
 }

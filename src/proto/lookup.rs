@@ -25,23 +25,20 @@ use std::collections::{BTreeSet, HashMap, HashSet, VecDeque};
 use std::hash::Hash;
 use std::time::{Duration, Instant};
 
-use libp2p::{Multiaddr, PeerId, kad};
+use libp2p::{Multiaddr, PeerId};
 use rand::seq::IndexedRandom;
 
 use crate::limits::{
     DIAL_DEADLINE, LOOKUP_DEADLINE, LOOKUP_SETTLE, MAX_ADDRESSES, MAX_CANDIDATES, SERVES_DEADLINE,
 };
 use crate::name::ServiceName;
+use crate::proto::grapes::SMALL;
 
 /// How long the grapes that were asked may take before Kademlia is asked as well: many round trips.
 const PATIENCE: Duration = Duration::from_millis(200);
 
 /// The grapes of a small network that are asked: one that is dead or lies hides nobody from the others.
 const WITNESSES: usize = 3;
-
-/// A small network has fewer grapes than this: Kademlia's replication factor, so that each one is
-/// responsible for every name.
-pub(crate) const SMALL: usize = kad::K_VALUE.get();
 
 /// Whom a lookup asks.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -56,31 +53,27 @@ pub(crate) struct Plan {
     all_asked: bool,
 }
 
-/// What a node knows of the grapes.
+/// The grapes that a lookup may ask.
 #[derive(Clone, Debug, Default)]
-pub(crate) struct Grapes {
-    /// The bootstrap grapes that are connected, and whether each one is deaf to the RPC.
-    pub(crate) bootstraps: Vec<(PeerId, bool)>,
-    /// Others that are connected and have a registry of names.
+pub(crate) struct Connected {
+    /// The bootstrap grapes with a registry of names.
+    pub(crate) registries: Vec<PeerId>,
+    /// Those without, which are rendezvous points.
+    pub(crate) points: Vec<PeerId>,
+    /// Other grapes with a registry.
     pub(crate) others: Vec<PeerId>,
-    /// How many there are, connected or not; `None`: this node has not looked around, or a grape
-    /// says that there are more.
+    /// How many grapes there are, connected or not, if that is known.
     pub(crate) count: Option<usize>,
 }
 
 impl Plan {
     /// Whom to ask, drawn at random where a few are as good as all.
-    pub(crate) fn draw(grapes: &Grapes) -> Self {
-        let deaf = |wanted: bool| {
-            let of_kind = move |(peer, deaf): &(PeerId, bool)| (*deaf == wanted).then_some(*peer);
-            grapes.bootstraps.iter().filter_map(of_kind)
-        };
-        let points: Vec<_> = deaf(true).collect();
-        let registries: Vec<_> = deaf(false).collect();
+    pub(crate) fn draw(grapes: &Connected) -> Self {
+        let (registries, points) = (&grapes.registries, grapes.points.clone());
         let small = grapes.count.filter(|count| *count < SMALL);
         let Some(count) = small.filter(|_| !registries.is_empty()) else {
             return Self {
-                registries,
+                registries: registries.clone(),
                 points,
                 ..Self::default()
             };
@@ -1156,10 +1149,10 @@ mod tests {
     #[test]
     fn a_plan_asks_some_grapes_of_a_small_network_and_kademlia_in_every_other() {
         let peers: Vec<_> = (0..8).map(|_| PeerId::random()).collect();
-        let of = |bootstraps: usize, deaf: usize, others: usize, count| {
-            let kind = |(index, peer): (usize, &PeerId)| (*peer, index < deaf);
-            Plan::draw(&Grapes {
-                bootstraps: peers[..bootstraps].iter().enumerate().map(kind).collect(),
+        let of = |bootstraps: usize, points: usize, others: usize, count| {
+            Plan::draw(&Connected {
+                points: peers[..points].to_vec(),
+                registries: peers[points..bootstraps].to_vec(),
                 others: peers[bootstraps..bootstraps + others].to_vec(),
                 count,
             })

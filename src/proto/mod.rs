@@ -213,6 +213,7 @@ pub(crate) mod bootstrap;
 pub(crate) mod exploration;
 #[doc(hidden)]
 pub mod frame;
+pub(crate) mod grapes;
 pub(crate) mod lookup;
 pub(crate) mod rate;
 pub(crate) mod registrations;

@@ -1,13 +1,13 @@
 //! Carries out what the concerns decide.
 
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use libp2p::swarm::DialError;
 use libp2p::swarm::dial_opts::{DialOpts, PeerCondition};
 use libp2p::{Multiaddr, PeerId, kad};
 
-use super::{Driver, MAX_PAUSE, PAUSE_PER_GRAPE};
+use super::Driver;
 use crate::error::{AnnounceError, LookupError};
 use crate::name::ServiceName;
 use crate::net::connectivity::{KnownGrape, describe};
@@ -16,14 +16,14 @@ use crate::net::rpc::kept::Question;
 use crate::net::rpc::link::Lane;
 use crate::net::rpc::single::Outbound;
 use crate::proto::announce::Place;
-use crate::proto::lookup::{Outcome, SMALL, Step};
-use crate::proto::registrations::{Known, Scope};
+use crate::proto::lookup::{Outcome, Step};
+use crate::proto::registrations::Known;
 
 impl Driver {
     pub(super) fn carry_out(&mut self) {
         let now = Instant::now();
-        if self.grapes_due.is_some_and(|due| due <= now) {
-            self.tell_grapes(now);
+        if self.grapes.is_look_due(now) {
+            self.look_at_grapes(now);
         }
         self.carry_out_lookups(now);
         self.carry_out_names(now);
@@ -101,33 +101,25 @@ impl Driver {
         self.keep_stream(peer, lane);
     }
 
-    /// The grapes that this node knows may have changed.
-    pub(super) fn on_grapes_changed(&mut self) {
-        let pause = match self.grapes.borrow().len() {
-            0..SMALL => Duration::ZERO,
-            known => (PAUSE_PER_GRAPE * known as u32).min(MAX_PAUSE),
-        };
-        self.grapes_due.get_or_insert(self.grapes_told + pause);
-    }
-
-    fn tell_grapes(&mut self, now: Instant) {
-        (self.grapes_told, self.grapes_due) = (now, None);
+    /// Looks which grapes are known, and tells all who have to know.
+    fn look_at_grapes(&mut self, now: Instant) {
         let kad = &mut self.swarm.behaviour_mut().kad;
         let routed = kad.kbuckets().flat_map(|bucket| {
             let peers = bucket.iter().map(|entry| *entry.node.key.preimage());
             peers.collect::<Vec<_>>()
         });
         let known = self.connectivity.known_grapes(routed);
-        self.names
-            .forget_counts(|grape| !self.connectivity.is_connected(grape));
-        self.registry.on_grapes(known.len());
-        let known_few = (1..SMALL).contains(&known.len());
-        // What a grape says is known sooner than what this node finds; to walk is right in any case.
-        let is_small = known.len() < SMALL && self.names.most_grapes() <= SMALL as u64;
-        let scope = match is_small {
-            true => Scope::All,
-            false => Scope::Closest,
+        let peer = |grape: &KnownGrape| grape.peer;
+        let others = {
+            let before = self.known_grapes.borrow();
+            before.iter().map(peer).ne(known.iter().map(peer))
         };
+        if others {
+            tracing::debug!(grapes = known.len(), "the known grapes have changed");
+        }
+        let is_connected = |grape: &PeerId| self.connectivity.is_connected(grape);
+        self.grapes.on_known(known.len(), others, is_connected, now);
+        self.registry.on_grapes(known.len());
         let bootstraps = self.connectivity.bootstraps.connected();
         let kinds = known.iter().map(|grape| Known {
             peer: grape.peer,
@@ -135,15 +127,8 @@ impl Driver {
             is_foreign: self.connectivity.is_foreign(&grape.peer),
         });
         let registrations = &mut self.names.registrations;
-        registrations.on_grapes(&kinds.collect::<Vec<_>>(), scope, now);
-        let exploration = &mut self.exploration;
-        self.grapes.send_if_modified(|before| {
-            let peer = |grape: &KnownGrape| grape.peer;
-            let met_another = before.iter().map(peer).ne(known.iter().map(peer));
-            if met_another {
-                tracing::debug!(grapes = known.len(), "the known grapes have changed");
-                exploration.on_grapes(known_few, now);
-            }
+        registrations.on_grapes(&kinds.collect::<Vec<_>>(), self.grapes.scope(), now);
+        self.known_grapes.send_if_modified(|before| {
             let changed = *before != known;
             *before = known;
             changed
@@ -306,7 +291,7 @@ impl Driver {
             // So that the first query need not wait for identify.
             self.swarm.behaviour_mut().kad.add_address(&grape, address);
         }
-        self.on_grapes_changed();
+        self.grapes.on_changed();
         if self.names.registrations.lacks_registry(&grape) {
             self.discovery.announcements.on_grape(grape);
         }

@@ -18,7 +18,7 @@ use crate::net::rpc::link::Lane;
 use crate::net::rpc::single::Serves;
 use crate::net::swarm::BehaviourEvent;
 use crate::proto::announce::Place;
-use crate::proto::lookup::{SMALL, Source};
+use crate::proto::lookup::Source;
 use crate::store::{NewRecord, Origin, Prefix};
 
 impl Driver {
@@ -48,7 +48,7 @@ impl Driver {
                     // Kademlia keeps a dead grape until its bucket is full, and each query would
                     // wait for it.
                     self.swarm.behaviour_mut().kad.remove_peer(&peer);
-                    self.on_grapes_changed();
+                    self.grapes.on_changed();
                 }
                 let failed = self
                     .connectivity
@@ -106,11 +106,12 @@ impl Driver {
                 .set(self.swarm.network_info().num_peers() as u64);
             self.routes.on_disconnected(&peer);
             self.rendezvous.on_disconnected(&peer);
-            self.names.on_disconnected(&peer, now);
+            self.names.registrations.on_disconnected(&peer, now);
+            self.grapes.on_disconnected(&peer);
             self.records.forget(&peer);
             self.puts.forget(&peer);
             if was_grape || change.bootstrap {
-                self.on_grapes_changed();
+                self.grapes.on_changed();
             }
         }
         if change.bootstrap {
@@ -139,7 +140,7 @@ impl Driver {
                     self.connectivity.on_explored();
                 }
                 if matches!(event, kad::Event::RoutingUpdated { .. }) {
-                    self.on_grapes_changed();
+                    self.grapes.on_changed();
                 }
                 let Some(event) = self.values.on_event(event) else {
                     return;
@@ -216,15 +217,16 @@ impl Driver {
             Some(discovery::Learned::Walked(name, closest)) => {
                 self.names.registrations.on_walked(&name, &closest, now);
             }
-            Some(discovery::Learned::LookedAround(somebody)) => self.looked_around |= somebody,
+            Some(discovery::Learned::LookedAround(true)) => self.grapes.on_looked_around(),
+            Some(discovery::Learned::LookedAround(false)) => {}
             None => {}
         }
     }
 
     pub(super) fn on_names(&mut self, answered: names::Answered) {
         let now = Instant::now();
-        let learned = self.names.on_answer(answered, now);
-        if self.names.most_grapes() > self.grapes.borrow().len() as u64 {
+        let learned = self.names.on_answer(answered, &mut self.grapes, now);
+        if self.grapes.are_more() {
             // Before what the grape has found: there are others that may know more.
             self.discovery.lookups.on_more_grapes();
         }
@@ -249,14 +251,6 @@ impl Driver {
                 self.discovery.lookups.on_answer(&peer, &name, serves, now);
             }
             names::Learned::NotAsked(peer, name) => self.ask_serves(peer, name),
-        }
-        if self.names.counts_changed() {
-            self.on_grapes_changed();
-            let known = self.grapes.borrow().len();
-            if self.names.most_grapes() != known as u64 {
-                let known_few = (1..SMALL).contains(&known);
-                self.exploration.on_grapes(known_few, now);
-            }
         }
     }
 
@@ -356,7 +350,7 @@ impl Driver {
     pub(super) fn on_identified(&mut self, peer: PeerId, info: &identify::Info) {
         let back = self.connectivity.on_identified(peer, info, self.registrar);
         if self.connectivity.is_grape(&peer) {
-            self.on_grapes_changed();
+            self.grapes.on_changed();
         }
         if self.routes.link(peer).wants_kept() {
             // They were sent before it was known that one can be kept.
