@@ -1,7 +1,7 @@
 //! The loop that owns the Swarm: it routes events and commands to the concerns, carries out what they
 //! decide, and passes on what one learns and another needs. It waits nowhere but in its `select!`.
 
-mod carrying;
+mod actions;
 mod events;
 mod listen;
 

@@ -47,7 +47,7 @@ const COMMANDS: usize = 256;
 
 /// What connections run over.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Carrier {
+pub(crate) enum Transport {
     /// TCP and QUIC, with names resolved by DNS.
     Network,
     /// Channels inside this process.
@@ -58,7 +58,7 @@ pub(crate) enum Carrier {
 #[derive(Debug)]
 pub(crate) struct Settings {
     pub(crate) identity: Identity,
-    pub(crate) carrier: Carrier,
+    pub(crate) transport: Transport,
     pub(crate) listen: Vec<Multiaddr>,
     /// Addresses that others reach this node at although it does not listen on them.
     pub(crate) external: Vec<Multiaddr>,

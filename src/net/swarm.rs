@@ -14,14 +14,14 @@ use libp2p::request_response::{self, ProtocolSupport};
 use libp2p::swarm::NetworkBehaviour;
 use libp2p::swarm::behaviour::toggle::Toggle;
 use libp2p::{
-    PeerId, Swarm, Transport, dns, identify, identity, kad, memory_connection_limits, noise, ping,
-    quic, swarm, tcp, yamux,
+    PeerId, Swarm, Transport as _, dns, identify, identity, kad, memory_connection_limits, noise,
+    ping, quic, swarm, tcp, yamux,
 };
 
 use super::admission;
 use super::rpc::serve::Server;
 use super::rpc::{single, streams};
-use super::{Carrier, Settings};
+use super::{Settings, Transport};
 use crate::limits::{
     AGENT_VERSION, CONNECT_TIMEOUT, FRAME_DEADLINE, IDENTIFY_VERSION, KAD_PROTOCOL,
     LOOKUP_DEADLINE, Limits, MAX_RENDEZVOUS_STREAMS, MAX_REQUEST_TIME, MAX_RPC_STREAMS,
@@ -55,9 +55,9 @@ pub(crate) fn build(
 ) -> io::Result<Swarm<Behaviour>> {
     let keypair = settings.identity.keypair();
     let peer = settings.identity.peer_id();
-    let transport = match settings.carrier {
-        Carrier::Network => network(keypair)?,
-        Carrier::Memory => memory(keypair)?,
+    let transport = match settings.transport {
+        Transport::Network => network(keypair)?,
+        Transport::Memory => memory(keypair)?,
     };
     let config = swarm::Config::with_tokio_executor()
         .with_idle_connection_timeout(settings.limits.idle)

@@ -8,7 +8,7 @@ use super::Node;
 use crate::error::SpawnError;
 use crate::identity::Identity;
 use crate::limits::{LEASE, Limits, MAX_BOOTSTRAP, MIN_LEASE};
-use crate::net::{self, Carrier, Settings};
+use crate::net::{self, Settings, Transport};
 
 /// What a node is for. A preset of its [`Builder`], nothing more.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -34,7 +34,7 @@ impl Builder {
     pub(super) fn new(role: Role) -> Self {
         let settings = Settings {
             identity: Identity::generate(),
-            carrier: Carrier::Network,
+            transport: Transport::Network,
             listen: Vec::new(),
             external: Vec::new(),
             bootstrap: Vec::new(),
@@ -102,7 +102,7 @@ impl Builder {
 
     /// Runs over channels inside this process; addresses are then `/memory/<number>`.
     pub(crate) fn in_memory(mut self) -> Self {
-        self.settings.carrier = Carrier::Memory;
+        self.settings.transport = Transport::Memory;
         self
     }
 
