@@ -266,33 +266,32 @@ pub struct ListenError {
 
 /// What the system said, with the remedy where there is one.
 pub(crate) fn explain(error: &(dyn error::Error + 'static)) -> String {
-    let mut error = error;
-    loop {
-        let io = error.downcast_ref::<io::Error>();
-        match io.map(io::Error::kind) {
-            Some(ErrorKind::AddrInUse) => {
-                return "another program uses this port; stop it or choose another one".into();
+    let known =
+        causes(error).find_map(|cause| match cause.downcast_ref().map(io::Error::kind)? {
+            ErrorKind::AddrInUse => {
+                Some("another program uses this port; stop it or choose another one")
             }
-            Some(ErrorKind::PermissionDenied) => {
-                return "this port needs privileges; choose one above 1023".into();
+            ErrorKind::PermissionDenied => {
+                Some("this port needs privileges; choose one above 1023")
             }
-            Some(ErrorKind::AddrNotAvailable) => return "this machine has no such address".into(),
-            _ => {}
-        }
-        // libp2p wraps what the system said in several layers of both kinds.
-        let inner = io.and_then(io::Error::get_ref).map(|inner| inner as _);
-        match inner.or_else(|| error.source()) {
-            Some(inner) => error = inner,
-            None => return error.to_string(),
-        }
-    }
+            ErrorKind::AddrNotAvailable => Some("this machine has no such address"),
+            _ => None,
+        });
+    known.map_or_else(|| innermost(error).to_string(), Into::into)
 }
 
-/// The cause that says most: libraries wrap what the system said in several layers.
+/// An error and what has led to it: libraries wrap what the system said in several layers.
+pub(crate) fn causes<'a>(
+    error: &'a (dyn error::Error + 'static),
+) -> impl Iterator<Item = &'a (dyn error::Error + 'static)> {
+    std::iter::successors(Some(error), |error| {
+        // What an I/O error wraps is not its source.
+        let inner = error.downcast_ref().and_then(io::Error::get_ref);
+        inner.map(|inner| inner as _).or_else(|| error.source())
+    })
+}
+
+/// The cause that says most.
 pub(crate) fn innermost<'a>(error: &'a (dyn error::Error + 'static)) -> &'a dyn error::Error {
-    let mut error = error;
-    while let Some(source) = error.source() {
-        error = source;
-    }
-    error
+    causes(error).last().unwrap_or(error)
 }

@@ -141,5 +141,22 @@ pub(crate) fn failure(error: &RequestError) -> Failure {
         RequestError::TooLarge { .. } => USAGE,
         _ => RUNTIME,
     };
-    Failure::new(code, error)
+    Failure::new(code, format!("{error}{}", remedy(error)))
+}
+
+/// What can be done about it, where the error does not say.
+fn remedy(error: &RequestError) -> &'static str {
+    match error {
+        RequestError::Lookup(LookupError::NotFound(_)) => {
+            ": check the name; its peer must be running, and use a grape of the same network"
+        }
+        RequestError::Lookup(LookupError::Unreachable { .. }) => {
+            ": it may have just stopped, or a firewall is in the way"
+        }
+        RequestError::TimedOut(_) | RequestError::Lookup(LookupError::TimedOut(_)) => {
+            "; --timeout waits longer"
+        }
+        RequestError::Busy(_) => "; try again in a moment",
+        _ => "",
+    }
 }

@@ -78,10 +78,14 @@ fn has_ipv6(port: u16) -> bool {
 
 /// Reads the command line. `--help`, `--version` and errors end the process here.
 pub(crate) fn parse<P: Parser>() -> P {
-    let error = match P::try_parse() {
+    let mut error = match P::try_parse() {
         Ok(parsed) => return parsed,
         Err(error) => error,
     };
+    if error.get(ContextKind::SuggestedArg).is_none() {
+        // Nobody means a mistyped flag as a value.
+        error.remove(ContextKind::Suggested);
+    }
     // What a value parser of ours says needs no usage below it.
     if error.kind() == ErrorKind::ValueValidation
         && let Some(reason) = std::error::Error::source(&error)

@@ -5,15 +5,17 @@
 //! peer can make this node dial a third.
 
 use std::collections::{HashMap, HashSet};
+use std::io;
 use std::time::Instant;
 
 use libp2p::core::ConnectedPoint;
+use libp2p::core::transport::timeout::TransportTimeoutError;
 use libp2p::swarm::{ConnectionId, DialError};
 use libp2p::{Multiaddr, PeerId, StreamProtocol, dns, identify};
 use tokio::sync::watch;
 
 use super::host;
-use crate::error::{DialFailure, innermost};
+use crate::error::{DialFailure, causes, innermost};
 use crate::limits::{AGENT, KAD_PROTOCOL, MAX_ADDRESSES};
 use crate::proto::bootstrap::{BootstrapStatus, Bootstraps};
 
@@ -336,8 +338,7 @@ pub(crate) fn describe(error: &DialError, expected: Option<PeerId>) -> DialFailu
 
 /// The cause that says most, for a person.
 fn reason(error: &(dyn std::error::Error + 'static)) -> String {
-    let mut causes = std::iter::successors(Some(error), |error| error.source());
-    let unresolved = causes.find_map(|cause| cause.downcast_ref::<dns::ResolveError>());
+    let unresolved = causes(error).find_map(|cause| cause.downcast_ref::<dns::ResolveError>());
     if let Some(unresolved) = unresolved {
         return match unresolved.is_no_records_found() {
             true => "DNS knows no such host; correct its name or give its IP address".into(),
@@ -345,6 +346,14 @@ fn reason(error: &(dyn std::error::Error + 'static)) -> String {
         };
     }
     let reason = innermost(error).to_string();
+    // libp2p wraps both in errors of its own that keep nothing but the text.
+    if reason.starts_with("Connection refused") {
+        return "nobody listens there: start a grape, or correct the address".into();
+    }
+    if reason == TransportTimeoutError::<io::Error>::Timeout.to_string() {
+        return "nobody answers there: start a grape, correct the address, or look for a firewall"
+            .into();
+    }
     // "(os error 111)" tells a person nothing more.
     match reason.split_once(" (os error") {
         Some((reason, _)) => reason.into(),

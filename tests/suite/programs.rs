@@ -51,6 +51,14 @@ async fn send(grape: &Program, name: &str, text: &str) -> Run {
     run("chat", &["--bootstrap", &grape.address, "--to", name, text]).await
 }
 
+/// What `chat` says of a name that nobody announces.
+fn nobody(name: &str) -> String {
+    format!(
+        "error: nobody announces {name}: check the name; its peer must be running, and use a grape of \
+         the same network\n"
+    )
+}
+
 /// A conversation by a grape, through pipes.
 fn conversation(bootstrap: &str) -> Program {
     Program::start("chat", &["--bootstrap", bootstrap])
@@ -125,7 +133,7 @@ async fn a_grape_that_is_found_is_used_as_it_is() {
         let grape = grape(&[]).await;
         let given = ["--default-grape", &grape.address, "--to", "echo", "hello"];
         let chat = run("chat", &given).await;
-        chat.fails(3, "error: nobody announces echo\n");
+        chat.fails(3, &nobody("echo"));
         let _peer = peer("echo", &grape).await;
         assert_eq!(run("chat", &given).await.stdout, "Echo: hello\n");
     })
@@ -341,7 +349,7 @@ async fn a_peer_waits_for_its_grape_and_says_so() {
     in_time(async {
         let listen = free_address();
         let mut peer = peer_by("client1", &listen);
-        let waiting = format!("waiting for the grape at {listen}: Connection refused");
+        let waiting = format!("waiting for the grape at {listen}: nobody listens there");
         peer.says(&waiting).await;
         let grape = grape_at(&listen, &[]).await;
         assert_eq!(peer.line().await, "announced client1");
@@ -413,7 +421,8 @@ async fn a_killed_peer_is_told_from_one_that_does_not_answer_also_over_quic() {
         let chat = send(&grape, "client1", "hello").await;
         chat.fails(
             4,
-            "error: client1 is announced by 1 peer, but none can be reached\n",
+            "error: client1 is announced by 1 peer, but none can be reached: it may have just stopped, \
+             or a firewall is in the way\n",
         );
     })
     .await;
@@ -757,14 +766,15 @@ async fn the_exit_code_says_what_went_wrong() {
             (
                 "silent",
                 5,
-                "error: no reply from silent in time; the request may have run\n".into(),
+                "error: no reply from silent in time; the request may have run; --timeout waits longer\n"
+                    .into(),
             ),
             (
                 "refusing",
                 7,
                 format!("error: {id} answered: handler-failed: not today\n"),
             ),
-            ("nobody", 3, "error: nobody announces nobody\n".into()),
+            ("nobody", 3, nobody("nobody")),
         ];
         for (name, code, stderr) in table {
             let by = [
@@ -784,7 +794,8 @@ async fn the_exit_code_says_what_went_wrong() {
             .await
             .fails(
                 4,
-                "error: no grape to ask: /ip4/127.0.0.1/tcp/1: Connection refused\n",
+                "error: no grape to ask: /ip4/127.0.0.1/tcp/1: nobody listens there: start a grape, or \
+                 correct the address\n",
             );
         // A top-level domain that no resolver asks anybody about.
         let unknown = "/dns/grape.invalid/tcp/20001";
