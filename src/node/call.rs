@@ -364,16 +364,22 @@ impl<'a> Call<'a> {
         if let Some(result) = self.try_known().await {
             return result;
         }
-        if self.tried.is_empty() {
+        let nobody_known = self.tried.is_empty();
+        if nobody_known {
+            // The first that is live will do, and others most often need not be waited for.
             self.look_up(Waiter::First).await?;
-        } else {
-            // Those known have failed: all others count, not just the first to answer.
-            match self.look_up(Waiter::All).await {
-                // Those that are live now may be tried again: what failed has not run, or may run
-                // twice.
-                Ok(_) => self.tried.clear(),
-                Err(error) => return Err(self.failure.take().unwrap_or(error)),
+            if let Some(result) = self.try_known().await {
+                return result;
             }
+        }
+        // Those have failed: all others count, not just the first to answer.
+        if let Err(error) = self.look_up(Waiter::All).await {
+            return Err(self.failure.take().unwrap_or(error));
+        }
+        if !nobody_known {
+            // Who failed before the lookup and is live now may be tried again: what failed has not run,
+            // or may run twice.
+            self.tried.clear();
         }
         if let Some(result) = self.try_known().await {
             return result;

@@ -80,6 +80,19 @@ impl Killable {
         let announced = runtime.spawn(async move { echo(&node, text).await });
         announced.await.unwrap();
     }
+
+    /// Lets it do nothing until what is returned is dropped.
+    fn stop(&self) -> std::sync::mpsc::Sender<()> {
+        let (stopped, waits) = std::sync::mpsc::channel();
+        let (go_on, going_on) = std::sync::mpsc::channel::<()>();
+        self.runtime.as_ref().unwrap().spawn(async move {
+            stopped.send(()).unwrap();
+            // An error means that it was dropped.
+            let _ = going_on.recv();
+        });
+        waits.recv().unwrap();
+        go_on
+    }
 }
 
 impl Drop for Killable {
@@ -752,6 +765,39 @@ async fn a_busy_provider_is_passed_over_and_all_busy_is_an_error() {
         echo(&free, "client1").await;
         let reply = client.request(&name("client1"), "third").await.unwrap();
         assert_eq!(reply.provider, free.peer_id());
+        held.reply("done");
+        first.await.unwrap().unwrap();
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn the_first_request_for_a_name_goes_on_to_a_provider_that_answers_later() {
+    in_time(async {
+        let grape = on(Role::Grape, TCP, &[]).spawn().await.unwrap();
+        let limits = Limits {
+            inbound_requests: 1,
+            ..Limits::default()
+        };
+        let busy = on(Role::Peer, TCP, &[&grape]).limits(limits);
+        let busy = busy.spawn().await.unwrap();
+        let mut service = busy.announce(&name("client1")).await.unwrap();
+        let ask = async |text: &'static str| {
+            let client = on(Role::Peer, TCP, &[&grape]).spawn().await.unwrap();
+            tokio::spawn(async move { client.request(&name("client1"), text).await })
+        };
+        let first = ask("first").await;
+        let held = service.next().await.unwrap();
+        let late = Killable::spawn(on(Role::Peer, TCP, &[&grape]));
+        late.echo("client1").await;
+        let stopped = late.stop();
+        let second = ask("second").await;
+        while busy.metrics().requests_refused == 0 {
+            tokio::task::yield_now().await;
+        }
+        drop(stopped);
+        let reply = second.await.unwrap().unwrap();
+        assert_eq!(reply.provider, late.node.peer_id());
         held.reply("done");
         first.await.unwrap().unwrap();
     })
