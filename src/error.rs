@@ -234,6 +234,9 @@ pub enum DialFailure {
         /// The id of the node that answers.
         found: PeerId,
     },
+    /// A node answers there that is no grape.
+    #[error("a peer answers there, not a grape; use the address of a grape")]
+    NotAGrape,
     /// The address leads to this node itself.
     #[error("this is the node's own address, or another node has a copy of its key")]
     OwnAddress,
@@ -246,7 +249,7 @@ impl DialFailure {
     /// Whether dialling the same address again can lead to another end.
     pub fn is_retryable(&self) -> bool {
         match self {
-            Self::WrongPeer { .. } | Self::Unreachable(_) => true,
+            Self::WrongPeer { .. } | Self::NotAGrape | Self::Unreachable(_) => true,
             Self::OwnAddress => false,
         }
     }

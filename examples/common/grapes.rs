@@ -118,7 +118,9 @@ impl From<&BootstrapStatus> for Trouble {
     fn from(entry: &BootstrapStatus) -> Self {
         match entry.last_failure {
             None => Self::Waiting,
-            Some(DialFailure::WrongPeer { .. } | DialFailure::OwnAddress) => Self::Refused,
+            Some(
+                DialFailure::WrongPeer { .. } | DialFailure::NotAGrape | DialFailure::OwnAddress,
+            ) => Self::Refused,
             Some(_) => Self::Unreachable,
         }
     }

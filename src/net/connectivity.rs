@@ -10,13 +10,14 @@ use std::time::Instant;
 
 use libp2p::core::ConnectedPoint;
 use libp2p::core::transport::timeout::TransportTimeoutError;
+use libp2p::multiaddr::Protocol;
 use libp2p::swarm::{ConnectionId, DialError};
 use libp2p::{Multiaddr, PeerId, StreamProtocol, dns, identify};
 use tokio::sync::watch;
 
 use super::host;
 use crate::error::{DialFailure, causes, innermost};
-use crate::limits::{AGENT, KAD_PROTOCOL, MAX_ADDRESSES};
+use crate::limits::{AGENT, KAD_PROTOCOL, MAX_ADDRESSES, RENDEZVOUS_PROTOCOL};
 use crate::proto::bootstrap::{BootstrapStatus, Bootstraps};
 
 /// What a node knows of its own place in the network.
@@ -70,17 +71,23 @@ struct Peer {
     number: u64,
     /// It has told what it runs.
     is_identified: bool,
+    /// It says that it serves Kademlia, as grapes do.
     is_grape: bool,
+    /// It says that it serves Kademlia or is a rendezvous point: what another implementation's
+    /// bootstrap node may be.
+    keeps_names: bool,
     /// Runs this implementation, which serves many requests on one stream.
     is_ours: bool,
-    /// This node has dialled it, or tried to.
-    dialled: bool,
+    /// A dial of this node's has led to it.
+    is_reached: bool,
+    /// This node has tried to dial it back.
+    dialled_back: bool,
 }
 
 impl Peer {
     /// It says that it is one, and this node has reason to know it: anybody may connect and say so.
     fn is_taken_for_grape(&self) -> bool {
-        self.is_grape && self.dialled
+        self.is_grape && self.is_reached
     }
 }
 
@@ -128,6 +135,13 @@ impl Connectivity {
             }
         }
         grapes
+    }
+
+    /// Whether a grape is connected that has said that it is one.
+    pub(crate) fn knows_grape(&self) -> bool {
+        let grapes = self.grapes();
+        let known = grapes.iter().filter_map(|grape| self.peers.get(grape));
+        known.into_iter().any(|grape| grape.keeps_names)
     }
 
     /// Whether a connected peer is taken for a grape.
@@ -201,7 +215,7 @@ impl Connectivity {
     ) -> Change {
         self.dials.remove(&peer);
         let known = self.peers.entry(peer).or_default();
-        known.dialled |= endpoint.is_dialer();
+        known.is_reached |= endpoint.is_dialer();
         let first = known.connections.is_empty();
         if first {
             self.connected += 1;
@@ -261,31 +275,42 @@ impl Connectivity {
         Some(peer)
     }
 
-    /// A peer has told what it speaks and where it listens. Returns where to dial it back, if it
-    /// is a grape that only it has dialled so far.
-    pub(crate) fn on_identified(
-        &mut self,
-        peer: PeerId,
-        info: &identify::Info,
-        is_registrar: bool,
-    ) -> Vec<Multiaddr> {
+    /// A peer has told what it speaks. Returns whether it is no grape and was taken for one, because
+    /// a bootstrap address has led to it.
+    pub(crate) fn on_identified(&mut self, peer: PeerId, info: &identify::Info) -> bool {
         let Some(known) = self.peers.get_mut(&peer) else {
+            return false;
+        };
+        let speaks = |protocol: StreamProtocol| info.protocols.contains(&protocol);
+        known.is_identified = true;
+        known.is_grape = speaks(KAD_PROTOCOL);
+        known.keeps_names = known.is_grape || speaks(RENDEZVOUS_PROTOCOL);
+        known.is_ours = info.agent_version.starts_with(AGENT);
+        if known.keeps_names {
+            return false;
+        }
+        let was_taken = self.bootstraps.on_no_grape(&peer);
+        self.publish();
+        was_taken
+    }
+
+    /// Where to dial a grape back that has dialled this one, once.
+    pub(crate) fn dial_back(&mut self, peer: &PeerId, tells: &[Multiaddr]) -> Vec<Multiaddr> {
+        let known = self.peers.get_mut(peer).filter(|known| known.is_grape);
+        let Some(known) = known.filter(|known| !known.is_reached && !known.dialled_back) else {
             return Vec::new();
         };
-        known.is_identified = true;
-        known.is_grape = info.protocols.iter().any(is_kademlia);
-        known.is_ours = info.agent_version.starts_with(AGENT);
-        if !known.is_grape || known.dialled || !is_registrar {
-            return Vec::new();
-        }
-        known.dialled = true;
+        known.dialled_back = true;
         let hosts: HashSet<_> = known.connections.values().map(host).collect();
-        info.listen_addrs
-            .iter()
-            .filter(|address| hosts.contains(&host(address)))
-            .take(MAX_ADDRESSES)
-            .cloned()
-            .collect()
+        let is_its_own = |address: &&Multiaddr| is_plain(address) && hosts.contains(&host(address));
+        let its_own = tells.iter().filter(is_its_own).take(MAX_ADDRESSES);
+        its_own.cloned().collect()
+    }
+
+    /// Whether a peer has said what it speaks, and is no grape by that.
+    pub(crate) fn is_no_grape(&self, peer: &PeerId) -> bool {
+        let known = self.peers.get(peer);
+        known.is_some_and(|known| known.is_identified && !known.keeps_names)
     }
 
     /// This node has asked its way through the whole network.
@@ -311,8 +336,29 @@ impl Connectivity {
     }
 }
 
-fn is_kademlia(protocol: &StreamProtocol) -> bool {
-    *protocol == KAD_PROTOCOL
+/// Whether an address leads to the host that it begins with: transports dial the last one that it
+/// names.
+fn is_plain(address: &Multiaddr) -> bool {
+    let mut parts = address.iter().peekable();
+    let host = parts.next();
+    let leads_there = match (host, parts.next(), parts.peek()) {
+        (Some(Protocol::Memory(_)), None | Some(Protocol::P2p(_)), None) => return true,
+        (Some(Protocol::Ip4(_) | Protocol::Ip6(_)), Some(Protocol::Tcp(_)), _) => true,
+        (
+            Some(Protocol::Ip4(_) | Protocol::Ip6(_)),
+            Some(Protocol::Udp(_)),
+            Some(Protocol::QuicV1),
+        ) => {
+            parts.next();
+            true
+        }
+        _ => false,
+    };
+    let ends_there = matches!(
+        (parts.next(), parts.next()),
+        (None | Some(Protocol::P2p(_)), None)
+    );
+    leads_there && ends_there
 }
 
 /// A dial error in words for a person.
@@ -358,5 +404,34 @@ fn reason(error: &(dyn std::error::Error + 'static)) -> String {
     match reason.split_once(" (os error") {
         Some((reason, _)) => reason.into(),
         None => reason,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_address_that_leads_elsewhere_than_it_begins_is_not_plain() {
+        for (address, expected) in [
+            ("/ip4/192.0.2.1/tcp/1", true),
+            ("/ip6/2001:db8::1/tcp/1", true),
+            ("/ip4/192.0.2.1/udp/1/quic-v1", true),
+            ("/memory/1", true),
+            ("/ip4/192.0.2.1/ip4/198.51.100.1/tcp/1", false),
+            ("/ip4/192.0.2.1/dns4/example.org/tcp/1", false),
+            ("/ip4/192.0.2.1/tcp/1/ip4/198.51.100.1/tcp/1", false),
+            ("/ip4/192.0.2.1/udp/1", false),
+            ("/ip4/192.0.2.1/udp/1/quic-v1/ip4/198.51.100.1", false),
+            ("/dns/example.org/tcp/1", false),
+            ("/memory/1/tcp/1", false),
+            ("/tcp/1", false),
+            ("", false),
+        ] {
+            let parsed: Multiaddr = address.parse().expect("an address");
+            assert_eq!(is_plain(&parsed), expected, "{address}");
+            let with_id = parsed.with(Protocol::P2p(PeerId::random()));
+            assert_eq!(is_plain(&with_id), expected, "{with_id}");
+        }
     }
 }

@@ -3,7 +3,9 @@
 //! An address may end in `/p2p/<id>`, which is then what the node there must be; without it the id
 //! is learned. An address is dialled at once, again after a growing, jittered pause while it fails,
 //! and again at once when its connection closes. A connection that closes as soon as it stands has
-//! failed too: the grape does not let this node in, and must not be dialled in a loop. The node's own address is not dialled twice.
+//! failed too: the grape does not let this node in, and must not be dialled in a loop. The node's own
+//! address is not dialled twice, unless it is a name that DNS may lead elsewhere the next time. Where
+//! a peer answers that is no grape, the address is dialled again once that connection has closed.
 
 use std::time::{Duration, Instant};
 
@@ -38,6 +40,8 @@ enum State<C> {
     Dialling(C),
     /// To this peer, since then.
     Connected(PeerId, Instant),
+    /// To this one, which is no grape.
+    Astray(PeerId),
     /// Never to be dialled again.
     GivenUp,
 }
@@ -119,7 +123,7 @@ impl<C: Copy + Eq> Bootstraps<C> {
     /// An address cannot be dialled.
     pub(crate) fn refuse(&mut self, index: usize, failure: DialFailure, now: Instant) {
         let entry = &mut self.entries[index];
-        entry.state = if failure.is_retryable() {
+        entry.state = if failure.is_retryable() || is_named(&entry.address) {
             State::Due(now + entry.backoff.next().unwrap_or(REDIAL_MAX))
         } else {
             State::GivenUp
@@ -127,15 +131,30 @@ impl<C: Copy + Eq> Bootstraps<C> {
         entry.last_failure = Some(failure);
     }
 
+    /// A peer has said what it is, and it is no grape; returns whether it was taken for one.
+    pub(crate) fn on_no_grape(&mut self, peer: &PeerId) -> bool {
+        let mut was_taken = false;
+        for entry in &mut self.entries {
+            if matches!(entry.state, State::Connected(connected, _) if connected == *peer) {
+                entry.state = State::Astray(*peer);
+                entry.last_failure = Some(DialFailure::NotAGrape);
+                was_taken = true;
+            }
+        }
+        was_taken
+    }
+
     /// The last connection to a peer has closed.
     pub(crate) fn on_disconnected(&mut self, peer: &PeerId, now: Instant) {
         for entry in &mut self.entries {
-            let State::Connected(connected, since) = entry.state else {
-                continue;
+            let since = match entry.state {
+                State::Connected(connected, since) if connected == *peer => since,
+                State::Astray(connected) if connected == *peer => {
+                    entry.state = State::Due(now + entry.backoff.next().unwrap_or(REDIAL_MAX));
+                    continue;
+                }
+                _ => continue,
             };
-            if connected != *peer {
-                continue;
-            }
             if now < since + LASTING {
                 let reason = "it closes the connection at once; it may not let this node in";
                 entry.last_failure = Some(DialFailure::Unreachable(reason.into()));
@@ -169,13 +188,15 @@ impl<C: Copy + Eq> Bootstraps<C> {
     }
 
     /// Whether no address can be expected to lead to a grape without somebody's doing: there is
-    /// none, or each is answered by another node than it names.
+    /// none, or each is answered by another node than it names or by one that is no grape.
     pub(crate) fn is_hopeless(&self) -> bool {
-        self.entries.iter().all(|entry| {
-            matches!(entry.state, State::GivenUp)
-                || (!matches!(entry.state, State::Connected(..))
-                    && matches!(entry.last_failure, Some(DialFailure::WrongPeer { .. })))
-        })
+        let is_lost = |entry: &Entry<C>| match (&entry.state, &entry.last_failure) {
+            (State::GivenUp | State::Astray(_), _) => true,
+            (State::Connected(..), _) => false,
+            (_, Some(DialFailure::WrongPeer { .. } | DialFailure::NotAGrape)) => true,
+            _ => false,
+        };
+        self.entries.iter().all(is_lost)
     }
 
     /// Why no grape is connected.
@@ -224,6 +245,14 @@ impl<C: Copy + Eq> Bootstraps<C> {
         let index = self.position(connection)?;
         self.entries.get_mut(index)
     }
+}
+
+/// Whether DNS says where an address leads.
+fn is_named(address: &Multiaddr) -> bool {
+    use Protocol::{Dns, Dns4, Dns6, Dnsaddr};
+    address
+        .iter()
+        .any(|part| matches!(part, Dns(_) | Dns4(_) | Dns6(_) | Dnsaddr(_)))
 }
 
 impl<C> Entry<C> {
@@ -339,6 +368,39 @@ mod tests {
         bootstraps.on_dialling(0, 1);
         bootstraps.on_failed(1, DialFailure::OwnAddress, now);
         assert_eq!(bootstraps.next_due(), None);
+    }
+
+    #[test]
+    fn a_name_that_leads_to_this_node_may_lead_elsewhere_the_next_time() {
+        let now = Instant::now();
+        let mut bootstraps = bootstraps(&["/dns/grapes.example.org/tcp/20001"], now);
+        bootstraps.on_dialling(0, 1);
+        bootstraps.on_failed(1, DialFailure::OwnAddress, now);
+        assert!(bootstraps.next_due().is_some());
+        assert!(!bootstraps.is_hopeless());
+    }
+
+    #[test]
+    fn a_peer_that_is_no_grape_is_left_until_it_is_gone() {
+        let (now, peer) = (Instant::now(), PeerId::random());
+        let mut bootstraps = bootstraps(&[ADDRESS], now);
+        bootstraps.on_dialling(0, 1);
+        bootstraps.on_connected(1, peer, now);
+        assert!(!bootstraps.on_no_grape(&PeerId::random()));
+        assert!(bootstraps.on_no_grape(&peer));
+        assert!(!bootstraps.on_no_grape(&peer), "only once");
+        assert_eq!(
+            (bootstraps.connected(), bootstraps.next_due()),
+            (vec![], None)
+        );
+        assert!(bootstraps.is_hopeless());
+        assert_eq!(bootstraps.failures().tried[0].1, DialFailure::NotAGrape);
+        bootstraps.on_disconnected(&peer, now + LASTING);
+        assert!(bootstraps.next_due().is_some());
+        assert!(bootstraps.is_hopeless(), "while nobody else answers there");
+        bootstraps.on_dialling(0, 2);
+        bootstraps.on_connected(2, PeerId::random(), now);
+        assert!(!bootstraps.is_hopeless());
     }
 
     #[test]

@@ -437,6 +437,52 @@ mod stock_kademlia {
     }
 }
 
+/// Says that it serves Kademlia, and cannot be dialled.
+mod stock_pretender {
+    use super::*;
+
+    #[derive(NetworkBehaviour)]
+    struct Pretender {
+        kad: kad::Behaviour<MemoryStore>,
+        identify: identify::Behaviour,
+    }
+
+    #[tokio::test]
+    async fn is_not_taken_for_a_grape() {
+        in_time(async {
+            let first = grape().await;
+            for _ in 0..3 {
+                let mut pretender = stock(|keypair| {
+                    let peer = keypair.public().to_peer_id();
+                    let config = kad::Config::new(StreamProtocol::new("/grapevine/kad/1.0.0"));
+                    let mut kad = kad::Behaviour::with_config(peer, MemoryStore::new(peer), config);
+                    kad.set_mode(Some(kad::Mode::Server));
+                    Pretender {
+                        kad,
+                        identify: identify(keypair),
+                    }
+                });
+                connect(&mut pretender, &first).await;
+                until(&mut pretender, |event| match event {
+                    SwarmEvent::Behaviour(PretenderEvent::Identify(identify::Event::Sent {
+                        ..
+                    })) => Some(()),
+                    _ => None,
+                })
+                .await;
+                run(pretender);
+            }
+            let second = Node::builder(Role::Grape).listen([any_port()]);
+            let second = second.bootstrap(first.addresses()).spawn().await.unwrap();
+            while first.metrics().grapes == 0 || second.metrics().grapes == 0 {
+                tokio::task::yield_now().await;
+            }
+            assert_eq!((first.metrics().grapes, first.metrics().peers), (1, 4));
+        })
+        .await;
+    }
+}
+
 /// A grape of another implementation: a stock rendezvous point and Kademlia server.
 mod stock_grape {
     use super::*;

@@ -9,7 +9,9 @@ use std::sync::atomic::{AtomicU8, Ordering};
 use std::time::Duration;
 
 use futures::StreamExt;
-use grapevine::error::{AnnounceError, DialFailure, LookupError, RequestError, SpawnError};
+use grapevine::error::{
+    AnnounceError, DialFailure, LookupError, NoGrape, RequestError, SpawnError,
+};
 use grapevine::limits::{Limits, MIN_LEASE};
 use grapevine::proto::wire::{ErrorCode, MAX_PAYLOAD};
 use grapevine::{
@@ -409,16 +411,39 @@ async fn dropping_the_service_or_the_announcement_takes_the_name_back() {
 }
 
 #[tokio::test]
+async fn a_peer_is_not_taken_for_a_grape() {
+    in_time(async {
+        for listen in [TCP, QUIC] {
+            let peer = on(Role::Peer, listen, &[]).spawn().await.unwrap();
+            let lost = on(Role::Peer, listen, &[&peer]).spawn().await.unwrap();
+            let expected = NoGrape {
+                tried: vec![(peer.addresses()[0].clone(), DialFailure::NotAGrape)],
+            };
+            assert_eq!(
+                lost.announce(&name("client1")).await.unwrap_err(),
+                AnnounceError::NoGrape(expected.clone())
+            );
+            assert_eq!(
+                lost.lookup(&name("client1")).await.unwrap_err(),
+                LookupError::NoGrape(expected)
+            );
+            assert!(!lost.status().borrow().is_online());
+        }
+    })
+    .await;
+}
+
+#[tokio::test]
 async fn what_cannot_be_announced_says_why() {
     in_time(async {
         let testnet = Testnet::new(1).await.unwrap();
-        let deaf = Node::builder(Role::Peer)
+        let silent = Node::builder(Role::Peer)
             .bootstrap(testnet.grapes()[0].addresses())
             .spawn()
             .await
             .unwrap();
         assert_eq!(
-            deaf.announce(&name("client1")).await.unwrap_err(),
+            silent.announce(&name("client1")).await.unwrap_err(),
             AnnounceError::NotListening
         );
         let alone = on(Role::Peer, TCP, &[]).spawn().await.unwrap();
@@ -782,16 +807,19 @@ async fn the_first_request_for_a_name_goes_on_to_a_provider_that_answers_later()
         let busy = on(Role::Peer, TCP, &[&grape]).limits(limits);
         let busy = busy.spawn().await.unwrap();
         let mut service = busy.announce(&name("client1")).await.unwrap();
-        let ask = async |text: &'static str| {
-            let client = on(Role::Peer, TCP, &[&grape]).spawn().await.unwrap();
-            tokio::spawn(async move { client.request(&name("client1"), text).await })
+        let ask = |text: &'static str| {
+            let client = on(Role::Peer, TCP, &[&grape]);
+            tokio::spawn(async move {
+                let client = client.spawn().await.unwrap();
+                client.request(&name("client1"), text).await
+            })
         };
-        let first = ask("first").await;
+        let first = ask("first");
         let held = service.next().await.unwrap();
         let late = Killable::spawn(on(Role::Peer, TCP, &[&grape]));
         late.echo("client1").await;
         let stopped = late.stop();
-        let second = ask("second").await;
+        let second = ask("second");
         while busy.metrics().requests_refused == 0 {
             tokio::task::yield_now().await;
         }

@@ -244,6 +244,7 @@ impl Driver {
         while let Some((index, address, expected)) = self.connectivity.bootstraps.due(now) {
             if let Some(peer) = expected
                 && self.swarm.is_connected(&peer)
+                && !self.connectivity.is_no_grape(&peer)
             {
                 self.connectivity.bootstraps.on_known(index, peer, now);
                 self.on_bootstrap(peer, None);

@@ -198,9 +198,7 @@ impl Driver {
             Some(discovery::Learned::Record(record)) => self.on_record(&record, now),
             Some(discovery::Learned::Value(peer, record)) => self.on_value(peer, &record, now),
             // Kademlia reports success before delivery; with no grape connected there was none.
-            Some(discovery::Learned::Provided(name, true))
-                if !self.connectivity.grapes().is_empty() =>
-            {
+            Some(discovery::Learned::Provided(name, true)) if self.connectivity.knows_grape() => {
                 let published = self.discovery.announcements.on_provided(&name, now);
                 self.on_published(published, &name);
             }
@@ -348,7 +346,13 @@ impl Driver {
     }
 
     pub(super) fn on_identified(&mut self, peer: PeerId, info: &identify::Info) {
-        let back = self.connectivity.on_identified(peer, info, self.registrar);
+        if self.connectivity.on_identified(peer, info) {
+            tracing::debug!(%peer, "a peer that is no grape answers at a bootstrap address");
+            self.swarm.behaviour_mut().kad.remove_peer(&peer);
+            self.discovery.announcements.on_grape_gone(&peer);
+            self.grapes.on_changed();
+            self.after_bootstrap_change();
+        }
         if self.connectivity.is_grape(&peer) {
             self.grapes.on_changed();
         }
@@ -358,7 +362,11 @@ impl Driver {
             self.keep_stream(peer, Lane::Large);
         }
         // A grape is dialled back for its place in the routing table.
-        if back.is_empty() || !self.has_room_for(&peer) {
+        if !self.registrar || !self.has_room_for(&peer) {
+            return;
+        }
+        let back = self.connectivity.dial_back(&peer, &info.listen_addrs);
+        if back.is_empty() {
             return;
         }
         let opts = DialOpts::peer_id(peer)
