@@ -62,6 +62,10 @@ const MAX_KEY: usize = 64;
 /// Providers in one answer of Kademlia, which cuts its answers at the replication factor of 20.
 const KADEMLIA_ANSWER: usize = 20;
 
+/// Bytes of one provider's addresses in such an answer: four with an id, or one of the longest. Who
+/// asked drops an answer of more than 16 KiB, half of which other grapes may take.
+const KADEMLIA_ADDRESSES: usize = 256;
+
 /// Longest rendezvous namespace in bytes, from the rendezvous specification.
 const MAX_NAMESPACE_BYTES: usize = 255;
 
@@ -932,7 +936,7 @@ impl Store {
                 key: key.clone(),
                 provider: provider.peer,
                 expires: Some(provider.expires),
-                addresses: provider.addresses,
+                addresses: those_that_fit(provider.addresses),
             });
         own.cloned().into_iter().chain(others).collect()
     }
@@ -1203,6 +1207,17 @@ impl Weights {
             self.prefixes.insert((load, prefix));
         }
     }
+}
+
+/// The first of a provider's addresses, as many as an answer of Kademlia has room for.
+fn those_that_fit(mut addresses: Vec<Multiaddr>) -> Vec<Multiaddr> {
+    let ends = addresses.iter().scan(0, |end, address| {
+        *end += address.len();
+        Some(*end)
+    });
+    let count = ends.take_while(|end| *end <= KADEMLIA_ADDRESSES).count();
+    addresses.truncate(count);
+    addresses
 }
 
 #[cfg(test)]
@@ -1529,6 +1544,37 @@ mod tests {
         scene.insert(new).unwrap();
         let found = scene.store.sample(b"name", 1, scene.now);
         assert_eq!(found[0].addresses, addresses[1..9]);
+    }
+
+    #[test]
+    fn an_answer_of_kademlia_has_room_for_every_provider() {
+        let mut scene = Scene::new(Bounds::default());
+        for who in 0..30 {
+            let long = |n| {
+                format!("/dns4/{}.{n}/tcp/1", "d".repeat(245))
+                    .parse()
+                    .unwrap()
+            };
+            let addresses: Vec<Multiaddr> = (0..8).map(long).collect();
+            assert!(addresses.iter().all(|address| address.len() <= MAX_ADDRESS));
+            let new = NewRecord {
+                addresses: &addresses,
+                ..record(b"name", who)
+            };
+            scene.insert(new).unwrap();
+        }
+        let found = scene.store.providers(&RecordKey::new(b"name"), scene.now);
+        assert_eq!(found.len(), KADEMLIA_ANSWER);
+        let addresses = || found.iter().flat_map(|found| &found.addresses);
+        assert_eq!(
+            addresses().count(),
+            KADEMLIA_ANSWER,
+            "one of the longest for each"
+        );
+        assert!(addresses().map(Multiaddr::len).sum::<usize>() < 8 * 1_024);
+        // Ordinary ones are all there.
+        let ordinary: Vec<_> = (1..9).map(address).collect();
+        assert_eq!(those_that_fit(ordinary.clone()), ordinary);
     }
 
     #[test]
