@@ -58,7 +58,7 @@ pub(crate) struct Connectivity {
     /// How many peers have connected so far.
     connected: u64,
     /// Dials to a candidate of a lookup, or back to a grape.
-    dials: HashMap<PeerId, ConnectionId>,
+    dials: HashMap<PeerId, Vec<(ConnectionId, Vec<Multiaddr>)>>,
     addresses: Vec<Multiaddr>,
     explored: bool,
     status: watch::Sender<Status>,
@@ -195,14 +195,26 @@ impl Connectivity {
         self.publish();
     }
 
-    /// Whether a dial to this peer is under way.
-    pub(crate) fn is_dialling(&self, peer: &PeerId) -> bool {
-        self.dials.contains_key(peer)
+    /// How many dials to this peer are under way.
+    pub(crate) fn dials(&self, peer: &PeerId) -> usize {
+        self.dials.get(peer).map_or(0, Vec::len)
+    }
+
+    /// Whether a dial to this peer at an address is under way.
+    pub(crate) fn is_dialling(&self, peer: &PeerId, address: &Multiaddr) -> bool {
+        let mut dials = self.dials.get(peer).into_iter().flatten();
+        dials.any(|(_, addresses)| addresses.contains(address))
     }
 
     /// A dial to a peer has begun.
-    pub(crate) fn on_dialling(&mut self, peer: PeerId, connection: ConnectionId) {
-        self.dials.insert(peer, connection);
+    pub(crate) fn on_dialling(
+        &mut self,
+        peer: PeerId,
+        connection: ConnectionId,
+        addresses: Vec<Multiaddr>,
+    ) {
+        let dials = self.dials.entry(peer).or_default();
+        dials.push((connection, addresses));
     }
 
     /// A connection stands.
@@ -268,10 +280,12 @@ impl Connectivity {
             self.publish();
         }
         let peer = peer?;
-        if self.dials.get(&peer) != Some(&connection) {
-            return None;
+        let dials = self.dials.get_mut(&peer)?;
+        let index = dials.iter().position(|(dial, _)| *dial == connection)?;
+        dials.swap_remove(index);
+        if dials.is_empty() {
+            self.dials.remove(&peer);
         }
-        self.dials.remove(&peer);
         Some(peer)
     }
 

@@ -6,8 +6,8 @@ use std::collections::HashMap;
 use std::time::Instant;
 
 use libp2p::kad::{
-    self, GetClosestPeersError, GetProvidersError, GetProvidersOk, InboundRequest, QueryId,
-    QueryResult, RecordKey,
+    self, GetClosestPeersError, GetProvidersError, GetProvidersOk, InboundRequest, ProgressStep,
+    QueryId, QueryResult, RecordKey,
 };
 use libp2p::{Multiaddr, PeerId};
 use tokio::sync::oneshot;
@@ -34,8 +34,8 @@ pub(crate) enum Waiter {
 /// What the driver must know of an event of Kademlia.
 #[derive(Debug)]
 pub(crate) enum Learned {
-    /// A query named providers of a name.
-    Providers(ServiceName, Vec<PeerId>),
+    /// The answer of this number to a query named providers of a name.
+    Providers(ServiceName, usize, Vec<PeerId>),
     /// A peer asks this node to keep a provider record of its own.
     Record(kad::ProviderRecord),
     /// A peer asks this node to keep a value.
@@ -199,7 +199,7 @@ impl Discovery {
         match event {
             kad::Event::OutboundQueryProgressed {
                 id, result, step, ..
-            } => self.on_progress(kad, id, result, step.last, now),
+            } => self.on_progress(kad, id, result, &step, now),
             kad::Event::InboundRequest {
                 request: InboundRequest::AddProvider { record },
             } => record.map(Learned::Record),
@@ -215,13 +215,19 @@ impl Discovery {
         kad: &mut Kademlia,
         id: QueryId,
         result: QueryResult,
-        last: bool,
+        step: &ProgressStep,
         now: Instant,
     ) -> Option<Learned> {
+        let last = step.last;
         match result {
             QueryResult::GetProviders(Ok(GetProvidersOk::FoundProviders { providers, .. })) => {
                 let name = self.lookups.name_of(&id)?.clone();
-                Some(Learned::Providers(name, providers.into_iter().collect()))
+                let answer = step.count.get();
+                Some(Learned::Providers(
+                    name,
+                    answer,
+                    providers.into_iter().collect(),
+                ))
             }
             QueryResult::GetProviders(
                 Ok(GetProvidersOk::FinishedWithNoAdditionalRecord { closest_peers })

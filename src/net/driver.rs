@@ -338,6 +338,7 @@ impl Driver {
     }
 
     fn withdraw(&mut self, name: &ServiceName) {
+        tracing::debug!(%name, "a name is taken back");
         self.handlers.remove(name);
         self.publishing.remove(name);
         self.server.unserve(name);
@@ -393,6 +394,7 @@ impl Driver {
         for name in started {
             self.held.remove(&name);
             self.metrics.lookups.add(1);
+            tracing::debug!(%name, "a lookup begins");
             let plan = Plan::draw(&grapes);
             self.discovery.lookups.start(&name, &plan, Instant::now());
         }

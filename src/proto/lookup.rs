@@ -40,6 +40,14 @@ const PATIENCE: Duration = Duration::from_millis(200);
 /// The grapes of a small network that are asked: one that is dead or lies hides nobody from the others.
 const WITNESSES: usize = 3;
 
+/// The answers of Kademlia that fill its share: one grape that makes up providers leaves room for
+/// those that others name.
+const KADEMLIA_ANSWERS: usize = 2;
+
+/// How many times its share of candidates a source may name: those that find no room wait until others
+/// have failed.
+const NAMED: usize = 4;
+
 /// Whom a lookup asks.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub(crate) struct Plan {
@@ -133,8 +141,8 @@ pub(crate) enum Outcome {
 /// Who names providers.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(crate) enum Source {
-    /// Any grape that the query has met.
-    Kademlia,
+    /// A grape that the query has met, by the number of its answer: Kademlia does not tell who it is.
+    Kademlia(usize),
     /// A grape that was asked directly.
     Point(PeerId),
 }
@@ -153,6 +161,8 @@ struct Candidate {
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum State {
+    /// As many as may be are dialled for who has named it.
+    Waiting,
     /// Dialled, until this time.
     Dialling(Instant),
     /// Asked, until this time.
@@ -170,7 +180,8 @@ struct Lookup<Q> {
     /// A source has answered.
     answered: bool,
     query: Query<Q>,
-    /// Those that have not answered.
+    /// Those that were asked, and those of them that have not answered.
+    asked: HashSet<PeerId>,
     points: HashSet<PeerId>,
     /// One of them has failed.
     failed: bool,
@@ -204,6 +215,8 @@ enum Query<Q> {
 pub(crate) struct Lookups<Q> {
     local: PeerId,
     running: HashMap<ServiceName, Lookup<Q>>,
+    /// A bootstrap grape may be about to be connected.
+    expecting: bool,
     queries: HashMap<Q, ServiceName>,
     deadlines: BTreeSet<(Instant, ServiceName)>,
     steps: VecDeque<Step<Q>>,
@@ -215,6 +228,7 @@ impl<Q: Copy + Eq + Hash> Lookups<Q> {
         Self {
             local,
             running: HashMap::new(),
+            expecting: false,
             queries: HashMap::new(),
             deadlines: BTreeSet::new(),
             steps: VecDeque::new(),
@@ -249,6 +263,7 @@ impl<Q: Copy + Eq + Hash> Lookups<Q> {
             answered: false,
             query: Query::Deferred,
             sources: points.len() + 1,
+            asked: points.clone(),
             points,
             failed: false,
             all_asked: plan.all_asked,
@@ -258,6 +273,9 @@ impl<Q: Copy + Eq + Hash> Lookups<Q> {
         };
         self.running.insert(name.clone(), lookup);
         self.wake(name, now + LOOKUP_DEADLINE);
+        if self.expecting {
+            self.wake(name, now + LOOKUP_SETTLE);
+        }
         if plan.keep_all {
             self.wake(name, now + PATIENCE);
         } else {
@@ -273,6 +291,31 @@ impl<Q: Copy + Eq + Hash> Lookups<Q> {
         }
     }
 
+    /// Whether a bootstrap grape may be about to be connected: meanwhile nobody is said to be not
+    /// found, for as long as slow providers are waited for.
+    pub(crate) fn expect(&mut self, expecting: bool, now: Instant) {
+        if std::mem::replace(&mut self.expecting, expecting) && !expecting {
+            let names: Vec<_> = self.running.keys().cloned().collect();
+            for name in names {
+                self.settle(&name, now);
+            }
+        }
+    }
+
+    /// A bootstrap grape is connected: the lookups that run ask it too.
+    pub(crate) fn on_bootstrap(&mut self, grape: PeerId, has_registry: bool) {
+        for (name, lookup) in &mut self.running {
+            if lookup.asked.insert(grape) {
+                lookup.points.insert(grape);
+                lookup.sources += 1;
+                self.steps.push_back(match has_registry {
+                    true => Step::Find(grape, name.clone()),
+                    false => Step::Discover(grape, name.clone()),
+                });
+            }
+        }
+    }
+
     /// There are more grapes than this node knew of when it began its lookups.
     pub(crate) fn on_more_grapes(&mut self) {
         for lookup in self.running.values_mut() {
@@ -285,8 +328,8 @@ impl<Q: Copy + Eq + Hash> Lookups<Q> {
         self.running.contains_key(name)
     }
 
-    /// The addresses of a [`Step::Dial`] were not used, because a dial to the peer was under way
-    /// already: they are tried if that one fails.
+    /// The addresses of a [`Step::Dial`] were not used, because too many dials to the peer were under
+    /// way already: they are tried when one of those fails.
     pub(crate) fn put_back(&mut self, peer: &PeerId, addresses: &[Multiaddr]) {
         for lookup in self.running.values_mut() {
             if let Some(candidate) = lookup.candidates.get_mut(peer) {
@@ -294,7 +337,7 @@ impl<Q: Copy + Eq + Hash> Lookups<Q> {
                     .into_iter()
                     .partition(|address| addresses.contains(address));
                 candidate.tried = tried;
-                candidate.untried = put_back;
+                candidate.untried.extend::<Vec<_>>(put_back);
             }
         }
     }
@@ -391,10 +434,14 @@ impl<Q: Copy + Eq + Hash> Lookups<Q> {
         if peer == self.local {
             return;
         }
-        let full = lookup.is_full(source);
+        let (may_name, may_dial) = (lookup.may_name(source), lookup.may_dial(source));
         let max_addresses = lookup.sources * MAX_ADDRESSES;
         match lookup.candidates.get_mut(&peer) {
-            None if full => {}
+            None if !may_name => {}
+            None if !may_dial => {
+                let candidate = Candidate::new(source, addresses);
+                lookup.candidates.insert(peer, candidate);
+            }
             None => {
                 let mut candidate = Candidate::new(source, addresses);
                 let until = if connected {
@@ -407,7 +454,9 @@ impl<Q: Copy + Eq + Hash> Lookups<Q> {
             }
             Some(candidate) => {
                 candidate.add(addresses, max_addresses);
-                if candidate.state == State::Unreachable && !candidate.untried.is_empty() {
+                // Beside a dial that is under way: the addresses that came first may be wrong ones.
+                let may_dial = matches!(candidate.state, State::Unreachable | State::Dialling(_));
+                if may_dial && !candidate.untried.is_empty() {
                     let until = candidate.dial(peer, now, &mut self.steps);
                     self.wake(name, until);
                 }
@@ -420,7 +469,10 @@ impl<Q: Copy + Eq + Hash> Lookups<Q> {
         let mut asked = Vec::new();
         for (name, lookup) in &mut self.running {
             if let Some(candidate) = lookup.candidates.get_mut(peer)
-                && matches!(candidate.state, State::Dialling(_) | State::Unreachable)
+                && matches!(
+                    candidate.state,
+                    State::Waiting | State::Dialling(_) | State::Unreachable
+                )
             {
                 let until = candidate.ask(name, *peer, now, &mut self.steps);
                 asked.push((name.clone(), until));
@@ -431,8 +483,8 @@ impl<Q: Copy + Eq + Hash> Lookups<Q> {
         }
     }
 
-    /// A peer cannot be dialled at the addresses of the last [`Step::Dial`].
-    pub(crate) fn on_dial_failed(&mut self, peer: &PeerId, now: Instant) {
+    /// A dial to a peer has failed; `others` tells whether more of them are under way.
+    pub(crate) fn on_dial_failed(&mut self, peer: &PeerId, others: bool, now: Instant) {
         let (mut given_up, mut dialled) = (Vec::new(), Vec::new());
         for (name, lookup) in &mut self.running {
             let Some(candidate) = lookup.candidates.get_mut(peer) else {
@@ -441,12 +493,12 @@ impl<Q: Copy + Eq + Hash> Lookups<Q> {
             if !matches!(candidate.state, State::Dialling(_)) {
                 continue;
             }
-            if candidate.untried.is_empty() {
-                candidate.state = State::Unreachable;
-                given_up.push(name.clone());
-            } else {
+            if !candidate.untried.is_empty() {
                 let until = candidate.dial(*peer, now, &mut self.steps);
                 dialled.push((name.clone(), until));
+            } else if !others {
+                candidate.state = State::Unreachable;
+                given_up.push(name.clone());
             }
         }
         for (name, until) in dialled {
@@ -517,8 +569,20 @@ impl<Q: Copy + Eq + Hash> Lookups<Q> {
         self.settle(name, now);
     }
 
+    /// Dials those that waited, as far as there is room now.
+    fn refill(&mut self, name: &ServiceName, now: Instant) {
+        while let Some(lookup) = self.running.get_mut(name)
+            && let Some(peer) = lookup.next_waiting()
+            && let Some(candidate) = lookup.candidates.get_mut(&peer)
+        {
+            let until = candidate.dial(peer, now, &mut self.steps);
+            self.wake(name, until);
+        }
+    }
+
     /// Ends the lookup when nothing can change its outcome in time.
     fn settle(&mut self, name: &ServiceName, now: Instant) {
+        self.refill(name, now);
         let Some(lookup) = self.running.get_mut(name) else {
             return;
         };
@@ -532,7 +596,7 @@ impl<Q: Copy + Eq + Hash> Lookups<Q> {
         let Some(lookup) = self.running.get(name) else {
             return;
         };
-        let Some(outcome) = lookup.outcome(now) else {
+        let Some(outcome) = lookup.outcome(self.expecting, now) else {
             return;
         };
         self.remove(name);
@@ -575,15 +639,45 @@ impl<Q> Lookup<Q> {
         Some(self.live.is_empty() && !(nobody && self.all_asked))
     }
 
-    /// Whether as many as may be are dialled for a source.
-    fn is_full(&self, source: Source) -> bool {
-        let share = (MAX_CANDIDATES / self.sources).max(1);
-        let candidates = self.candidates.values();
-        candidates.filter(|named| named.source == source).count() >= share
+    /// The next candidate that waits and may be dialled.
+    fn next_waiting(&self) -> Option<PeerId> {
+        let mut waiting = self
+            .candidates
+            .iter()
+            .filter(|(_, candidate)| candidate.state == State::Waiting);
+        let next = waiting.find(|(_, candidate)| self.may_dial(candidate.source));
+        next.map(|(peer, _)| *peer)
     }
 
-    fn outcome(&self, now: Instant) -> Option<Outcome> {
-        let sources_done = self.query_done() && self.points.is_empty();
+    /// Whether a source has room for one more candidate, where those that are `counted` may be so many
+    /// times its share. One grape that answers Kademlia has a part of Kademlia's share.
+    fn has_room(&self, source: Source, counted: fn(&Candidate) -> bool, times: usize) -> bool {
+        let share = times * (MAX_CANDIDATES / self.sources).max(1);
+        let counted = || self.candidates.values().filter(|named| counted(named));
+        let of_one = counted().filter(|named| named.source == source).count();
+        match source {
+            Source::Point(_) => of_one < share,
+            Source::Kademlia(_) => {
+                let by_kademlia = |named: &&Candidate| matches!(named.source, Source::Kademlia(_));
+                let of_all = counted().filter(by_kademlia).count();
+                of_one < (share / KADEMLIA_ANSWERS).max(1) && of_all < share
+            }
+        }
+    }
+
+    /// Whether another candidate of a source may be dialled now.
+    fn may_dial(&self, source: Source) -> bool {
+        self.has_room(source, Candidate::takes_place, 1)
+    }
+
+    /// Whether a source may name another candidate, now or for later.
+    fn may_name(&self, source: Source) -> bool {
+        self.has_room(source, |_| true, NAMED)
+    }
+
+    fn outcome(&self, expecting: bool, now: Instant) -> Option<Outcome> {
+        let may_learn = expecting && self.live.is_empty() && now < self.started + LOOKUP_SETTLE;
+        let sources_done = self.query_done() && self.points.is_empty() && !may_learn;
         let complete = sources_done && !self.candidates.values().any(Candidate::is_open);
         let settled = self
             .first_live
@@ -619,7 +713,7 @@ impl Candidate {
     fn new(source: Source, addresses: Vec<Multiaddr>) -> Self {
         let mut candidate = Self {
             source,
-            state: State::Unreachable,
+            state: State::Waiting,
             tried: Vec::new(),
             untried: Vec::new(),
         };
@@ -663,6 +757,11 @@ impl Candidate {
 
     fn is_open(&self) -> bool {
         matches!(self.state, State::Dialling(_) | State::Asked(_))
+    }
+
+    /// Whether another one has to wait for it.
+    fn takes_place(&self) -> bool {
+        self.is_open() || self.state == State::Live
     }
 }
 
@@ -710,11 +809,27 @@ mod tests {
         }
 
         fn candidate(&mut self, peer: PeerId, addresses: &[&str], connected: bool) {
+            self.named_by(Source::Kademlia(1), peer, addresses, connected);
+        }
+
+        fn named_by(&mut self, source: Source, peer: PeerId, addresses: &[&str], connected: bool) {
             let addresses = addresses.iter().map(|text| text.parse().unwrap()).collect();
-            let source = Source::Kademlia;
             self.lookups
                 .on_candidate(&self.name, source, peer, addresses, connected, self.now);
             self.collect();
+        }
+
+        fn dialling(&self) -> Option<PeerId> {
+            let lookup = self.lookups.running.get(&self.name)?;
+            let mut candidates = lookup.candidates.iter();
+            let open = candidates.find(|(_, candidate)| candidate.is_open());
+            open.map(|(peer, _)| *peer)
+        }
+
+        /// How many dials there were.
+        fn dialled(&self) -> usize {
+            let dials = |step: &&Step<u32>| matches!(step, Step::Dial(..));
+            self.steps.iter().filter(dials).count()
         }
 
         fn query_ends(&mut self, id: u32) {
@@ -728,7 +843,7 @@ mod tests {
         }
 
         fn dial_fails(&mut self, peer: PeerId) {
-            self.lookups.on_dial_failed(&peer, self.now);
+            self.lookups.on_dial_failed(&peer, false, self.now);
             self.collect();
         }
 
@@ -879,16 +994,80 @@ mod tests {
     }
 
     #[test]
-    fn addresses_that_come_during_a_dial_are_tried_when_it_fails() {
+    fn addresses_that_come_during_a_dial_are_tried_beside_it() {
         let peer = PeerId::random();
         let mut scene = Scene::new(&[]);
         scene.candidate(peer, &[A], false);
         scene.candidate(peer, &[A, B], false);
-        scene.query_ends(1);
-        scene.dial_fails(peer);
         assert_eq!(scene.dials_of(peer), [[A], [B]]);
+        scene.query_ends(1);
+        scene.lookups.on_dial_failed(&peer, true, scene.now);
+        scene.collect();
+        assert_eq!(scene.outcome(), None, "the other one may succeed");
         scene.dial_fails(peer);
         assert_eq!(scene.outcome(), Some(&Outcome::Unreachable(1)));
+    }
+
+    #[test]
+    fn addresses_that_were_put_back_are_tried_when_a_dial_fails() {
+        let (peer, b) = (PeerId::random(), B.parse().unwrap());
+        let mut scene = Scene::new(&[]);
+        scene.candidate(peer, &[A, B], false);
+        scene.lookups.put_back(&peer, &[b]);
+        scene.lookups.on_dial_failed(&peer, true, scene.now);
+        scene.collect();
+        assert_eq!(scene.dials_of(peer), [vec![A, B], vec![B]]);
+    }
+
+    #[test]
+    fn nobody_is_not_found_while_a_bootstrap_grape_is_expected() {
+        let (point, late) = (PeerId::random(), PeerId::random());
+        for (connects, outcome) in [(true, None), (false, Some(Outcome::NotFound))] {
+            let mut scene = Scene::new(&[]);
+            scene.lookups.cancel(&scene.name);
+            scene.lookups.expect(true, scene.now);
+            let plan = Plan {
+                registries: vec![point],
+                keep_all: true,
+                all_asked: true,
+                ..Plan::default()
+            };
+            let (name, now) = (scene.name.clone(), scene.now);
+            scene.lookups.start(&name, &plan, now);
+            scene.lookups.on_discovered(&point, &name, true, now);
+            scene.collect();
+            assert_eq!(scene.outcome(), None);
+            if connects {
+                scene.lookups.on_bootstrap(late, true);
+            }
+            scene.lookups.expect(false, now);
+            scene.collect();
+            assert_eq!(scene.outcome(), outcome.as_ref());
+            assert_eq!(
+                scene.steps.contains(&Step::Find(late, name.clone())),
+                connects
+            );
+            scene.lookups.on_discovered(&late, &name, true, now);
+            scene.collect();
+            assert_eq!(scene.outcome(), Some(&Outcome::NotFound));
+        }
+    }
+
+    #[test]
+    fn a_bootstrap_grape_is_not_expected_for_long() {
+        let mut scene = Scene::new(&[]);
+        scene.lookups.cancel(&scene.name);
+        scene.lookups.expect(true, scene.now);
+        scene
+            .lookups
+            .start(&scene.name, &by_rendezvous(&[]), scene.now);
+        scene.lookups.on_query_started(&scene.name, 3);
+        scene.query_ends(3);
+        scene.lookups.on_query_started(&scene.name, 4);
+        scene.query_ends(4);
+        assert_eq!(scene.outcome(), None);
+        scene.passes(LOOKUP_SETTLE);
+        assert_eq!(scene.outcome(), Some(&Outcome::NotFound));
     }
 
     #[test]
@@ -904,31 +1083,68 @@ mod tests {
     #[test]
     fn no_more_candidates_are_dialled_than_the_limit() {
         let mut scene = Scene::new(&[]);
-        for _ in 0..3 * MAX_CANDIDATES {
-            scene.candidate(PeerId::random(), &[A], false);
+        for answer in 0..2 * NAMED * MAX_CANDIDATES {
+            scene.named_by(Source::Kademlia(answer), PeerId::random(), &[A], false);
         }
-        let dials = |step: &&Step<u32>| matches!(step, Step::Dial(..));
-        assert_eq!(scene.steps.iter().filter(dials).count(), MAX_CANDIDATES);
+        assert_eq!(scene.dialled(), MAX_CANDIDATES);
+        // Each that fails makes room for another one, up to a bound.
+        while let Some(peer) = scene.dialling() {
+            scene.dial_fails(peer);
+        }
+        assert_eq!(scene.dialled(), NAMED * MAX_CANDIDATES);
     }
 
     #[test]
     fn a_source_that_names_many_leaves_places_to_the_others() {
         let point = PeerId::random();
         let mut scene = Scene::new(&[point]);
-        for _ in 0..3 * MAX_CANDIDATES {
-            scene.candidate(PeerId::random(), &[A], false);
+        let share = MAX_CANDIDATES / 2;
+        for answer in 1..=3 * KADEMLIA_ANSWERS {
+            for _ in 0..share {
+                scene.named_by(Source::Kademlia(answer), PeerId::random(), &[A], false);
+            }
+            // One grape of many that answer Kademlia has a part of its share.
+            let full = answer.min(KADEMLIA_ANSWERS) * share / KADEMLIA_ANSWERS;
+            assert_eq!(scene.dialled(), full);
         }
-        let (named, source) = (PeerId::random(), Source::Point(point));
-        let addresses = vec![B.parse().unwrap()];
-        let (name, now) = (&scene.name, scene.now);
-        scene
-            .lookups
-            .on_candidate(name, source, named, addresses, false, now);
-        scene.collect();
+        let named = PeerId::random();
+        scene.named_by(Source::Point(point), named, &[B], false);
         assert_eq!(scene.dials_of(named), [[B]]);
-        let dials = |step: &&Step<u32>| matches!(step, Step::Dial(..));
-        let dialled = scene.steps.iter().filter(dials).count();
-        assert_eq!(dialled, MAX_CANDIDATES / 2 + 1);
+        assert_eq!(scene.dialled(), share + 1);
+    }
+
+    #[test]
+    fn those_that_found_no_room_are_dialled_when_others_fail() {
+        let mut scene = Scene::new(&[]);
+        let room = MAX_CANDIDATES / KADEMLIA_ANSWERS;
+        let peers: Vec<_> = (0..room + 2).map(|_| PeerId::random()).collect();
+        for peer in &peers {
+            scene.candidate(*peer, &[A], false);
+        }
+        assert_eq!(scene.dialled(), room);
+        scene.query_ends(1);
+        scene.dial_fails(peers[0]);
+        assert_eq!(scene.dialled(), room + 1);
+        scene.connects(peers[1]);
+        scene.answer(peers[1], Some(false));
+        assert_eq!(scene.dialled(), room + 2);
+        scene.passes(DIAL_DEADLINE);
+        assert_eq!(scene.outcome(), Some(&Outcome::Unreachable(room + 1)));
+        // One that is named again and again takes no room.
+        for _ in 0..2 * NAMED * MAX_CANDIDATES {
+            scene.candidate(peers[0], &[A], false);
+        }
+        // Those that are live are enough.
+        let mut scene = Scene::new(&[]);
+        for peer in &peers {
+            scene.candidate(*peer, &[], true);
+            scene.answer(*peer, Some(true));
+        }
+        scene.query_ends(1);
+        assert_eq!(
+            scene.outcome(),
+            Some(&Outcome::Live(peers[..room].to_vec()))
+        );
     }
 
     #[test]

@@ -19,6 +19,10 @@ use crate::proto::announce::Place;
 use crate::proto::lookup::{Outcome, Step};
 use crate::proto::registrations::Known;
 
+/// The dials to one candidate of lookups at once: one for the addresses that came first, which may be
+/// wrong, and some for those that came later.
+const MAX_DIALS: usize = 4;
+
 impl Driver {
     pub(super) fn carry_out(&mut self) {
         let now = Instant::now();
@@ -149,6 +153,7 @@ impl Driver {
     }
 
     pub(super) fn carry_out_lookup(&mut self, step: Step<kad::QueryId>, now: Instant) {
+        tracing::trace!(?step, "a lookup goes on");
         let behaviour = self.swarm.behaviour_mut();
         match step {
             Step::Query(name) => self.discovery.query(&mut behaviour.kad, &name),
@@ -175,6 +180,7 @@ impl Driver {
                 self.discovery.on_found(&name, provider);
             }
             Step::Done(name, outcome) => {
+                tracing::debug!(%name, ?outcome, "a lookup is over");
                 let live: &[PeerId] = match &outcome {
                     Outcome::Live(providers) => providers,
                     _ => &[],
@@ -195,26 +201,32 @@ impl Driver {
     }
 
     pub(super) fn dial_candidate(&mut self, peer: PeerId, addresses: Vec<Multiaddr>, now: Instant) {
-        if self.connectivity.is_dialling(&peer) {
-            self.discovery.lookups.put_back(&peer, &addresses);
+        let dials = self.connectivity.dials(&peer);
+        let is_new = |address: &Multiaddr| !self.connectivity.is_dialling(&peer, address);
+        let new: Vec<_> = addresses.iter().filter(|a| is_new(a)).cloned().collect();
+        if dials > 0 && new.is_empty() {
+            return;
+        }
+        if dials >= MAX_DIALS {
+            self.discovery.lookups.put_back(&peer, &new);
             return;
         }
         // Kademlia may be dialling it with fewer addresses; the connection limits bear a second.
         // A port of its own, as for every dial here: one that is dialled from again and again is
         // refused by the system while an earlier connection to the same address winds down.
         let opts = DialOpts::peer_id(peer)
-            .addresses(addresses)
+            .addresses(new.clone())
             .extend_addresses_through_behaviour()
             .condition(PeerCondition::Disconnected)
             .allocate_new_port()
             .build();
         let connection = opts.connection_id();
         match self.swarm.dial(opts) {
-            Ok(()) => self.connectivity.on_dialling(peer, connection),
+            Ok(()) => self.connectivity.on_dialling(peer, connection, new),
             Err(DialError::DialPeerConditionFalse(_)) => {
                 self.discovery.lookups.on_connected(&peer, now);
             }
-            Err(_) => self.discovery.lookups.on_dial_failed(&peer, now),
+            Err(_) => self.discovery.lookups.on_dial_failed(&peer, dials > 0, now),
         }
     }
 
@@ -235,6 +247,7 @@ impl Driver {
 
     pub(super) fn on_published(&mut self, published: bool, name: &ServiceName) {
         if published && let Some(done) = self.publishing.remove(name) {
+            tracing::debug!(%name, "a name is announced");
             // Who asked may be gone.
             let _ = done.send(Ok(()));
         }
@@ -275,6 +288,8 @@ impl Driver {
     }
 
     pub(super) fn after_bootstrap_change(&mut self) {
+        let is_starting = self.connectivity.bootstraps.is_starting();
+        self.discovery.lookups.expect(is_starting, Instant::now());
         self.release_held();
         if self.is_cut_off() {
             let failures = self.connectivity.bootstraps.failures();
@@ -293,9 +308,11 @@ impl Driver {
             self.swarm.behaviour_mut().kad.add_address(&grape, address);
         }
         self.grapes.on_changed();
-        if self.names.registrations.lacks_registry(&grape) {
+        let lacks_registry = self.names.registrations.lacks_registry(&grape);
+        if lacks_registry {
             self.discovery.announcements.on_grape(grape);
         }
+        self.discovery.lookups.on_bootstrap(grape, !lacks_registry);
         if self.connectivity.bootstraps.connected().len() == 1 {
             // Finds the neighbours, at once and once. The rest of the table Kademlia fills by
             // itself half a second later; to walk all of it for each bootstrap grape would only

@@ -10,7 +10,7 @@ use libp2p::{Multiaddr, PeerId, identify, kad, ping};
 use super::Driver;
 use crate::limits::MAX_ADDRESSES;
 use crate::name::ServiceName;
-use crate::net::connectivity::Connectivity;
+use crate::net::connectivity::{Connectivity, describe};
 use crate::net::discovery::{self, Discovery};
 use crate::net::names;
 use crate::net::rendezvous;
@@ -42,6 +42,8 @@ impl Driver {
                 peer_id,
                 error,
             } => {
+                let reason = describe(&error, peer_id);
+                tracing::debug!(?peer_id, %reason, "a dial has failed");
                 if let (Some(peer), DialError::Transport(_)) = (peer_id, &error)
                     && !self.connectivity.is_connected(&peer)
                 {
@@ -54,7 +56,8 @@ impl Driver {
                     .connectivity
                     .on_dial_failed(connection_id, peer_id, &error, now);
                 if let Some(peer) = failed {
-                    self.discovery.lookups.on_dial_failed(&peer, now);
+                    let others = self.connectivity.dials(&peer) > 0;
+                    self.discovery.lookups.on_dial_failed(&peer, others, now);
                 }
                 self.after_bootstrap_change();
             }
@@ -82,6 +85,8 @@ impl Driver {
             .connectivity
             .on_established(peer, connection, endpoint, now);
         if change.peer {
+            let address = endpoint.get_remote_address();
+            tracing::debug!(%peer, %address, dialled = endpoint.is_dialer(), "a peer is connected");
             self.metrics
                 .peers
                 .set(self.swarm.network_info().num_peers() as u64);
@@ -101,6 +106,7 @@ impl Driver {
         let was_grape = self.connectivity.is_grape(&peer);
         let change = self.connectivity.on_closed(peer, connection, now);
         if change.peer {
+            tracing::debug!(%peer, "a peer is gone");
             self.metrics
                 .peers
                 .set(self.swarm.network_info().num_peers() as u64);
@@ -188,11 +194,11 @@ impl Driver {
 
     pub(super) fn on_kademlia(&mut self, learned: Option<discovery::Learned>, now: Instant) {
         match learned {
-            Some(discovery::Learned::Providers(name, providers)) => {
+            Some(discovery::Learned::Providers(name, answer, providers)) => {
                 for peer in providers {
                     let kad = &mut self.swarm.behaviour_mut().kad;
                     let addresses = Discovery::stored_addresses(kad, &peer);
-                    self.on_candidate(&name, Source::Kademlia, peer, addresses, now);
+                    self.on_candidate(&name, Source::Kademlia(answer), peer, addresses, now);
                 }
             }
             Some(discovery::Learned::Record(record)) => self.on_record(&record, now),
@@ -338,6 +344,7 @@ impl Driver {
     ) {
         addresses.truncate(MAX_ADDRESSES);
         let connected = self.connectivity.is_connected(&peer);
+        tracing::trace!(%name, %peer, ?source, ?addresses, connected, "a provider is named");
         self.discovery
             .lookups
             .on_candidate(name, source, peer, addresses, connected, now);

@@ -303,6 +303,14 @@ impl Server {
             error => RemoteError::new(ErrorCode::BadRequest, error.to_string()),
         })?;
         let kept = request.announce.len() - reply.refused.len();
+        tracing::debug!(
+            peer = %remote.peer,
+            kept,
+            refused = reply.refused.len(),
+            withdrawn = request.withdraw.len(),
+            sought = request.find.len(),
+            "a peer tells and asks of names"
+        );
         self.metrics.names_told.add(kept as u64);
         self.metrics.names_sought.add(request.find.len() as u64);
         let encoded = reply.encode();
