@@ -137,8 +137,9 @@ pub const SHUTDOWN_DEADLINE: Duration = Duration::from_secs(2);
 /// What a node takes on at once. Every field bounds something a remote can make grow.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Limits {
-    /// The requests of others that are open at once; one more is answered `busy`. 1,024 by default, from
-    /// 1 to a million.
+    /// The requests of others that are open at once; one more is answered `busy`. One peer may have three
+    /// times as many as are left: three quarters when it is alone. 2,048 by default, so that three that
+    /// have all they may have under way find room; from 1 to a million.
     pub inbound_requests: usize,
     /// The payload bytes of those requests and of their replies that are held at once, and again as
     /// many of requests that are still arriving. 64 MiB by default, 64 of the largest payloads; at most
@@ -174,7 +175,7 @@ pub struct Limits {
 impl Default for Limits {
     fn default() -> Self {
         Self {
-            inbound_requests: 1_024,
+            inbound_requests: 2_048,
             inbound_bytes: 64 << 20,
             inbound_connections: 4_096,
             pending_connections: 512,

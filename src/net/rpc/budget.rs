@@ -1,8 +1,9 @@
 //! What a node takes on at once of others' requests: their number and their bytes.
 //!
 //! A request that is admitted *holds* its part until its reply has left or the stream has failed, so
-//! that neither slow handlers nor slow readers make memory grow. One peer gets three quarters of
-//! everything at most.
+//! that neither slow handlers nor slow readers make memory grow. A peer may hold three times what is
+//! left: three quarters of everything when it is alone, three sevenths beside another one, and so on. However
+//! many ids somebody has, there is room for one more.
 //!
 //! Requests that are still arriving have a budget of as many bytes, so that frames that never end
 //! neither make memory grow nor take the places of those that do.
@@ -52,6 +53,9 @@ const SHORT_ANSWERS: usize = 64 * 1024;
 
 /// What an answer takes beside its payload.
 const SHORT_ANSWER: usize = 128;
+
+/// How many times what is left a peer may hold.
+const GREED: usize = 3;
 
 impl Budget {
     pub(super) fn new(limits: &Limits) -> Self {
@@ -108,7 +112,8 @@ impl Budget {
             requests: 1,
             ..Held::default()
         };
-        let fits = open < self.max_requests && of_peer_open < share(self.max_requests);
+        let left = self.max_requests.saturating_sub(open);
+        let fits = of_peer_open < GREED * left;
         if fits && self.grow(of_peer, &mut held, payload) {
             return Some(held);
         }
@@ -157,8 +162,9 @@ impl Budget {
         }
         let total = self.total.bytes.fetch_add(bytes, Ordering::AcqRel);
         let of_peer_total = of_peer.bytes.fetch_add(bytes, Ordering::AcqRel);
-        let max = self.max_bytes;
-        let fits = total + bytes <= max && of_peer_total + bytes <= share(max);
+        // What would be left beside it. The last that finds room leaves some for another one.
+        let left = self.max_bytes.checked_sub(total + bytes);
+        let fits = left.is_some_and(|left| of_peer_total + bytes <= GREED * left);
         if fits {
             held.bytes += bytes;
         } else {
@@ -231,7 +237,68 @@ fn weight(payload: usize) -> usize {
     }
 }
 
-/// What one peer may use of a budget.
+/// What one peer may use of the bytes that are still arriving.
 fn share(budget: usize) -> usize {
     (budget - budget / 4).max(1)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn budget(inbound_requests: usize, inbound_bytes: usize) -> Budget {
+        Budget::new(&Limits {
+            inbound_requests,
+            inbound_bytes,
+            ..Limits::default()
+        })
+    }
+
+    /// Lets a peer take as many requests as it gets.
+    fn take_all(budget: &Budget, payload: usize) -> (Arc<Usage>, Vec<Held>) {
+        let usage = budget.usage_of(PeerId::random());
+        let held = std::iter::from_fn(|| budget.admit(&usage, payload)).collect();
+        (usage, held)
+    }
+
+    #[test]
+    fn a_peer_gets_three_times_what_is_left_and_the_next_one_always_some() {
+        let budget = budget(1_024, 64 << 20);
+        let mut taken = Vec::new();
+        for expected in [768, 192, 48, 12, 3] {
+            let (usage, held) = take_all(&budget, 0);
+            assert_eq!(held.len(), expected);
+            taken.push((usage, held));
+        }
+        for (usage, held) in taken {
+            held.into_iter()
+                .for_each(|held| budget.give_back(&usage, held));
+        }
+        assert_eq!(budget.open_requests(), 0);
+        assert_eq!(take_all(&budget, 0).1.len(), 768);
+    }
+
+    #[test]
+    fn a_budget_of_one_is_used() {
+        let budget = budget(1, 64 << 20);
+        let (usage, held) = take_all(&budget, 0);
+        assert_eq!(held.len(), 1);
+        assert_eq!(take_all(&budget, 0).1.len(), 0);
+        held.into_iter()
+            .for_each(|held| budget.give_back(&usage, held));
+        assert_eq!(take_all(&budget, 0).1.len(), 1);
+    }
+
+    #[test]
+    fn bytes_are_shared_in_the_same_way() {
+        let budget = budget(1_024, 64 << 20);
+        for expected in [48, 12, 3, 0] {
+            let (usage, held) = take_all(&budget, 1 << 20);
+            assert_eq!(held.len(), expected);
+            std::mem::forget((usage, held));
+        }
+        // What is small takes none of them.
+        let rest: usize = 1_024 - 63;
+        assert_eq!(take_all(&budget, 100).1.len(), (3 * rest).div_ceil(4));
+    }
 }
