@@ -14,6 +14,7 @@ mod rendezvous;
 pub(crate) mod rpc;
 mod swarm;
 mod values;
+mod yamux;
 
 use std::net::IpAddr;
 use std::sync::Arc;

@@ -15,12 +15,13 @@ use libp2p::swarm::NetworkBehaviour;
 use libp2p::swarm::behaviour::toggle::Toggle;
 use libp2p::{
     PeerId, Swarm, Transport as _, dns, identify, identity, kad, memory_connection_limits, noise,
-    ping, quic, swarm, tcp, yamux,
+    ping, quic, swarm, tcp,
 };
 
 use super::admission;
 use super::rpc::serve::Server;
 use super::rpc::{single, streams};
+use super::yamux::Yamux;
 use super::{Settings, Transport};
 use crate::limits::{
     AGENT_VERSION, CONNECT_TIMEOUT, FRAME_DEADLINE, IDENTIFY_VERSION, KAD_PROTOCOL,
@@ -196,7 +197,7 @@ fn tcp_and_quic(keypair: &identity::Keypair) -> io::Result<Boxed<(PeerId, Stream
     let tcp = tcp::tokio::Transport::new(tcp::Config::default().nodelay(true))
         .upgrade(Version::V1Lazy)
         .authenticate(noise)
-        .multiplex(yamux())
+        .multiplex(Yamux::new())
         .map(|(peer, muxer), _| (peer, StreamMuxerBox::new(muxer)));
     let mut quic = quic::Config::new(keypair);
     quic.handshake_timeout = CONNECT_TIMEOUT;
@@ -217,13 +218,7 @@ fn memory(keypair: &identity::Keypair) -> io::Result<Boxed<(PeerId, StreamMuxerB
     let transport = MemoryTransport::new()
         .upgrade(Version::V1Lazy)
         .authenticate(noise)
-        .multiplex(yamux())
+        .multiplex(Yamux::new())
         .map(|(peer, muxer), _| (peer, StreamMuxerBox::new(muxer)));
     Ok(TransportTimeout::new(transport, CONNECT_TIMEOUT).boxed())
-}
-
-fn yamux() -> yamux::Config {
-    let mut config = yamux::Config::default();
-    config.set_max_num_streams(MAX_STREAMS);
-    config
 }
