@@ -269,18 +269,24 @@ pub struct ListenError {
 
 /// What the system said, with the remedy where there is one.
 pub(crate) fn explain(error: &(dyn error::Error + 'static)) -> String {
-    let known =
-        causes(error).find_map(|cause| match cause.downcast_ref().map(io::Error::kind)? {
-            ErrorKind::AddrInUse => {
-                Some("another program uses this port; stop it or choose another one")
-            }
-            ErrorKind::PermissionDenied => {
-                Some("this port needs privileges; choose one above 1023")
-            }
-            ErrorKind::AddrNotAvailable => Some("this machine has no such address"),
-            _ => None,
-        });
-    known.map_or_else(|| innermost(error).to_string(), Into::into)
+    match system_error(error) {
+        Some(ErrorKind::AddrInUse) => {
+            "another program uses this port; stop it or choose another one".into()
+        }
+        Some(ErrorKind::PermissionDenied) => {
+            "this port needs privileges; choose one above 1023".into()
+        }
+        Some(ErrorKind::AddrNotAvailable) => "this machine has no such address".into(),
+        _ => innermost(error).to_string(),
+    }
+}
+
+/// What kind of error the system gave; libraries may have kept nothing of it but the text.
+pub(crate) fn system_error(error: &(dyn error::Error + 'static)) -> Option<ErrorKind> {
+    let text = innermost(error).to_string();
+    let (_, code) = text.rsplit_once("(os error ")?;
+    let code = code.strip_suffix(')')?.parse().ok()?;
+    Some(io::Error::from_raw_os_error(code).kind())
 }
 
 /// An error and what has led to it: libraries wrap what the system said in several layers.

@@ -16,7 +16,7 @@ use libp2p::{Multiaddr, PeerId, StreamProtocol, dns, identify};
 use tokio::sync::watch;
 
 use super::host;
-use crate::error::{DialFailure, causes, innermost};
+use crate::error::{DialFailure, causes, innermost, system_error};
 use crate::limits::{AGENT, KAD_PROTOCOL, MAX_ADDRESSES, RENDEZVOUS_PROTOCOL};
 use crate::proto::bootstrap::{BootstrapStatus, Bootstraps};
 
@@ -406,13 +406,16 @@ fn reason(error: &(dyn std::error::Error + 'static)) -> String {
         };
     }
     let reason = innermost(error).to_string();
-    // libp2p wraps both in errors of its own that keep nothing but the text.
-    if reason.starts_with("Connection refused") {
+    if system_error(error) == Some(io::ErrorKind::ConnectionRefused) {
         return "nobody listens there: start a grape, or correct the address".into();
     }
+    // libp2p keeps nothing but the text of these two.
     if reason == TransportTimeoutError::<io::Error>::Timeout.to_string() {
         return "nobody answers there: start a grape, correct the address, or look for a firewall"
             .into();
+    }
+    if reason == io::Error::from(io::ErrorKind::InvalidData).to_string() {
+        return "another protocol is spoken there: use an address that a grape prints".into();
     }
     // "(os error 111)" tells a person nothing more.
     match reason.split_once(" (os error") {
