@@ -20,7 +20,7 @@ use crate::proto::rendezvous::{
     Codec, Cookie, Malformed, Namespace, Page, Registration, Request, Response, SignedPeer, Status,
     Ttl, page_len,
 };
-use crate::store::{NewRecord, Origin, Prefix, Store};
+use crate::store::{NewRecord, Origin, Prefix, Providers};
 
 /// The rendezvous behaviour of the Swarm.
 pub(crate) type Behaviour = request_response::Behaviour<Codec>;
@@ -179,7 +179,7 @@ impl Rendezvous {
     pub(crate) fn on_event(
         &mut self,
         behaviour: &mut Behaviour,
-        store: &mut Store,
+        store: &mut Providers,
         prefix: impl FnOnce(&PeerId) -> Prefix,
         event: Event,
         now: Instant,
@@ -269,7 +269,7 @@ impl Rendezvous {
 
     fn serve(
         &mut self,
-        store: &mut Store,
+        store: &mut Providers,
         prefix: impl FnOnce(&PeerId) -> Prefix,
         peer: PeerId,
         request: Result<Request, Malformed>,
@@ -311,7 +311,7 @@ impl Rendezvous {
 }
 
 fn register(
-    store: &mut Store,
+    store: &mut Providers,
     prefix: Prefix,
     peer: PeerId,
     namespace: &Namespace,
@@ -346,7 +346,7 @@ fn register(
 }
 
 fn discover(
-    store: &Store,
+    store: &Providers,
     namespace: Option<&Namespace>,
     cookie: Option<&Cookie>,
     limit: Option<u64>,

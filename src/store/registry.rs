@@ -15,9 +15,10 @@ use libp2p::kad::{ProviderRecord, Record, RecordKey};
 use tokio::sync::Notify;
 
 use super::names::Rates;
+use super::providers::KADEMLIA_ANSWER;
 use super::values::{NotKept, Values};
 use super::workers::Workers;
-use super::{KADEMLIA_ANSWER, Prefix, Store};
+use super::{Prefix, Providers};
 use crate::limits::Bounds;
 use crate::name::SHA2_256;
 use crate::proto::bep44::{DecodeError, Value};
@@ -39,7 +40,7 @@ pub(crate) enum NotStored {
 #[derive(Debug)]
 pub(crate) struct Registry {
     local: PeerId,
-    providers: Mutex<Store>,
+    providers: Mutex<Providers>,
     workers: Mutex<Workers>,
     values: Mutex<Values>,
     rates: Mutex<Rates>,
@@ -55,7 +56,7 @@ impl Registry {
         let first_sequence = SystemTime::now()
             .duration_since(SystemTime::UNIX_EPOCH)
             .map_or(1, |since| since.as_micros() as u64);
-        let providers = Store::new(local, bounds, lease, first_sequence, now);
+        let providers = Providers::new(local, bounds, lease, first_sequence, now);
         Arc::new(Self {
             local,
             providers: Mutex::new(providers),
@@ -68,7 +69,7 @@ impl Registry {
     }
 
     /// The provider records.
-    pub(crate) fn providers(&self) -> MutexGuard<'_, Store> {
+    pub(crate) fn providers(&self) -> MutexGuard<'_, Providers> {
         self.providers
             .lock()
             .unwrap_or_else(PoisonError::into_inner)
