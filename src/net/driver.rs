@@ -91,7 +91,6 @@ pub(super) async fn start(settings: Settings) -> Result<Handle, SpawnError> {
         server: Arc::clone(&server),
         registry: Arc::clone(&registry),
         requests: Requests::default(),
-        handlers: HashMap::new(),
         publishing: HashMap::new(),
         held: HashSet::new(),
         records: RateLimit::new(RECORDS_PER_SECOND),
@@ -139,7 +138,6 @@ struct Driver {
     server: Arc<Server>,
     registry: Arc<Registry>,
     requests: Requests,
-    handlers: HashMap<ServiceName, mpsc::Sender<Inbound>>,
     /// Who waits for a name to be published.
     publishing: HashMap<ServiceName, oneshot::Sender<Result<(), AnnounceError>>>,
     /// Names to look up as soon as it is known whether a grape can be reached.
@@ -290,11 +288,8 @@ impl Driver {
         done: oneshot::Sender<Result<(), AnnounceError>>,
     ) {
         // One that was dropped a moment ago makes room at once.
-        if self
-            .handlers
-            .get(&name)
-            .is_some_and(mpsc::Sender::is_closed)
-        {
+        let current = self.server.handler(name.as_ref());
+        if current.is_some_and(|current| current.is_closed()) {
             self.withdraw(&name);
         }
         let refusal = if self.discovery.announcements.len() >= MAX_ANNOUNCED {
@@ -317,7 +312,6 @@ impl Driver {
         }
         self.names.registrations.announce(&name, Instant::now());
         self.server.serve(name.clone(), handler.clone());
-        self.handlers.insert(name.clone(), handler.clone());
         self.publishing.insert(name.clone(), done);
         let watched = name;
         self.dropped.push(
@@ -331,7 +325,7 @@ impl Driver {
 
     /// A name's handler was dropped; if it is still this one, the name is taken back.
     fn on_handler_gone(&mut self, name: &ServiceName, handler: &mpsc::Sender<Inbound>) {
-        let current = self.handlers.get(name);
+        let current = self.server.handler(name.as_ref());
         if current.is_some_and(|current| current.same_channel(handler)) {
             self.withdraw(name);
         }
@@ -339,7 +333,6 @@ impl Driver {
 
     fn withdraw(&mut self, name: &ServiceName) {
         tracing::debug!(%name, "a name is taken back");
-        self.handlers.remove(name);
         self.publishing.remove(name);
         self.server.unserve(name);
         if !self.discovery.announcements.withdraw(name) {

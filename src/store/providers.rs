@@ -851,7 +851,7 @@ impl Providers {
     }
 }
 
-/// What Kademlia asks, see [`registry::Records`].
+/// What Kademlia asks, see [`Records`](super::Records).
 impl Providers {
     /// Stores an announcement of this node. Anybody else's is inserted under the prefix of its
     /// first address, which is only claimed: the driver has Kademlia hand those out and inserts

@@ -196,7 +196,7 @@ impl Server {
         Arc::clone(&self.streams).try_acquire_owned().ok()
     }
 
-    fn handler(&self, service: &str) -> Option<mpsc::Sender<Inbound>> {
+    pub(crate) fn handler(&self, service: &str) -> Option<mpsc::Sender<Inbound>> {
         let services = self.services.read().unwrap_or_else(PoisonError::into_inner);
         services.get(service).cloned()
     }
