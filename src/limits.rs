@@ -109,7 +109,7 @@ pub const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
 pub const KEEP_ALIVE_INTERVAL: Duration = Duration::from_secs(45);
 
 /// How often a connection is checked to be alive, and how long the answer may take. The second answer
-/// that is missing closes it: who is gone without a word is noticed within 26 seconds.
+/// that is missing closes it: who is gone without a word is noticed within half a minute.
 pub const PING_INTERVAL: Duration = Duration::from_secs(8);
 /// See [`PING_INTERVAL`].
 pub const PING_TIMEOUT: Duration = Duration::from_secs(5);
