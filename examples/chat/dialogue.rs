@@ -34,6 +34,8 @@ pub(crate) struct Dialogue {
 enum Line {
     Text(String),
     Empty,
+    /// No text, and why.
+    Wrong(Failure),
     Leave,
 }
 
@@ -79,28 +81,28 @@ impl Dialogue {
         loop {
             match self.ask("Name: ").await {
                 Line::Leave => return None,
-                Line::Empty => {}
+                Line::Empty => continue,
+                Line::Wrong(failure) => self.complain(&failure).await,
                 Line::Text(text) => match text.trim().parse::<ServiceName>() {
                     Ok(name) => return Some(name),
-                    Err(error) => {
-                        self.complain(&Failure::new(USAGE, error)).await;
-                        if let Line::Leave = self.skip().await {
-                            return None;
-                        }
-                    }
+                    Err(error) => self.complain(&Failure::new(USAGE, error)).await,
                 },
+            }
+            if let Line::Leave = self.skip().await {
+                return None;
             }
         }
     }
 
-    /// Leaves out what a script says to a name that failed: it is meant for nobody else.
+    /// Leaves out what a script says after something that failed: it may make no sense without
+    /// that, and is meant for nobody else. A person has seen the failure.
     async fn skip(&mut self) -> Line {
         if self.prompt.is_typed() {
             return Line::Empty;
         }
         loop {
             match self.ask("Message: ").await {
-                Line::Text(_) => {}
+                Line::Text(_) | Line::Wrong(_) => {}
                 end => return end,
             }
         }
@@ -109,32 +111,31 @@ impl Dialogue {
     /// Sends messages to one name, until the person wants another one or to leave.
     async fn converse(&mut self, name: &ServiceName) -> Line {
         loop {
-            let text = match self.ask("Message: ").await {
-                Line::Text(text) => text,
+            let sent = match self.ask("Message: ").await {
+                Line::Text(text) => self.patiently(name, self.mail.send(name, &text)).await,
+                Line::Wrong(failure) => Err(failure),
                 end => return end,
             };
-            let sent = self.patiently(name, self.mail.send(name, &text)).await;
-            if let Err(failure) = sent {
-                self.complain(&failure).await;
+            let Err(failure) = sent else { continue };
+            self.complain(&failure).await;
+            if !self.prompt.is_typed() {
+                return self.skip().await;
             }
         }
     }
 
     async fn ask(&mut self, question: &'static str) -> Line {
-        loop {
-            return match self.prompt.ask(question).await {
-                None => Line::Leave,
-                Some(Ok(line)) => match line.trim() {
-                    "" => Line::Empty,
-                    "exit" => Line::Leave,
-                    _ => Line::Text(line),
-                },
-                Some(Err(NotUtf8)) => {
-                    let line = "left out a line that is not UTF-8: convert the input first";
-                    self.complain(&Failure::new(USAGE, line)).await;
-                    continue;
-                }
-            };
+        match self.prompt.ask(question).await {
+            None => Line::Leave,
+            Some(Ok(line)) => match line.trim() {
+                "" => Line::Empty,
+                "exit" => Line::Leave,
+                _ => Line::Text(line),
+            },
+            Some(Err(NotUtf8)) => {
+                let line = "left out a line that is not UTF-8: convert the input first";
+                Line::Wrong(Failure::new(USAGE, line))
+            }
         }
     }
 

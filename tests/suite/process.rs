@@ -165,13 +165,19 @@ impl Program {
 
     /// Waits for a line on stderr that begins like this.
     pub(crate) async fn says(&mut self, start: &str) {
+        self.says_of(start, "").await;
+    }
+
+    /// Waits for a line on stderr that begins like this and has that in it.
+    pub(crate) async fn says_of(&mut self, start: &str, part: &str) {
         while let Some(line) = self.stderr.next_line().await.unwrap() {
             writeln!(self.said, "{line}").unwrap();
-            if line.starts_with(start) {
+            if line.starts_with(start) && line.contains(part) {
                 return;
             }
         }
-        panic!("{} has not said {start:?} but: {}", self.name, self.said);
+        let said = &self.said;
+        panic!("{} has not said {start:?} {part:?} but: {said}", self.name);
     }
 
     pub(crate) async fn types(&mut self, line: impl AsRef<[u8]>) {

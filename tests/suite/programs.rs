@@ -219,11 +219,59 @@ async fn a_script_sends_nobody_else_what_was_meant_for_a_name_that_failed() {
         }
         assert_eq!(chat.end().await.code(), Some(2));
         assert_eq!(chat.output().await, "");
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn a_script_is_not_read_on_behind_a_message_that_failed() {
+    in_time(async {
+        let grape = grape(&[]).await;
+        let _client1 = peer("client1", &grape).await;
+        let odd = node(&grape).await;
+        let refusing = service(&odd, "refusing").await;
+        tokio::spawn(refusing.serve(|request| async move { request.fail("not today") }));
+        let too_long = vec![b'x'; (1 << 20) + 1];
+        let table: [(&[u8], &[u8], i32, &str); 3] = [
+            (b"refusing", b"hello", 7, "handler-failed: not today"),
+            (
+                b"client1",
+                b"caf\xe9",
+                2,
+                "left out a line that is not UTF-8",
+            ),
+            (b"client1", &too_long, 2, "1048577 bytes"),
+        ];
+        for (name, fails, code, says) in table {
+            let mut chat = conversation(&grape.address);
+            let more: [&[u8]; 6] = [
+                b"lost",
+                b"caf\xe9",
+                b"",
+                b"client1\r",
+                b"hello\r",
+                b"nobody",
+            ];
+            for line in [name, fails].into_iter().chain(more) {
+                chat.types(line).await;
+            }
+            chat.closes_input();
+            chat.says_of("error: ", says).await;
+            assert_eq!(chat.end().await.code(), Some(code), "of the first failure");
+            assert_eq!(chat.output().await, "Echo: hello\nEcho: nobody\n");
+        }
         let mut chat = conversation(&grape.address);
-        for line in [&b"client1\r"[..], b"caf\xe9", b"hello\r", b"exit"] {
+        for line in [
+            &b"caf\xe9"[..],
+            b"client1",
+            b"lost",
+            b"",
+            b"client1",
+            b"hello",
+        ] {
             chat.types(line).await;
         }
-        chat.says("error: left out a line that is not UTF-8").await;
+        chat.closes_input();
         assert_eq!(chat.end().await.code(), Some(2));
         assert_eq!(chat.output().await, "Echo: hello\n");
     })
