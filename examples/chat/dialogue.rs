@@ -1,4 +1,5 @@
 //! A conversation: a name, its providers, messages and replies, until `exit` or the end of input.
+//! Or a letter: piped lines that are all for one name.
 
 use std::pin::pin;
 use std::time::Duration;
@@ -51,19 +52,46 @@ impl Dialogue {
 
     /// Talks until the person leaves, and returns the exit code.
     pub(crate) async fn hold(&mut self, cli: &Cli) -> u8 {
-        self.output.note(RULES).await;
         if let Some(name) = &cli.name {
             self.prompt.remember(name);
             let own = receive(self.mail.node.clone(), name.clone(), self.output.clone());
             tokio::spawn(own);
         }
-        let mut name = cli.to.clone();
+        match &cli.to {
+            Some(to) if !self.prompt.is_typed() => self.deliver(to).await,
+            to => self.talk(to.clone()).await,
+        }
+        self.code
+    }
+
+    /// Sends each line to one name, until there is none any more or one fails: what follows may
+    /// make no sense without it. No line is a command, because all of them may be data.
+    async fn deliver(&mut self, name: &ServiceName) {
+        if !self.show_providers(name).await {
+            return;
+        }
+        loop {
+            let sent = match self.read("").await {
+                Line::Text(text) => self.patiently(name, self.mail.send(name, &text)).await,
+                Line::Wrong(failure) => Err(failure),
+                Line::Empty => continue,
+                Line::Leave => return,
+            };
+            if let Err(failure) = sent {
+                return self.complain(&failure).await;
+            }
+        }
+    }
+
+    /// Asks for names and messages, beginning with a name that is given.
+    async fn talk(&mut self, mut name: Option<ServiceName>) {
+        self.output.note(RULES).await;
         loop {
             let next = match name.take() {
                 Some(name) => Some(name),
                 None => self.ask_name().await,
             };
-            let Some(next) = next else { return self.code };
+            let Some(next) = next else { return };
             let end = if self.show_providers(&next).await {
                 self.prompt.remember(&next);
                 self.converse(&next).await
@@ -71,7 +99,7 @@ impl Dialogue {
                 self.skip().await
             };
             if let Line::Leave = end {
-                return self.code;
+                return;
             }
         }
     }
@@ -124,14 +152,19 @@ impl Dialogue {
         }
     }
 
+    /// The next line of a conversation.
     async fn ask(&mut self, question: &'static str) -> Line {
+        match self.read(question).await {
+            Line::Text(text) if text.trim() == "exit" => Line::Leave,
+            line => line,
+        }
+    }
+
+    async fn read(&mut self, question: &'static str) -> Line {
         match self.prompt.ask(question).await {
             None => Line::Leave,
-            Some(Ok(line)) => match line.trim() {
-                "" => Line::Empty,
-                "exit" => Line::Leave,
-                _ => Line::Text(line),
-            },
+            Some(Ok(line)) if line.trim().is_empty() => Line::Empty,
+            Some(Ok(line)) => Line::Text(line),
             Some(Err(NotUtf8)) => {
                 let line = "left out a line that is not UTF-8: convert the input first";
                 Line::Wrong(Failure::new(USAGE, line))

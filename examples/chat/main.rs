@@ -65,7 +65,11 @@ Examples:
           one message to everybody who answers to client1
   printf 'client1\\nhello\\n' | chat
           a conversation from a file: a name, then messages; an empty line, then another name.
-          Messages to a name that fails are left out, and the first failure is the exit code
+          What fails keeps back what follows it up to the next empty line; the first failure is
+          the exit code
+  chat --to client1 < letter.txt
+          each line of a file as a message to one name, but for empty ones; \"exit\" is a message
+          as any other. The first that fails is the last, and the exit code
 
 Replies and messages go to standard output, all else to standard error.
 RUST_LOG=grapevine=debug logs there too.
@@ -81,7 +85,7 @@ Exit codes: 0 answered, or the conversation ended; 1 the system refused somethin
 #[derive(Debug, Parser)]
 #[command(name = "chat", version, after_help = AFTER_HELP)]
 struct Cli {
-    /// Talk to this name first; with TEXT: only send that
+    /// Talk to this name first; with TEXT, or lines that are piped in: only send that
     #[arg(long, value_name = "NAME")]
     to: Option<ServiceName>,
     /// The message to send; without it, asks for names and messages

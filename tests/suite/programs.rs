@@ -279,6 +279,33 @@ async fn a_script_is_not_read_on_behind_a_message_that_failed() {
 }
 
 #[tokio::test]
+async fn a_letter_goes_to_one_name_whatever_is_in_it() {
+    in_time(async {
+        let grape = grape(&[]).await;
+        let _client1 = peer("client1", &grape).await;
+        let _client2 = peer("client2", &grape).await;
+        let to_client1 = ["--bootstrap", &grape.address, "--to", "client1"];
+        let mut chat = Program::start("chat", &to_client1);
+        for line in ["Dear client1", "", "  ", "client2", "exit", "yours"] {
+            chat.types(line).await;
+        }
+        chat.closes_input();
+        assert_eq!(
+            chat.output().await,
+            "Echo: Dear client1\nEcho: client2\nEcho: exit\nEcho: yours\n"
+        );
+        assert_eq!(chat.end().await.code(), Some(0));
+        let mut chat = Program::start("chat", &to_client1);
+        for line in [&b"hello"[..], b"caf\xe9", b"", b"lost"] {
+            chat.types(line).await;
+        }
+        assert_eq!(chat.output().await, "Echo: hello\n");
+        assert_eq!(chat.end().await.code(), Some(2), "at the line that failed");
+    })
+    .await;
+}
+
+#[tokio::test]
 async fn a_message_shows_its_sender_and_nothing_that_a_terminal_obeys() {
     in_time(async {
         let grape = grape(&[]).await;
