@@ -38,39 +38,50 @@ impl Mail {
         }
     }
 
-    /// Sends a text to a name and prints the reply, or every provider's reply. One reply is
-    /// success; with none, the first failure counts.
+    /// Sends a text to a name and prints the reply, or every provider's reply. It is a success if
+    /// all that were asked have answered; otherwise the first failure counts.
     pub(crate) async fn send(&self, to: &ServiceName, text: &str) -> Result<(), Failure> {
         let payload = self.payload(text)?;
         if self.to_all {
             return self.send_to_all(to, payload).await;
         }
         let reply = self.node.request_with(to, payload, self.options()).await;
-        self.show(reply).await
+        self.show(reply.map_err(|error| failure(&error))?).await
     }
 
     async fn send_to_all(&self, to: &ServiceName, payload: Vec<u8>) -> Result<(), Failure> {
         let replies = self.node.broadcast_with(to, payload, self.options());
         let mut replies = pin!(replies);
-        let (mut answered, mut failed) = (false, None);
+        let (mut asked, mut failures) = (0, Vec::new());
         while let Some(reply) = replies.next().await {
-            match self.show(reply).await {
-                Ok(()) => answered = true,
-                Err(failure) => {
-                    if let Some(earlier) = failed.replace(failure) {
-                        self.complain(&earlier).await;
-                    }
-                }
+            asked += 1;
+            if let Err(failure) = self.show_one_of_many(reply).await {
+                failures.push(failure);
             }
         }
-        match failed {
-            Some(failure) if answered => {
-                self.complain(&failure).await;
-                Ok(())
-            }
-            Some(failure) => Err(failure),
-            None => Ok(()),
+        let Some(first) = failures.first() else {
+            return Ok(());
+        };
+        if asked == 1 {
+            // Or nobody was, because the lookup failed.
+            return Err(failures.remove(0));
         }
+        for failure in &failures {
+            self.complain(failure).await;
+        }
+        let count = failures.len();
+        let summary = format!("{count} of {asked} providers of {to} failed");
+        Err(Failure::new(first.code, summary))
+    }
+
+    /// Says who has answered: equal replies do not.
+    async fn show_one_of_many(&self, reply: Result<Reply, RequestError>) -> Result<(), Failure> {
+        let reply = reply.map_err(|error| failure(&error))?;
+        if text_of(&reply)?.is_some() {
+            let line = format!("{} answers:", short(&reply.provider));
+            self.output.note(&line).await;
+        }
+        self.show(reply).await
     }
 
     async fn complain(&self, failure: &Failure) {
@@ -96,8 +107,7 @@ impl Mail {
             .map_err(|error| Failure::new(USAGE, error))
     }
 
-    async fn show(&self, reply: Result<Reply, RequestError>) -> Result<(), Failure> {
-        let reply = reply.map_err(|error| failure(&error))?;
+    async fn show(&self, reply: Reply) -> Result<(), Failure> {
         match text_of(&reply)? {
             Some(text) => self.output.print(sanitise(&text)).await,
             None => {

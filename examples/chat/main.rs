@@ -94,7 +94,7 @@ struct Cli {
     /// Your own name: signs what you send; without TEXT also announces you and shows what arrives
     #[arg(long, value_name = "NAME")]
     name: Option<ServiceName>,
-    /// Send to everybody who answers to the name, not just to one of them
+    /// Send to everybody who answers to the name, not just to one of them; fails if one of them fails
     #[arg(long)]
     all: bool,
     /// Wait for an answer so long: 1 to 60

@@ -104,7 +104,8 @@ async fn one_message_works_with_nothing_else_running() {
             let chat = run("chat", &[&given, more].concat()).await;
             assert_eq!(chat.stdout, "Echo: hello\n", "{chat:?}");
             assert_eq!(chat.code, Some(0));
-            assert_eq!(chat.stderr.lines().count(), 1, "{chat:?}");
+            let lines = if more == ["--all"] { 2 } else { 1 };
+            assert_eq!(chat.stderr.lines().count(), lines, "{chat:?}");
             assert!(
                 chat.stderr
                     .starts_with("no grape at /ip4/127.0.0.1/tcp/1: started one inside")
@@ -353,11 +354,38 @@ async fn all_providers_of_a_name_can_be_asked() {
         let _one = peer("client1", &grape).await;
         let _other = peer("client1", &grape).await;
         let by = ["--bootstrap", &grape.address, "--to", "client1"];
-        let chat = run("chat", &[&by[..], &["--all", "hello"]].concat()).await;
+        let all = [&by[..], &["--all", "hello"]].concat();
+        let chat = run("chat", &all).await;
+        assert_eq!(chat.code, Some(0), "{chat:?}");
         assert_eq!(chat.stdout, "Echo: hello\nEcho: hello\n", "{chat:?}");
+        let who: Vec<_> = chat.stderr.lines().collect();
+        let says_who = |line: &str| line.starts_with("12D3..") && line.ends_with(" answers:");
+        assert!(who.len() == 2 && who[0] != who[1], "{chat:?}");
+        assert!(who.iter().all(|line| says_who(line)), "{chat:?}");
         let mut chat = conversation(&grape.address);
         chat.types("client1").await;
         chat.says("client1: 2 providers: 12D3..").await;
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn a_provider_that_fails_to_answer_is_not_left_out_in_silence() {
+    in_time(async {
+        let grape = grape(&[]).await;
+        let _one = peer("client1", &grape).await;
+        let odd = node(&grape).await;
+        let refusing = service(&odd, "client1").await;
+        tokio::spawn(refusing.serve(|request| async move { request.fail("not today") }));
+        let by = ["--bootstrap", &grape.address, "--to", "client1"];
+        let chat = run("chat", &[&by[..], &["--all", "hello"]].concat()).await;
+        assert_eq!((chat.code, &*chat.stdout), (Some(7), "Echo: hello\n"));
+        let id = odd.peer_id();
+        let says = format!(
+            " answers:\nerror: {id} answered: handler-failed: not today\n\
+             error: 1 of 2 providers of client1 failed\n"
+        );
+        assert!(chat.stderr.ends_with(&says), "{chat:?}");
     })
     .await;
 }
