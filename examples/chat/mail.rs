@@ -13,7 +13,7 @@ use crate::common::output::Output;
 use crate::common::{Failure, RUNTIME, USAGE, short};
 
 const NOT_FOUND: u8 = 3;
-const UNREACHABLE: u8 = 4;
+pub(crate) const UNREACHABLE: u8 = 4;
 const TIMED_OUT: u8 = 5;
 const REFUSED: u8 = 7;
 

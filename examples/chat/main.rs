@@ -7,7 +7,7 @@
 //! ```
 //!
 //! prints `Echo: hello`: where no grape answers, chat starts one inside itself, with an echo peer
-//! named `echo`. With the examples `grape` and `peer client1` running, without arguments:
+//! named `echo`, for a message to that name and for a conversation on a terminal. With the examples `grape` and `peer client1` running, without arguments:
 //!
 //! ```text
 //! empty line: another name; exit: leave
@@ -48,7 +48,7 @@ use common::stop::{Cause, Stop};
 use common::{Failure, grapes, run};
 use dialogue::Dialogue;
 use mail::Mail;
-use network::Network;
+use network::{Network, Otherwise};
 use prompt::Prompt;
 use talk::DefaultGrape;
 
@@ -80,8 +80,9 @@ Exit codes: 0 answered, or the conversation ended; 1 the system refused somethin
 
 /// Talk to those who announce a name.
 ///
-/// Without --bootstrap: joins by /ip4/127.0.0.1/tcp/20001, or where none answers there, by a grape
-/// of its own with an echo peer named "echo".
+/// Without --bootstrap: joins by the grape at /ip4/127.0.0.1/tcp/20001. Where none answers there, a
+/// conversation on a terminal and a message to the name "echo" start one inside this program, with an
+/// echo peer of that name.
 #[derive(Debug, Parser)]
 #[command(name = "chat", version, after_help = AFTER_HELP)]
 struct Cli {
@@ -136,7 +137,8 @@ async fn chat(cli: Cli, stop: Stop) -> Result<u8, Failure> {
 }
 
 async fn one_message(cli: &Cli, text: &str, stop: &Stop) -> Result<Result<u8, Failure>, Cause> {
-    let network = match stop.or(Network::join(cli)).await? {
+    let otherwise = Otherwise::of(cli, false);
+    let network = match stop.or(Network::join(cli, otherwise)).await? {
         Ok(network) => network,
         Err(failure) => return Ok(Err(failure)),
     };
@@ -159,7 +161,8 @@ async fn conversation(cli: &Cli, stop: &Stop) -> Result<Result<u8, Failure>, Cau
         Ok(opened) => opened,
         Err(failure) => return Ok(Err(failure)),
     };
-    let network = match stop.or(Network::join(cli)).await? {
+    let otherwise = Otherwise::of(cli, prompt.is_typed());
+    let network = match stop.or(Network::join(cli, otherwise)).await? {
         Ok(network) => network,
         Err(failure) => return Ok(Err(failure)),
     };

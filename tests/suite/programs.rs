@@ -116,14 +116,38 @@ async fn one_message_works_with_nothing_else_running() {
 }
 
 #[tokio::test]
-async fn a_person_whom_nobody_can_find_is_told_so() {
+async fn without_a_grape_nobody_but_echo_can_be_written_to() {
     in_time(async {
-        let mut chat = Program::start("chat", &["--default-grape", NOBODY, "--name", "ann"]);
-        chat.says(
-            "no grape at /ip4/127.0.0.1/tcp/1: started one inside this program, with a peer named \
-             \"echo\"; others cannot find ann in it: start a grape first, or use --bootstrap",
-        )
+        let says = "error: no grape at /ip4/127.0.0.1/tcp/1: start one with \"grape\", or use \
+                    --bootstrap\n";
+        for given in [&["--to", "client1", "hello"][..], &["--to", "client1"], &[]] {
+            let given = [&["--default-grape", NOBODY], given].concat();
+            run("chat", &given).await.fails(4, says);
+        }
+        let (_listener, address) = mute();
+        let given = ["--default-grape", &address, "--to", "client1", "hello"];
+        let chat = run("chat", &given).await;
+        let says = format!(
+            "error: no answer from the grape at {address}: restart it, or use --bootstrap\n"
+        );
+        assert_eq!((chat.code, &*chat.stdout), (Some(4), ""), "{chat:?}");
+        assert!(chat.stderr.ends_with(&says), "{chat:?}");
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn who_wants_to_be_found_without_a_terminal_waits_for_the_grape() {
+    in_time(async {
+        let listen = free_address();
+        let mut ann = Program::start("chat", &["--default-grape", &listen, "--name", "ann"]);
+        ann.says(&format!(
+            "waiting for the grape at {listen}: nobody listens there"
+        ))
         .await;
+        let grape = grape_at(&listen, &[]).await;
+        ann.says("announced ann").await;
+        assert_eq!(send(&grape, "ann", "hello").await.code, Some(0));
     })
     .await;
 }

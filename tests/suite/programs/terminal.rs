@@ -134,6 +134,20 @@ async fn a_name_of_the_command_line_is_talked_to_first() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_person_whom_nobody_can_find_is_told_so() {
+    in_time(async {
+        let mut chat = chat(&["--default-grape", super::NOBODY, "--name", "ann"]);
+        see(
+            &mut chat,
+            "no grape at /ip4/127.0.0.1/tcp/1: started one inside this program, with a peer named \
+             \"echo\"; others cannot find ann in it: start one with \"grape\" first, or use --bootstrap",
+        );
+        see(&mut chat, "Name: ");
+    })
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_signal_at_the_prompt_leaves_the_terminal_in_order() {
     in_time(async {
         let grape = grape(&[]).await;
