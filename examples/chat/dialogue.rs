@@ -1,16 +1,13 @@
 //! A conversation: a name, its providers, messages and replies, until `exit` or the end of input.
 //! Or a letter: piped lines that are all for one name.
 
-use std::pin::pin;
-use std::time::Duration;
-
 use grapevine::{Node, Provider, ServiceName};
-use tokio::time::timeout;
 
 use crate::Cli;
 use crate::common::output::Output;
 use crate::common::{Failure, USAGE, short};
 use crate::mail::{Mail, failure};
+use crate::patience::patiently;
 use crate::prompt::{NotUtf8, Prompt};
 use crate::talk::{Answer, announce, attend};
 
@@ -18,10 +15,6 @@ const RULES: &str = "empty line: another name; exit: leave";
 
 /// How many providers are shown by their ids.
 const SHOWN: usize = 5;
-
-/// How long nothing happens before a person is told what they wait for. A peer that was killed can
-/// take a whole time-out to be found dead.
-const PATIENCE: Duration = Duration::from_secs(2);
 
 pub(crate) struct Dialogue {
     prompt: Prompt,
@@ -186,15 +179,8 @@ impl Dialogue {
         }
     }
 
-    /// What `work` leads to. Tells the person if that takes long: there is no prompt meanwhile.
     async fn patiently<T>(&self, name: &ServiceName, work: impl Future<Output = T>) -> T {
-        let mut work = pin!(work);
-        if let Ok(done) = timeout(PATIENCE, &mut work).await {
-            return done;
-        }
-        let line = format!("no answer from {name} yet; Ctrl-C: leave");
-        self.output.note(&line).await;
-        work.await
+        patiently(&self.output, || self.mail.awaited(name), work).await
     }
 
     async fn complain(&mut self, failure: &Failure) {

@@ -14,7 +14,7 @@ use crate::common::{Failure, RUNTIME, USAGE, short};
 
 const NOT_FOUND: u8 = 3;
 pub(crate) const UNREACHABLE: u8 = 4;
-const TIMED_OUT: u8 = 5;
+pub(crate) const TIMED_OUT: u8 = 5;
 const REFUSED: u8 = 7;
 
 /// How messages are sent.
@@ -28,13 +28,14 @@ pub(crate) struct Mail {
 }
 
 impl Mail {
-    pub(crate) fn new(cli: &Cli, node: Node, output: Output) -> Self {
+    /// Each message may take as long as `timeout`.
+    pub(crate) fn new(cli: &Cli, node: Node, output: Output, timeout: Duration) -> Self {
         Self {
             node,
             output,
             from: cli.name.clone(),
             to_all: cli.all,
-            timeout: cli.timeout,
+            timeout,
         }
     }
 
@@ -47,6 +48,21 @@ impl Mail {
         }
         let reply = self.node.request_with(to, payload, self.options()).await;
         self.show(reply.map_err(|error| failure(&error))?).await
+    }
+
+    /// Who keeps a message to this name waiting.
+    pub(crate) fn awaited(&self, to: &ServiceName) -> String {
+        let status = self.node.status();
+        let status = status.borrow();
+        if status.is_online() {
+            return to.to_string();
+        }
+        let grapes = status
+            .bootstrap
+            .iter()
+            .map(|grape| grape.address.to_string());
+        let grapes: Vec<_> = grapes.collect();
+        format!("the grape at {}", grapes.join(", "))
     }
 
     async fn send_to_all(&self, to: &ServiceName, payload: Vec<u8>) -> Result<(), Failure> {

@@ -31,6 +31,7 @@ mod common;
 mod dialogue;
 mod mail;
 mod network;
+mod patience;
 mod prompt;
 #[path = "../common/talk.rs"]
 mod talk;
@@ -41,14 +42,16 @@ use std::time::Duration;
 
 use clap::Parser;
 use grapevine::ServiceName;
+use tokio::time::{Instant, timeout_at};
 
 use common::flags::{self, Flags};
 use common::output::Output;
 use common::stop::{Cause, Stop};
 use common::{Failure, grapes, run};
 use dialogue::Dialogue;
-use mail::Mail;
+use mail::{Mail, TIMED_OUT};
 use network::{Network, Otherwise};
+use patience::patiently;
 use prompt::Prompt;
 use talk::DefaultGrape;
 
@@ -98,7 +101,7 @@ struct Cli {
     /// Send to everybody who answers to the name, not just to one of them; fails if one of them fails
     #[arg(long)]
     all: bool,
-    /// Wait for an answer so long: 1 to 60
+    /// Wait for an answer so long, and with TEXT for all that comes before it too: 1 to 60
     #[arg(long, value_name = "SECONDS", default_value = "10", value_parser = timeout)]
     timeout: Duration,
     /// Keep what is typed in this file, for the next time
@@ -137,14 +140,23 @@ async fn chat(cli: Cli, stop: Stop) -> Result<u8, Failure> {
 }
 
 async fn one_message(cli: &Cli, text: &str, stop: &Stop) -> Result<Result<u8, Failure>, Cause> {
+    let end = Instant::now() + cli.timeout;
+    let output = Output::stdout(stop.clone());
     let otherwise = Otherwise::of(cli, false);
-    let network = match stop.or(Network::join(cli, otherwise)).await? {
-        Ok(network) => network,
-        Err(failure) => return Ok(Err(failure)),
+    let joined = timeout_at(end, Network::join(cli, otherwise, &output));
+    let network = match stop.or(joined).await? {
+        Ok(Ok(network)) => network,
+        Ok(Err(failure)) => return Ok(Err(failure)),
+        Err(_) => return Ok(Err(too_late(cli))),
     };
-    let mail = Mail::new(cli, network.node.clone(), Output::stdout(stop.clone()));
+    // What is left of the time.
+    let time = end.saturating_duration_since(Instant::now());
+    let mail = Mail::new(cli, network.node.clone(), output.clone(), time);
     let sent = match &cli.to {
-        Some(to) => stop.or(mail.send(to, text)).await,
+        Some(to) => {
+            let sent = patiently(&output, || mail.awaited(to), mail.send(to, text));
+            stop.or(sent).await
+        }
         // Refused with the command line.
         None => Ok(Ok(())),
     };
@@ -156,20 +168,27 @@ async fn one_message(cli: &Cli, text: &str, stop: &Stop) -> Result<Result<u8, Fa
     }
 }
 
+/// Only the grape on this machine is waited for before anything is sent.
+fn too_late(cli: &Cli) -> Failure {
+    let grape = &cli.default.default_grape;
+    let line = format!("no answer from the grape at {grape} in time; --timeout waits longer");
+    Failure::new(TIMED_OUT, line)
+}
+
 async fn conversation(cli: &Cli, stop: &Stop) -> Result<Result<u8, Failure>, Cause> {
     let (prompt, output) = match Prompt::new(cli.history.clone(), stop) {
         Ok(opened) => opened,
         Err(failure) => return Ok(Err(failure)),
     };
     let otherwise = Otherwise::of(cli, prompt.is_typed());
-    let network = match stop.or(Network::join(cli, otherwise)).await? {
+    let network = match stop.or(Network::join(cli, otherwise, &output)).await? {
         Ok(network) => network,
         Err(failure) => return Ok(Err(failure)),
     };
     if network.is_shared() {
         tokio::spawn(grapes::tell(network.node.clone(), output.clone()));
     }
-    let mail = Mail::new(cli, network.node.clone(), output.clone());
+    let mail = Mail::new(cli, network.node.clone(), output.clone(), cli.timeout);
     let mut dialogue = Dialogue::new(prompt, mail, output);
     let held = stop.or(dialogue.hold(cli)).await;
     drop(dialogue);

@@ -13,8 +13,10 @@ use tokio::time::timeout;
 
 use crate::Cli;
 use crate::common::flags::all_interfaces;
-use crate::common::{Failure, RUNTIME, note, shut_down};
+use crate::common::output::Output;
+use crate::common::{Failure, RUNTIME, shut_down};
 use crate::mail::UNREACHABLE;
+use crate::patience::patiently;
 use crate::talk::{Answer, attend};
 
 /// The name of the echo peer inside this program.
@@ -56,7 +58,11 @@ impl Otherwise {
 
 impl Network {
     /// Starts the node, and a network inside this program if there is none to join.
-    pub(crate) async fn join(cli: &Cli, otherwise: Otherwise) -> Result<Self, Failure> {
+    pub(crate) async fn join(
+        cli: &Cli,
+        otherwise: Otherwise,
+        output: &Output,
+    ) -> Result<Self, Failure> {
         let mut flags = cli.network.clone();
         let is_default = cli.default.fill(&mut flags);
         // Only who can be called needs to listen.
@@ -65,11 +71,14 @@ impl Network {
             _ => Vec::new(),
         };
         let node = flags.builder(Role::Peer, listen.clone())?.spawn().await?;
-        if !is_default || otherwise == Otherwise::Wait || answers(&node).await {
+        if !is_default || otherwise == Otherwise::Wait {
+            return Ok(Self { node, inside: None });
+        }
+        let address = &cli.default.default_grape;
+        if patiently(output, || format!("the grape at {address}"), answers(&node)).await {
             return Ok(Self { node, inside: None });
         }
         shut_down(&node).await;
-        let address = &cli.default.default_grape;
         let (missing, remedy) = match is_vacant(address).await {
             true => ("no grape at", "start one with \"grape\""),
             false => ("no answer from the grape at", "restart it"),
@@ -85,10 +94,11 @@ impl Network {
             }
             _ => "--bootstrap joins others".into(),
         };
-        note(&format!(
+        let line = format!(
             "{missing} {address}: started one inside this program, with a peer named \"{ECHO}\"; \
              {others}"
-        ));
+        );
+        output.note(&line).await;
         flags.bootstrap = grape.addresses();
         let node = flags.builder(Role::Peer, listen)?.spawn().await?;
         Ok(Self {
