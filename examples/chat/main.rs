@@ -45,6 +45,7 @@ use grapevine::ServiceName;
 use tokio::time::{Instant, timeout_at};
 
 use common::flags::{self, Flags};
+use common::key::Key;
 use common::output::Output;
 use common::stop::{Cause, Stop};
 use common::{Failure, grapes, run};
@@ -126,24 +127,30 @@ fn main() -> ExitCode {
 }
 
 async fn chat(cli: Cli, stop: Stop) -> Result<u8, Failure> {
+    let key = cli.network.key()?;
     match cli.text() {
-        Some(text) => match one_message(&cli, &text, &stop).await {
+        Some(text) => match one_message(&cli, &key, &text, &stop).await {
             Ok(result) => result,
             Err(Cause::Signal) => Ok(INTERRUPTED),
             Err(cause) => Ok(cause.code()),
         },
-        None => match conversation(&cli, &stop).await {
+        None => match conversation(&cli, &key, &stop).await {
             Ok(result) => result,
             Err(cause) => Ok(cause.code()),
         },
     }
 }
 
-async fn one_message(cli: &Cli, text: &str, stop: &Stop) -> Result<Result<u8, Failure>, Cause> {
+async fn one_message(
+    cli: &Cli,
+    key: &Key,
+    text: &str,
+    stop: &Stop,
+) -> Result<Result<u8, Failure>, Cause> {
     let end = Instant::now() + cli.timeout;
     let output = Output::stdout(stop.clone());
     let otherwise = Otherwise::of(cli, false);
-    let joined = timeout_at(end, Network::join(cli, otherwise, &output));
+    let joined = timeout_at(end, Network::join(cli, key, otherwise, &output));
     let network = match stop.or(joined).await? {
         Ok(Ok(network)) => network,
         Ok(Err(failure)) => return Ok(Err(failure)),
@@ -175,13 +182,13 @@ fn too_late(cli: &Cli) -> Failure {
     Failure::new(TIMED_OUT, line)
 }
 
-async fn conversation(cli: &Cli, stop: &Stop) -> Result<Result<u8, Failure>, Cause> {
+async fn conversation(cli: &Cli, key: &Key, stop: &Stop) -> Result<Result<u8, Failure>, Cause> {
     let (prompt, output) = match Prompt::new(cli.history.clone(), stop) {
         Ok(opened) => opened,
         Err(failure) => return Ok(Err(failure)),
     };
     let otherwise = Otherwise::of(cli, prompt.is_typed());
-    let network = match stop.or(Network::join(cli, otherwise, &output)).await? {
+    let network = match stop.or(Network::join(cli, key, otherwise, &output)).await? {
         Ok(network) => network,
         Err(failure) => return Ok(Err(failure)),
     };

@@ -13,6 +13,7 @@ use tokio::time::timeout;
 
 use crate::Cli;
 use crate::common::flags::all_interfaces;
+use crate::common::key::Key;
 use crate::common::output::Output;
 use crate::common::{Failure, RUNTIME, shut_down};
 use crate::mail::UNREACHABLE;
@@ -60,6 +61,7 @@ impl Network {
     /// Starts the node, and a network inside this program if there is none to join.
     pub(crate) async fn join(
         cli: &Cli,
+        key: &Key,
         otherwise: Otherwise,
         output: &Output,
     ) -> Result<Self, Failure> {
@@ -70,7 +72,10 @@ impl Network {
             (Some(_), None) => all_interfaces(0),
             _ => Vec::new(),
         };
-        let node = flags.builder(Role::Peer, listen.clone())?.spawn().await?;
+        let node = flags
+            .builder(Role::Peer, key, listen.clone())
+            .spawn()
+            .await?;
         if !is_default || otherwise == Otherwise::Wait {
             return Ok(Self { node, inside: None });
         }
@@ -100,7 +105,7 @@ impl Network {
         );
         output.note(&line).await;
         flags.bootstrap = grape.addresses();
-        let node = flags.builder(Role::Peer, listen)?.spawn().await?;
+        let node = flags.builder(Role::Peer, key, listen).spawn().await?;
         Ok(Self {
             node,
             inside: Some((grape, echo)),

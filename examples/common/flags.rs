@@ -7,8 +7,9 @@ use std::process::exit;
 use clap::Parser;
 use clap::error::{ContextKind, ErrorKind};
 use grapevine::multiaddr::Protocol;
-use grapevine::{Builder, Identity, Multiaddr, Node, Role};
+use grapevine::{Builder, Multiaddr, Node, Role};
 
+use super::key::Key;
 use super::{Failure, USAGE, complain};
 
 /// How much of a wrong value an error repeats.
@@ -28,27 +29,28 @@ pub(crate) struct Flags {
     /// Tell others this address too, e.g. that of a forwarded port (repeatable)
     #[arg(long, value_name = "MULTIADDR", value_parser = external_address)]
     external: Vec<Multiaddr>,
-    /// Keep the node's key in this file; made when missing
+    /// Keep the node's key in this file; made when missing, and used by one running program only
     #[arg(long, value_name = "FILE")]
     pub(crate) identity: Option<PathBuf>,
 }
 
 impl Flags {
+    /// The key to run by, for as long as the program runs.
+    pub(crate) fn key(&self) -> Result<Key, Failure> {
+        Key::load(self.identity.as_deref())
+    }
+
     /// Describes a node by these flags; without --listen it listens on `listen`.
-    pub(crate) fn builder(&self, role: Role, listen: Vec<Multiaddr>) -> Result<Builder, Failure> {
-        let identity = match &self.identity {
-            Some(path) => Identity::load_or_generate(path)?,
-            None => Identity::generate(),
-        };
+    pub(crate) fn builder(&self, role: Role, key: &Key, listen: Vec<Multiaddr>) -> Builder {
         let listen = match self.listen.is_empty() {
             true => listen,
             false => self.listen.clone(),
         };
-        Ok(Node::builder(role)
-            .identity(identity)
+        Node::builder(role)
+            .identity(key.identity.clone())
             .listen(listen)
             .external(self.external.clone())
-            .bootstrap(self.bootstrap.clone()))
+            .bootstrap(self.bootstrap.clone())
     }
 }
 

@@ -39,6 +39,7 @@ use grapevine::multiaddr::Protocol;
 use grapevine::{Multiaddr, Node, PeerId, Role};
 
 use common::flags::{self, Flags, quoted};
+use common::key::Key;
 use common::output::Output;
 use common::stop::Stop;
 use common::{Failure, RUNTIME, grapes, run, shut_down};
@@ -98,7 +99,8 @@ fn main() -> ExitCode {
 
 async fn serve(cli: Cli, stop: Stop) -> Result<u8, Failure> {
     let host = cli.grenache.host().await?;
-    let node = match stop.or(start(&cli, host)).await {
+    let key = cli.network.key()?;
+    let node = match stop.or(start(&cli, &key, host)).await {
         Ok(node) => node?,
         Err(cause) => return Ok(cause.code()),
     };
@@ -151,7 +153,7 @@ impl From<ListenError> for Failure {
     }
 }
 
-async fn start(cli: &Cli, host: Option<IpAddr>) -> Result<Node, Failure> {
+async fn start(cli: &Cli, key: &Key, host: Option<IpAddr>) -> Result<Node, Failure> {
     let port = cli.grenache.port().unwrap_or(PORT);
     let listen = match host {
         Some(host) => listen_on(host, port),
@@ -159,7 +161,7 @@ async fn start(cli: &Cli, host: Option<IpAddr>) -> Result<Node, Failure> {
     };
     let mut builder = cli
         .network
-        .builder(Role::Grape, listen)?
+        .builder(Role::Grape, key, listen)
         .bootstrap(cli.grenache.bootstrap())
         .block(cli.block.iter().copied())
         .lease(cli.lease);

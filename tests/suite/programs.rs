@@ -472,6 +472,41 @@ async fn a_restarted_grape_keeps_its_id_and_gets_its_names_back() {
 }
 
 #[tokio::test]
+async fn a_key_file_is_used_by_one_running_program() {
+    use std::os::unix::fs::PermissionsExt;
+
+    in_time(async {
+        let folder = tempfile::tempdir().unwrap();
+        let key = key_file(&folder);
+        let with_key = ["--identity", &*key];
+        let taken = format!(
+            "error: --identity: {key} is used by another running program: stop that one, or give each \
+             a file of its own\n"
+        );
+        for mode in [0o600, 0o400] {
+            let mut grape = grape(&with_key).await;
+            for (program, more) in [
+                ("grape", &["--listen", "/ip4/127.0.0.1/tcp/0"][..]),
+                ("peer", &["client1"]),
+                ("chat", &["--name", "ann"]),
+                ("chat", &["--to", "client1", "hello"]),
+            ] {
+                let given = [&with_key[..], more].concat();
+                run(program, &given).await.fails(2, &taken);
+            }
+            grape.signal(Signal::KILL);
+            grape.end().await;
+            // It is free again, and may be read-only.
+            std::fs::set_permissions(&key, PermissionsExt::from_mode(mode)).unwrap();
+            let echo = ["--default-grape", NOBODY, "--to", "echo", "hello"];
+            let chat = run("chat", &[&with_key[..], &echo].concat()).await;
+            assert_eq!(chat.stdout, "Echo: hello\n", "{chat:?}");
+        }
+    })
+    .await;
+}
+
+#[tokio::test]
 async fn a_peer_waits_for_its_grape_and_says_so() {
     in_time(async {
         let listen = free_address();
