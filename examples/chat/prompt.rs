@@ -3,6 +3,8 @@
 //! The editor blocks, so it runs on a thread of its own; a program that ends meanwhile puts the
 //! terminal back in order.
 
+use std::fmt::Display;
+use std::fs::OpenOptions;
 use std::io::{self, IsTerminal, Write};
 use std::path::{Path, PathBuf};
 
@@ -11,7 +13,7 @@ use rustyline::completion::Completer;
 use rustyline::error::ReadlineError;
 use rustyline::highlight::Highlighter;
 use rustyline::hint::Hinter;
-use rustyline::history::{DefaultHistory, History};
+use rustyline::history::DefaultHistory;
 use rustyline::validate::Validator;
 use rustyline::{CompletionType, Config, Context, Editor, ExternalPrinter, Helper};
 use tokio::io::{AsyncBufReadExt, BufReader, Split, Stdin};
@@ -160,14 +162,30 @@ fn load(editor: &mut Editor<Names, DefaultHistory>, path: &Path) -> Result<(), F
         Err(ReadlineError::Io(error)) if error.kind() == io::ErrorKind::NotFound => {}
         Err(error) => return Err(no_history(path, &error)),
     }
-    // Now, not after the first line is typed, is the time to hear that it cannot be written.
-    editor
-        .history_mut()
-        .append(path)
-        .map_err(|error| no_history(path, &error))
+    // Now, not after the first line is typed, is the time to hear that it cannot be written. The
+    // editor opens it only when it has something to write.
+    match private().append(true).create(true).open(path) {
+        Ok(_) => Ok(()),
+        Err(error) => Err(no_history(path, &error)),
+    }
 }
 
-fn no_history(path: &Path, error: &ReadlineError) -> Failure {
+/// For a file that its owner alone may read.
+#[cfg(unix)]
+fn private() -> OpenOptions {
+    use std::os::unix::fs::OpenOptionsExt;
+
+    let mut options = OpenOptions::new();
+    options.mode(0o600);
+    options
+}
+
+#[cfg(not(unix))]
+fn private() -> OpenOptions {
+    OpenOptions::new()
+}
+
+fn no_history(path: &Path, error: &impl Display) -> Failure {
     Failure::new(
         USAGE,
         format!(

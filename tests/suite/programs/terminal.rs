@@ -1,5 +1,7 @@
 //! Chat on a terminal: a pseudo-terminal, on which a test types and reads.
 
+use std::os::unix::fs::PermissionsExt;
+use std::path::Path;
 use std::process::Command;
 use std::time::Duration;
 
@@ -55,9 +57,15 @@ fn reads_lines(session: &OsSession) -> bool {
 
 #[track_caller]
 fn ends(session: &mut OsSession) {
+    ends_with(session, 0);
+}
+
+#[track_caller]
+fn ends_with(session: &mut OsSession, expected: i32) {
     session.expect(Eof).unwrap();
     let status = session.get_process().wait().unwrap();
-    assert!(matches!(status, WaitStatus::Exited(_, 0)), "{status:?}");
+    let is_expected = matches!(status, WaitStatus::Exited(_, code) if code == expected);
+    assert!(is_expected, "{status:?}, not {expected}");
 }
 
 /// The terminal blocks, the programs beside it do not: two threads at least.
@@ -177,11 +185,31 @@ async fn what_was_typed_is_kept_where_one_asks_for_it() {
         see(&mut chat, "Message: ");
         chat.send(CTRL_C).unwrap();
         ends(&mut chat);
+        let mode = std::fs::metadata(&file).unwrap().permissions().mode();
+        assert_eq!(mode & 0o777, 0o600, "for its owner alone");
         let mut chat = chat_by(&grape, &keep);
         chat.send("\x1b[A\r").unwrap();
         see(&mut chat, "client1: 1 provider: ");
         chat.send(CTRL_C).unwrap();
         ends(&mut chat);
+    })
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_history_that_cannot_be_kept_is_a_failure_at_the_start() {
+    in_time(async {
+        let folder = tempfile::tempdir().unwrap();
+        let missing = folder.path().join("no/history");
+        // No file can be made in it, whoever asks.
+        let unwritable = Path::new("/proc/history");
+        for file in [folder.path(), &missing, unwritable] {
+            let file = file.to_str().unwrap();
+            let mut chat = chat(&["--default-grape", super::NOBODY, "--history", file]);
+            see(&mut chat, &format!("error: --history: cannot use {file}: "));
+            see(&mut chat, "give a text file that you can write to");
+            ends_with(&mut chat, 2);
+        }
     })
     .await;
 }
