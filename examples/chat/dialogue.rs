@@ -8,7 +8,7 @@ use crate::common::output::Output;
 use crate::common::{Failure, USAGE, short};
 use crate::mail::{Mail, failure};
 use crate::patience::patiently;
-use crate::prompt::{NotUtf8, Prompt};
+use crate::prompt::{NoLine, Prompt};
 use crate::talk::{Answer, announce, attend};
 
 const RULES: &str = "empty line: another name; exit: leave";
@@ -155,12 +155,13 @@ impl Dialogue {
 
     async fn read(&mut self, question: &'static str) -> Line {
         match self.prompt.ask(question).await {
-            None => Line::Leave,
-            Some(Ok(line)) if line.trim().is_empty() => Line::Empty,
-            Some(Ok(line)) => Line::Text(line),
-            Some(Err(NotUtf8)) => {
-                let line = "left out a line that is not UTF-8: convert the input first";
-                Line::Wrong(Failure::new(USAGE, line))
+            Ok(line) if line.trim().is_empty() => Line::Empty,
+            Ok(line) => Line::Text(line),
+            Err(NoLine::Wrong(failure)) => Line::Wrong(failure),
+            Err(NoLine::End) => Line::Leave,
+            Err(NoLine::Unreadable(failure)) => {
+                self.complain(&failure).await;
+                Line::Leave
             }
         }
     }

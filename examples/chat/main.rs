@@ -29,6 +29,7 @@
 #[path = "../common/mod.rs"]
 mod common;
 mod dialogue;
+mod lines;
 mod mail;
 mod network;
 mod patience;

@@ -16,11 +16,11 @@ use rustyline::hint::Hinter;
 use rustyline::history::DefaultHistory;
 use rustyline::validate::Validator;
 use rustyline::{CompletionType, Config, Context, Editor, ExternalPrinter, Helper};
-use tokio::io::{AsyncBufReadExt, BufReader, Split, Stdin};
 
 use crate::common::output::Output;
 use crate::common::stop::Stop;
 use crate::common::{Failure, USAGE};
+use crate::lines::Lines;
 
 /// How many lines the editor remembers.
 const HISTORY: usize = 1_000;
@@ -28,14 +28,21 @@ const HISTORY: usize = 1_000;
 pub(crate) enum Prompt {
     Editor(Box<LineEditor>),
     Lines {
-        lines: Split<BufReader<Stdin>>,
+        lines: Lines,
         /// Somebody types them.
         asks: bool,
     },
 }
 
-/// A line that is no text.
-pub(crate) struct NotUtf8;
+/// Why there is no line.
+pub(crate) enum NoLine {
+    /// There is one that cannot be a message, and why.
+    Wrong(Failure),
+    /// There is none any more, or the person wants to leave.
+    End,
+    /// It cannot be read, and why.
+    Unreadable(Failure),
+}
 
 pub(crate) struct LineEditor {
     /// Away while it waits for a line.
@@ -54,22 +61,20 @@ impl Prompt {
         {
             return Ok(opened);
         }
-        let lines = BufReader::new(tokio::io::stdin()).split(b'\n');
+        let lines = Lines::of_stdin();
         Ok((Self::Lines { lines, asks }, Output::stdout(stop.clone())))
     }
 
-    /// The next line; `None` when there is none any more or the person wants to leave.
-    pub(crate) async fn ask(&mut self, question: &'static str) -> Option<Result<String, NotUtf8>> {
+    /// The next line.
+    pub(crate) async fn ask(&mut self, question: &'static str) -> Result<String, NoLine> {
         match self {
-            Self::Editor(editor) => editor.ask(question).await.map(Ok),
+            Self::Editor(editor) => editor.ask(question).await.ok_or(NoLine::End),
             Self::Lines { lines, asks } => {
                 if *asks {
                     // Nobody to ask if it fails; the line may come all the same.
                     let _ = write!(io::stderr(), "{question}");
                 }
-                let line = lines.next_segment().await.ok().flatten()?;
-                let line = line.strip_suffix(b"\r").unwrap_or(&line).to_vec();
-                Some(String::from_utf8(line).map_err(|_| NotUtf8))
+                lines.next().await
             }
         }
     }

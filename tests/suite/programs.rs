@@ -265,7 +265,12 @@ async fn a_script_is_not_read_on_behind_a_message_that_failed() {
                 2,
                 "left out a line that is not UTF-8",
             ),
-            (b"client1", &too_long, 2, "1048577 bytes"),
+            (
+                b"client1",
+                &too_long,
+                2,
+                "left out a line of more than 1048576 bytes",
+            ),
         ];
         for (name, fails, code, says) in table {
             let mut chat = conversation(&grape.address);
@@ -299,6 +304,39 @@ async fn a_script_is_not_read_on_behind_a_message_that_failed() {
         chat.closes_input();
         assert_eq!(chat.end().await.code(), Some(2));
         assert_eq!(chat.output().await, "Echo: hello\n");
+    })
+    .await;
+}
+
+#[cfg(target_os = "linux")]
+#[tokio::test]
+async fn input_without_an_end_of_line_does_not_fill_the_memory() {
+    in_time(async {
+        let grape = grape(&[]).await;
+        let _client1 = peer("client1", &grape).await;
+        let mut chat = conversation(&grape.address);
+        chat.types("client1").await;
+        // More than the program may take in all.
+        for line in [
+            "x".repeat(256 << 20),
+            "".into(),
+            "client1".into(),
+            "hello".into(),
+        ] {
+            chat.types(line).await;
+        }
+        assert_eq!(chat.line().await, "Echo: hello");
+        let status = std::fs::read_to_string(format!("/proc/{}/status", chat.id())).unwrap();
+        let peak = status.lines().find_map(|line| line.strip_prefix("VmHWM:"));
+        let peak: u64 = peak
+            .unwrap()
+            .trim()
+            .trim_end_matches(" kB")
+            .parse()
+            .unwrap();
+        assert!(peak < 128 << 10, "{peak} kB");
+        chat.closes_input();
+        assert_eq!(chat.end().await.code(), Some(2));
     })
     .await;
 }
