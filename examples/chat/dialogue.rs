@@ -1,7 +1,7 @@
 //! A conversation: a name, its providers, messages and replies, until `exit` or the end of input.
 //! Or a letter: piped lines that are all for one name.
 
-use grapevine::{Node, Provider, ServiceName};
+use grapevine::{Provider, ServiceName};
 
 use crate::Cli;
 use crate::common::output::Output;
@@ -9,7 +9,6 @@ use crate::common::{Failure, USAGE, short};
 use crate::mail::{Mail, failure};
 use crate::patience::patiently;
 use crate::prompt::{NoLine, Prompt};
-use crate::talk::{Answer, announce, attend};
 
 const RULES: &str = "empty line: another name; exit: leave";
 
@@ -47,14 +46,17 @@ impl Dialogue {
     pub(crate) async fn hold(&mut self, cli: &Cli) -> u8 {
         if let Some(name) = &cli.name {
             self.prompt.remember(name);
-            let own = receive(self.mail.node.clone(), name.clone(), self.output.clone());
-            tokio::spawn(own);
         }
         match &cli.to {
             Some(to) if !self.prompt.is_typed() => self.deliver(to).await,
             to => self.talk(to.clone()).await,
         }
         self.code
+    }
+
+    /// Whether there was nobody and nothing to talk for: the input ended before its first line.
+    pub(crate) fn had_no_input(&self) -> bool {
+        self.prompt.had_no_input()
     }
 
     /// Sends each line to one name, until there is none any more or one fails: what follows may
@@ -203,16 +205,4 @@ fn describe(name: &ServiceName, providers: &[Provider]) -> String {
         .collect();
     let more = if count > SHOWN { ", ..." } else { "" };
     format!("{name}: {count} {noun}: {}{more}", ids.join(", "))
-}
-
-/// Announces the person's own name and shows the messages that arrive.
-async fn receive(node: Node, name: ServiceName, output: Output) {
-    let service = match announce(&node, &name, &output).await {
-        Ok(service) => service,
-        Err(error) => return output.note(&format!("error: {error}")).await,
-    };
-    output.note(&format!("announced {name}")).await;
-    service
-        .serve(|request| attend(request, Answer::Receipt, Some(output.clone())))
-        .await;
 }

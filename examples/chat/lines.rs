@@ -16,6 +16,7 @@ pub(crate) struct Lines {
     input: BufReader<Stdin>,
     /// What comes next is the rest of a line that was too long.
     is_amid_long_line: bool,
+    have_begun: bool,
 }
 
 impl Lines {
@@ -23,11 +24,19 @@ impl Lines {
         Self {
             input: BufReader::new(tokio::io::stdin()),
             is_amid_long_line: false,
+            have_begun: false,
         }
     }
 
+    /// Whether there was one, or an error in its place.
+    pub(crate) fn have_begun(&self) -> bool {
+        self.have_begun
+    }
+
     pub(crate) async fn next(&mut self) -> Result<String, NoLine> {
-        match self.read().await {
+        let read = self.read().await;
+        self.have_begun |= !matches!(read, Ok(None));
+        match read {
             Ok(Some(line)) => text_of(line),
             Ok(None) => Err(NoLine::End),
             Err(error) => {

@@ -29,6 +29,7 @@
 #[path = "../common/mod.rs"]
 mod common;
 mod dialogue;
+mod inbox;
 mod lines;
 mod mail;
 mod network;
@@ -49,8 +50,9 @@ use common::flags::{self, Flags};
 use common::key::Key;
 use common::output::Output;
 use common::stop::{Cause, Stop};
-use common::{Failure, grapes, run};
+use common::{Failure, RUNTIME, grapes, run};
 use dialogue::Dialogue;
+use inbox::receive;
 use mail::{Mail, TIMED_OUT};
 use network::{Network, Otherwise};
 use patience::patiently;
@@ -75,6 +77,9 @@ Examples:
   chat --to client1 < letter.txt
           each line of a file as a message to one name, but for empty ones; \"exit\" is a message
           as any other. The first that fails is the last, and the exit code
+  chat --name ann < /dev/null >> letters
+          keeps what arrives for ann, until a signal: with --name, and neither --to nor any input,
+          it does not leave when the input ends. For a service manager
 
 Replies and messages go to standard output, all else to standard error.
 RUST_LOG=grapevine=debug logs there too.
@@ -197,8 +202,22 @@ async fn conversation(cli: &Cli, key: &Key, stop: &Stop) -> Result<Result<u8, Fa
         tokio::spawn(grapes::tell(network.node.clone(), output.clone()));
     }
     let mail = Mail::new(cli, network.node.clone(), output.clone(), cli.timeout);
-    let mut dialogue = Dialogue::new(prompt, mail, output);
-    let held = stop.or(dialogue.hold(cli)).await;
+    let receiving = cli.name.clone().map(|name| {
+        let receiving = receive(network.node.clone(), name, output.clone());
+        tokio::spawn(receiving)
+    });
+    let mut dialogue = Dialogue::new(prompt, mail, output.clone());
+    let mut held = stop.or(dialogue.hold(cli)).await;
+    if let (Ok(code), Some(receiving), None) = (&mut held, receiving, &cli.to)
+        && dialogue.had_no_input()
+    {
+        output.note("no input: receiving until a signal").await;
+        // Then it is a program as any other that runs until it is stopped.
+        *code = match stop.or(receiving).await {
+            Ok(received) => received.unwrap_or(RUNTIME),
+            Err(cause) => cause.code(),
+        };
+    }
     drop(dialogue);
     network.leave().await;
     Ok(Ok(held?))

@@ -87,6 +87,14 @@ impl Prompt {
         }
     }
 
+    /// Whether the lines ended before the first, and nobody types them.
+    pub(crate) fn had_no_input(&self) -> bool {
+        match self {
+            Self::Editor(_) => false,
+            Self::Lines { lines, asks } => !*asks && !lines.have_begun(),
+        }
+    }
+
     /// Completes this name from now on.
     pub(crate) fn remember(&mut self, name: &ServiceName) {
         if let Self::Editor(editor) = self

@@ -11,7 +11,7 @@ use rustix::process::Signal;
 use tokio::process::Command;
 
 use crate::http;
-use crate::process::{Program, Run, in_time, key_file, path, run, run_into};
+use crate::process::{Program, Run, in_time, key_file, path, run, run_from, run_into};
 
 /// Nobody listens there: the port takes privileges.
 const NOBODY: &str = "/ip4/127.0.0.1/tcp/1";
@@ -405,6 +405,56 @@ async fn people_see_each_others_messages() {
         assert!(chat.stderr.starts_with("delivered to 12D3.."), "{chat:?}");
         assert_eq!(ann.line().await, "bob: hello");
         assert_eq!(send(&grape, "ann", "hello").await.stdout, "Echo: hello\n");
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn who_has_a_name_and_no_input_receives_until_a_signal() {
+    in_time(async {
+        let mut grape = grape(&[]).await;
+        let by = ["--bootstrap", &grape.address, "--name", "ann"];
+        for signal in [Signal::TERM, Signal::INT, Signal::HUP] {
+            let mut ann = Program::start("chat", &by);
+            ann.closes_input();
+            ann.says_both("no input: receiving until a signal", "announced ann")
+                .await;
+            send(&grape, "ann", "hello").await;
+            assert!(ann.line().await.ends_with(": hello"));
+            ann.ends_on(signal, 0).await;
+        }
+        // With a script, or somebody to write to, it has done what it was for.
+        let _client1 = peer("client1", &grape).await;
+        let mut ann = Program::start("chat", &by);
+        ann.types("client1").await;
+        ann.closes_input();
+        assert_eq!(ann.end().await.code(), Some(0));
+        let chat = run("chat", &[&by[..], &["--to", "client1"]].concat()).await;
+        assert_eq!(chat.code, Some(0), "{chat:?}");
+        assert!(!chat.stderr.contains("error"), "{chat:?}");
+        // Where it can never be announced, there is nothing to wait for.
+        let own = free_address();
+        let own = ["--listen", &own, "--bootstrap", &own, "--name", "ann"];
+        let chat = run("chat", &own).await;
+        assert_eq!(chat.code, Some(4), "{chat:?}");
+        grape.ends_on(Signal::TERM, 0).await;
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn input_that_cannot_be_read_is_a_failure() {
+    in_time(async {
+        let grape = grape(&[]).await;
+        let _client1 = peer("client1", &grape).await;
+        for more in [&["--to", "client1"][..], &["--name", "ann"], &[]] {
+            let folder = std::fs::File::open("/").unwrap();
+            let given = [&["--bootstrap", &grape.address], more].concat();
+            let chat = run_from(folder, "chat", &given).await;
+            assert_eq!((chat.code, &*chat.stdout), (Some(1), ""), "{chat:?}");
+            let says = "error: cannot read standard input: Is a directory";
+            assert!(chat.stderr.contains(says), "{chat:?}");
+        }
     })
     .await;
 }
