@@ -6,7 +6,7 @@ use grapevine::{Provider, ServiceName};
 use crate::Cli;
 use crate::common::output::Output;
 use crate::common::{Failure, USAGE, short};
-use crate::mail::{Mail, failure};
+use crate::mail::Mail;
 use crate::patience::patiently;
 use crate::prompt::{NoLine, Prompt};
 
@@ -176,7 +176,8 @@ impl Dialogue {
                 true
             }
             Err(error) => {
-                self.complain(&failure(&error.into())).await;
+                let failure = self.mail.failure(&error.into());
+                self.complain(&failure).await;
                 false
             }
         }

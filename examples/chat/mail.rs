@@ -23,6 +23,8 @@ pub(crate) struct Mail {
     output: Output,
     /// Who signs them.
     from: Option<ServiceName>,
+    /// The name that this program itself announces.
+    own: Option<ServiceName>,
     to_all: bool,
     timeout: Duration,
 }
@@ -34,6 +36,7 @@ impl Mail {
             node,
             output,
             from: cli.name.clone(),
+            own: cli.name.clone().filter(|_| cli.text().is_none()),
             to_all: cli.all,
             timeout,
         }
@@ -47,7 +50,8 @@ impl Mail {
             return self.send_to_all(to, payload).await;
         }
         let reply = self.node.request_with(to, payload, self.options()).await;
-        self.show(reply.map_err(|error| failure(&error))?).await
+        self.show(reply.map_err(|error| self.failure(&error))?)
+            .await
     }
 
     /// Who keeps a message to this name waiting.
@@ -92,12 +96,27 @@ impl Mail {
 
     /// Says who has answered: equal replies do not.
     async fn show_one_of_many(&self, reply: Result<Reply, RequestError>) -> Result<(), Failure> {
-        let reply = reply.map_err(|error| failure(&error))?;
+        let reply = reply.map_err(|error| self.failure(&error))?;
         if text_of(&reply)?.is_some() {
             let line = format!("{} answers:", short(&reply.provider));
             self.output.note(&line).await;
         }
         self.show(reply).await
+    }
+
+    /// How a request that fails ends the program.
+    pub(crate) fn failure(&self, error: &RequestError) -> Failure {
+        match error {
+            RequestError::Lookup(LookupError::NotFound(name))
+                if self.own.as_ref() == Some(name) =>
+            {
+                // A lookup finds others.
+                let line =
+                    format!("only you announce {name}: nobody else would get a message to it");
+                Failure::new(NOT_FOUND, line)
+            }
+            _ => failure(error),
+        }
     }
 
     async fn complain(&self, failure: &Failure) {
@@ -155,8 +174,7 @@ fn unreadable(reply: &Reply, error: impl std::fmt::Display) -> Failure {
     )
 }
 
-/// How a request that fails ends the program.
-pub(crate) fn failure(error: &RequestError) -> Failure {
+fn failure(error: &RequestError) -> Failure {
     let code = match error {
         RequestError::Lookup(LookupError::NotFound(_)) => NOT_FOUND,
         RequestError::Lookup(LookupError::TimedOut(_)) | RequestError::TimedOut(_) => TIMED_OUT,

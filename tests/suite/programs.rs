@@ -443,6 +443,27 @@ async fn who_has_a_name_and_no_input_receives_until_a_signal() {
 }
 
 #[tokio::test]
+async fn who_writes_to_themselves_is_told_so() {
+    in_time(async {
+        let grape = grape(&[]).await;
+        let by = ["--bootstrap", &grape.address, "--name", "ann"];
+        let mut ann = Program::start("chat", &by);
+        ann.says("announced ann").await;
+        ann.types("ann").await;
+        ann.says("error: only you announce ann").await;
+        // Another of that name is somebody to talk to.
+        let _other = peer("ann", &grape).await;
+        for line in ["", "ann", "hello"] {
+            ann.types(line).await;
+        }
+        ann.closes_input();
+        assert_eq!(ann.output().await, "Echo: hello\n");
+        assert_eq!(ann.end().await.code(), Some(3));
+    })
+    .await;
+}
+
+#[tokio::test]
 async fn input_that_cannot_be_read_is_a_failure() {
     in_time(async {
         let grape = grape(&[]).await;
