@@ -43,7 +43,7 @@ use common::key::Key;
 use common::output::Output;
 use common::stop::Stop;
 use common::{Failure, RUNTIME, grapes, run, shut_down};
-use grenache::{Grenache, listen_on};
+use grenache::Grenache;
 
 /// The port that `peer` and `chat` look for a grape on.
 const PORT: u16 = 20_001;
@@ -87,7 +87,7 @@ struct Cli {
     #[command(flatten)]
     grenache: Grenache,
     /// Programs that start grapes of Grenache by hand say the program's name twice
-    #[arg(hide = true, value_parser = ["grape"])]
+    #[arg(hide = true, value_name = "NAME", value_parser = own_name)]
     again: Option<String>,
 }
 
@@ -156,7 +156,7 @@ impl From<ListenError> for Failure {
 async fn start(cli: &Cli, key: &Key, host: Option<IpAddr>) -> Result<Node, Failure> {
     let port = cli.grenache.port().unwrap_or(PORT);
     let listen = match host {
-        Some(host) => listen_on(host, port),
+        Some(host) => flags::tcp_and_quic(host, port),
         None => flags::all_interfaces(port),
     };
     let mut builder = cli
@@ -217,6 +217,15 @@ fn is_dialable(address: &Multiaddr) -> bool {
 
 fn is_link_local(ip: Ipv6Addr) -> bool {
     ip.is_unicast_link_local()
+}
+
+fn own_name(text: &str) -> Result<String, String> {
+    match text {
+        "grape" => Ok(text.into()),
+        _ => Err(format!(
+            "a grape takes no name; \"peer {text}\" announces one"
+        )),
+    }
 }
 
 fn lease(text: &str) -> Result<Duration, String> {

@@ -838,6 +838,23 @@ async fn grapes_are_started_as_those_of_grenache() {
 }
 
 #[tokio::test]
+async fn one_address_with_a_port_listens_over_tcp_and_quic() {
+    in_time(async {
+        let mut grape = Program::start("grape", &["--listen", "127.0.0.1:0"]);
+        grape.line().await;
+        for (transport, end) in [("tcp", ""), ("udp", "/quic-v1")] {
+            let address = grape.line().await;
+            let start = format!("/ip4/127.0.0.1/{transport}/");
+            let is_right = address.starts_with(&start) && address.contains(&format!("{end}/p2p/"));
+            assert!(is_right, "{address}");
+            grape.address = address;
+            assert_eq!(send(&grape, "client1", "hello").await.code, Some(3));
+        }
+    })
+    .await;
+}
+
+#[tokio::test]
 async fn a_grape_tells_prometheus_what_it_does_and_keeps() {
     in_time(async {
         let mut grape = grape(&["--metrics", "127.0.0.1:0"]).await;
@@ -1183,7 +1200,81 @@ async fn wrong_usage_is_one_line_that_says_what_to_do() {
                 "grape",
                 &["--listen", "/ip4/0.0.0.0/udp/1"],
                 2,
-                "/ip4/0.0.0.0/udp/20001/quic-v1",
+                "is not an address to listen on: put /quic-v1 behind /udp/1",
+            ),
+            (
+                "grape",
+                &["--listen", "/ip4/0.0.0.0/tcp/65536"],
+                2,
+                "\"65536\" is not a port: give a whole number up to 65535",
+            ),
+            (
+                "grape",
+                &["--listen", "/ip4/0.0.0.256/tcp/1"],
+                2,
+                "\"0.0.0.256\" is no IPv4 address",
+            ),
+            (
+                "grape",
+                &["--listen", "localhost:20001"],
+                2,
+                "or 0.0.0.0:20001 for both",
+            ),
+            (
+                "grape",
+                &["--bootstrap", "127.0.0.1:70000"],
+                2,
+                "\"70000\" is not a port",
+            ),
+            (
+                "grape",
+                &["--bootstrap", "/ip4/127.0.0.1/tcp/20001/"],
+                2,
+                "is not the address of a grape: leave out the / at its end",
+            ),
+            (
+                "grape",
+                &["--bootstrap", "/ip4/127.0.0.1/tcp/20001/p2p/12D3Koo"],
+                2,
+                "what follows /p2p/ is no whole id: copy all of it",
+            ),
+            (
+                "peer",
+                &["x", "--bootstrap", "/ip4/0.0.0.0/tcp/20001"],
+                2,
+                "\"/ip4/0.0.0.0/tcp/20001\" is for listening; give the machine's own address",
+            ),
+            (
+                "peer",
+                &["x", "--bootstrap", "[::]:20001"],
+                2,
+                "is for listening; give the machine's own address",
+            ),
+            (
+                "chat",
+                &["--bootstrap", "127.0.0.1:0"],
+                2,
+                "port 0 in \"127.0.0.1:0\" is for listening; give the port that is listened on",
+            ),
+            (
+                "peer",
+                &["x", "--external", "/ip4/0.0.0.0/udp/1/quic-v1"],
+                2,
+                "is for listening; give the machine's own address",
+            ),
+            ("grape", &["--dp", "abc"], 2, "\"abc\" is not a port"),
+            ("grape", &["--aph=-1"], 2, "\"-1\" is not a port"),
+            (
+                "grape",
+                &["--check_maxPayloadSize", "much"],
+                2,
+                "\"much\" is not a number of bytes",
+            ),
+            (
+                "grape",
+                &["client1"],
+                2,
+                "a grape takes no name; \"peer client1\" announces one",
             ),
             (
                 "grape",
@@ -1326,7 +1417,6 @@ async fn a_wrong_command_line_shows_the_usage() {
     in_time(async {
         let table: &[(&str, &[&str])] = &[
             ("grape", &["--nonsense"]),
-            ("grape", &["stray"]),
             ("grape", &["--dp", "0", "--listen", "/ip4/127.0.0.1/tcp/0"]),
             ("peer", &[]),
             ("chat", &["text without a name"]),
