@@ -26,9 +26,9 @@ pub(crate) struct Grenache {
     /// Serve Grenache's HTTP API on this port; without it there is none
     #[arg(long, visible_alias = "api_port", value_name = "PORT", value_parser = port_number)]
     aph: Option<u16>,
-    /// Let Grenache's callers reach other peers by this port; 0 is any
-    #[arg(long, value_name = "PORT", default_value = "0", value_parser = port_number)]
-    carrier_port: u16,
+    /// Let Grenache's callers reach other peers by this port beside that of the API [default: any]
+    #[arg(long, value_name = "PORT", value_parser = port_number)]
+    carrier_port: Option<u16>,
     /// Join by these grapes, separated by commas: host:port, or as in --bootstrap
     #[arg(long, value_name = "GRAPES", value_parser = grapes)]
     bn: Vec<Grapes>,
@@ -112,12 +112,15 @@ impl Grenache {
     ) -> Result<Option<Gateway>, Failure> {
         self.tell_ignored();
         let Some(port) = self.aph else {
+            if self.carrier_port.is_some() {
+                note("without a meaning here: --carrier-port; it goes with --aph");
+            }
             return Ok(None);
         };
         let mut config = Config {
             lease: self.peer_max_age,
             max_body: self.max_payload_size,
-            carrier_port: self.carrier_port,
+            carrier_port: self.carrier_port.unwrap_or(0),
             ..Config::default()
         };
         config.api = SocketAddr::new(host.unwrap_or(config.api.ip()), port);

@@ -179,13 +179,24 @@ async fn work(cli: &Cli, node: &Node, edges: &Edges, output: Output) {
     }
     if let Some(gateway) = &edges.gateway {
         let api = gateway.api_address();
-        output.print(format!("Grenache API: http://{api}")).await;
+        let line = match api.ip().is_unspecified() {
+            true => format!("Grenache API: HTTP on {}", dialled(api)),
+            false => format!("Grenache API: http://{api}"),
+        };
+        output.print(line).await;
         let carrier = gateway.carrier_address();
-        let line = format!("Grenache callers reach other peers at: {carrier}");
+        let line = format!(
+            "Grenache callers reach other peers at: {}",
+            dialled(carrier)
+        );
         output.print(line).await;
     }
     if let Some(monitor) = &edges.monitor {
-        let line = format!("Metrics: http://{}/metrics", monitor.address());
+        let address = monitor.address();
+        let line = match address.ip().is_unspecified() {
+            true => format!("Metrics: /metrics over HTTP on {}", dialled(address)),
+            false => format!("Metrics: http://{address}/metrics"),
+        };
         output.print(line).await;
     }
     if cli.network.identity.is_none() {
@@ -194,6 +205,14 @@ async fn work(cli: &Cli, node: &Node, edges: &Edges, output: Output) {
             .await;
     }
     grapes::tell(node.clone(), output).await;
+}
+
+/// Where a socket is dialled. Nobody can dial "any address".
+fn dialled(address: SocketAddr) -> String {
+    match address.ip().is_unspecified() {
+        true => format!("port {} of this machine", address.port()),
+        false => address.to_string(),
+    }
 }
 
 /// As many open files as the system allows: each connection takes one, and what shells start may

@@ -855,6 +855,38 @@ async fn one_address_with_a_port_listens_over_tcp_and_quic() {
 }
 
 #[tokio::test]
+async fn a_grape_prints_no_address_that_nobody_can_dial() {
+    in_time(async {
+        let any = ["-b", "0.0.0.0", "--metrics", "0.0.0.0:0"];
+        let given = [&["--dp", "0", "--aph", "0"], &any[..]].concat();
+        let mut grape = Program::start("grape", &given);
+        let mut line = grape.line().await;
+        for start in [
+            "Grenache API: HTTP on port ",
+            "Grenache callers reach other peers at: port ",
+            "Metrics: /metrics over HTTP on port ",
+        ] {
+            while !line.starts_with(start) {
+                line = grape.line().await;
+            }
+            assert!(line.ends_with(" of this machine"), "{line}");
+        }
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn a_port_that_nothing_will_listen_on_is_not_taken_in_silence() {
+    in_time(async {
+        let mut grape = grape(&["--carrier-port", "30002"]).await;
+        grape
+            .says("without a meaning here: --carrier-port; it goes with --aph")
+            .await;
+    })
+    .await;
+}
+
+#[tokio::test]
 async fn a_grape_tells_prometheus_what_it_does_and_keeps() {
     in_time(async {
         let mut grape = grape(&["--metrics", "127.0.0.1:0"]).await;
