@@ -3,12 +3,12 @@
 
 use grapevine::{Provider, ServiceName};
 
-use crate::Cli;
 use crate::common::output::Output;
 use crate::common::{Failure, USAGE, short};
 use crate::mail::Mail;
 use crate::patience::patiently;
 use crate::prompt::{NoLine, Prompt};
+use crate::{Cli, INTERRUPTED};
 
 const RULES: &str = "empty line: another name; exit: leave";
 
@@ -161,6 +161,10 @@ impl Dialogue {
             Ok(line) => Line::Text(line),
             Err(NoLine::Wrong(failure)) => Line::Wrong(failure),
             Err(NoLine::End) => Line::Leave,
+            Err(NoLine::Interrupted) => {
+                self.code = INTERRUPTED;
+                Line::Leave
+            }
             Err(NoLine::Unreadable(failure)) => {
                 self.complain(&failure).await;
                 Line::Leave

@@ -59,7 +59,7 @@ use patience::patiently;
 use prompt::Prompt;
 use talk::DefaultGrape;
 
-/// Exit code: a signal came before the answer.
+/// Exit code: Ctrl-C or another signal came before the answer, or before the conversation was over.
 const INTERRUPTED: u8 = 130;
 
 const AFTER_HELP: &str = "\
@@ -81,12 +81,15 @@ Examples:
           keeps what arrives for ann, until a signal: with --name, and neither --to nor any input,
           it does not leave when the input ends. For a service manager
 
+In a conversation on a terminal, Ctrl-C clears a line that is begun, as in a shell; on an empty one,
+or while an answer is awaited, it leaves. \"exit\" and Ctrl-D leave too.
+
 Replies and messages go to standard output, all else to standard error.
 RUST_LOG=grapevine=debug logs there too.
 
 Exit codes: 0 answered, or the conversation ended; 1 the system refused something; 2 wrong usage;
 3 no such name; 4 nobody reachable, or the connection broke; 5 timed out; 7 refused;
-130 interrupted before the answer";
+130 interrupted by Ctrl-C or another signal (but for who only receives: 0)";
 
 /// Talk to those who announce a name.
 ///
@@ -134,16 +137,14 @@ fn main() -> ExitCode {
 
 async fn chat(cli: Cli, stop: Stop) -> Result<u8, Failure> {
     let key = cli.network.key()?;
-    match cli.text() {
-        Some(text) => match one_message(&cli, &key, &text, &stop).await {
-            Ok(result) => result,
-            Err(Cause::Signal) => Ok(INTERRUPTED),
-            Err(cause) => Ok(cause.code()),
-        },
-        None => match conversation(&cli, &key, &stop).await {
-            Ok(result) => result,
-            Err(cause) => Ok(cause.code()),
-        },
+    let ended = match cli.text() {
+        Some(text) => one_message(&cli, &key, &text, &stop).await,
+        None => conversation(&cli, &key, &stop).await,
+    };
+    match ended {
+        Ok(result) => result,
+        Err(Cause::Signal) => Ok(INTERRUPTED),
+        Err(cause) => Ok(cause.code()),
     }
 }
 

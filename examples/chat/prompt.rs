@@ -3,6 +3,7 @@
 //! The editor blocks, so it runs on a thread of its own; a program that ends meanwhile puts the
 //! terminal back in order.
 
+use std::cell::Cell;
 use std::fmt::Display;
 use std::fs::OpenOptions;
 use std::io::{self, IsTerminal, Write};
@@ -38,8 +39,10 @@ pub(crate) enum Prompt {
 pub(crate) enum NoLine {
     /// There is one that cannot be a message, and why.
     Wrong(Failure),
-    /// There is none any more, or the person wants to leave.
+    /// There is none any more.
     End,
+    /// Ctrl-C on an empty line: the person wants to leave.
+    Interrupted,
     /// It cannot be read, and why.
     Unreadable(Failure),
 }
@@ -68,7 +71,7 @@ impl Prompt {
     /// The next line.
     pub(crate) async fn ask(&mut self, question: &'static str) -> Result<String, NoLine> {
         match self {
-            Self::Editor(editor) => editor.ask(question).await.ok_or(NoLine::End),
+            Self::Editor(editor) => editor.ask(question).await,
             Self::Lines { lines, asks } => {
                 if *asks {
                     // Nobody to ask if it fails; the line may come all the same.
@@ -134,22 +137,25 @@ impl LineEditor {
         Ok(Some((prompt, Output::above(print, stop.clone()))))
     }
 
-    async fn ask(&mut self, question: &'static str) -> Option<String> {
-        let mut editor = self.editor.take()?;
+    async fn ask(&mut self, question: &'static str) -> Result<String, NoLine> {
+        let mut editor = self.editor.take().ok_or(NoLine::End)?;
         if let Some(names) = editor.helper_mut() {
             names.asked = question.starts_with("Name");
         }
         let asked = tokio::task::spawn_blocking(move || {
-            let line = editor.readline(question);
+            let line = read(&mut editor, question);
             (editor, line)
         });
-        let (mut editor, line) = asked.await.ok()?;
+        let (mut editor, line) = asked.await.map_err(|_| NoLine::End)?;
         if let Ok(line) = &line {
             self.keep(&mut editor, line);
         }
         self.editor = Some(editor);
-        // Otherwise Ctrl-C, Ctrl-D, or a terminal that is gone.
-        line.ok()
+        line.map_err(|error| match error {
+            ReadlineError::Interrupted => NoLine::Interrupted,
+            // Ctrl-D, or a terminal that is gone.
+            _ => NoLine::End,
+        })
     }
 
     fn keep(&self, editor: &mut Editor<Names, DefaultHistory>, line: &str) {
@@ -165,6 +171,21 @@ impl Drop for LineEditor {
     fn drop(&mut self) {
         if self.editor.is_none() {
             self.terminal.restore();
+        }
+    }
+}
+
+/// The next line. Ctrl-C on one that is begun is for another one, as in a shell.
+fn read(editor: &mut Editor<Names, DefaultHistory>, question: &str) -> rustyline::Result<String> {
+    loop {
+        if let Some(names) = editor.helper() {
+            names.is_begun.set(false);
+        }
+        let line = editor.readline(question);
+        let is_begun = editor.helper().is_some_and(|names| names.is_begun.get());
+        match line {
+            Err(ReadlineError::Interrupted) if is_begun => {}
+            line => return line,
         }
     }
 }
@@ -214,6 +235,8 @@ struct Names {
     known: Vec<String>,
     /// A name is asked for, not a message.
     asked: bool,
+    /// There is something in the line that is being typed.
+    is_begun: Cell<bool>,
 }
 
 impl Completer for Names {
@@ -238,6 +261,12 @@ impl Completer for Names {
 
 impl Hinter for Names {
     type Hint = String;
+
+    /// Gives none, but is asked whenever the line changes: Ctrl-C itself does not tell what was there.
+    fn hint(&self, line: &str, _: usize, _: &Context<'_>) -> Option<String> {
+        self.is_begun.set(!line.is_empty());
+        None
+    }
 }
 
 impl Highlighter for Names {}

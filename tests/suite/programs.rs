@@ -942,7 +942,7 @@ async fn a_signal_while_joining_ends_every_program() {
                     0,
                 ),
                 ("peer", &["client1", "--bootstrap"], 0),
-                ("chat", &["--default-grape"], 0),
+                ("chat", &["--default-grape"], 130),
                 (
                     "chat",
                     &["--to", "client1", "hello", "--default-grape"],
@@ -969,7 +969,8 @@ async fn a_signal_while_idle_ends_every_program() {
             let mut peer = peer("client1", &grape).await;
             let mut chat = conversation(&grape.address);
             chat.says("connected to the grape").await;
-            for program in [&mut chat, &mut peer, &mut grape] {
+            chat.ends_on(signal, 130).await;
+            for program in [&mut peer, &mut grape] {
                 program.ends_on(signal, 0).await;
             }
         }
@@ -992,7 +993,7 @@ async fn a_signal_while_an_answer_is_awaited_ends_chat() {
             chat.types("silent").await;
             chat.types("hello").await;
             let _request = service.next().await.unwrap();
-            chat.ends_on(signal, 0).await;
+            chat.ends_on(signal, 130).await;
         }
         let by = ["--bootstrap", &grape.address, "--to", "silent", "hello"];
         let _once = Program::start("chat", &by);

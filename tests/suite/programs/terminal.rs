@@ -11,7 +11,7 @@ use expectrl::{ControlCode, Eof, Expect, Session};
 use rustix::process::{Pid, Signal, kill_process};
 use rustix::termios::LocalModes;
 
-use super::{grape, peer, send};
+use super::{grape, node, peer, send, service};
 use crate::process::{Program, in_time, path};
 
 /// As long as a test may wait for anything.
@@ -120,7 +120,7 @@ async fn a_message_that_arrives_leaves_the_line_being_typed_whole() {
         see(&mut ann, "client1: 1 provider: ");
         see(&mut ann, "Message: ");
         ann.send(CTRL_C).unwrap();
-        ends(&mut ann);
+        ends_with(&mut ann, 130);
     })
     .await;
 }
@@ -166,8 +166,52 @@ async fn a_signal_at_the_prompt_leaves_the_terminal_in_order() {
             kill_process(Pid::from_raw(pid).unwrap(), signal).unwrap();
             see(&mut chat, "\x1b[?2004l");
             assert!(reads_lines(&chat), "what is typed next is taken key by key");
-            ends(&mut chat);
+            ends_with(&mut chat, 130);
         }
+    })
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn ctrl_c_clears_a_line_that_is_begun_and_leaves_an_empty_one() {
+    in_time(async {
+        let grape = grape(&[]).await;
+        let silent = node(&grape).await;
+        let mut service = service(&silent, "silent").await;
+        let mut chat = chat(&["--bootstrap", &grape.address]);
+        // The last news, which could draw the question again.
+        see(&mut chat, "connected to the grape 12D3..");
+        see(&mut chat, "Name: ");
+        for _ in 0..2 {
+            chat.send("nobody").unwrap();
+            see(&mut chat, "nobody");
+            chat.send(CTRL_C).unwrap();
+            see(&mut chat, "Name: ");
+        }
+        chat.send_line("silent").unwrap();
+        see(&mut chat, "silent: 1 provider: ");
+        see(&mut chat, "Message: ");
+        chat.send("half a mess").unwrap();
+        see(&mut chat, "half a mess");
+        chat.send(CTRL_C).unwrap();
+        see(&mut chat, "Message: ");
+        chat.send_line("whole").unwrap();
+        let request = service.next().await.unwrap();
+        assert_eq!(request.text().unwrap(), "whole");
+        request.reply("yes");
+        see(&mut chat, "yes");
+        see(&mut chat, "Message: ");
+        // Typed and taken back: an empty line.
+        chat.send("z\x7f").unwrap();
+        chat.send(CTRL_C).unwrap();
+        ends_with(&mut chat, 130);
+        let mut chat = chat_by(&grape, &[]);
+        chat.send_line("silent").unwrap();
+        see(&mut chat, "Message: ");
+        chat.send_line("hello").unwrap();
+        let _request = service.next().await.unwrap();
+        chat.send(CTRL_C).unwrap();
+        ends_with(&mut chat, 130);
     })
     .await;
 }
@@ -184,14 +228,14 @@ async fn what_was_typed_is_kept_where_one_asks_for_it() {
         chat.send_line("client1").unwrap();
         see(&mut chat, "Message: ");
         chat.send(CTRL_C).unwrap();
-        ends(&mut chat);
+        ends_with(&mut chat, 130);
         let mode = std::fs::metadata(&file).unwrap().permissions().mode();
         assert_eq!(mode & 0o777, 0o600, "for its owner alone");
         let mut chat = chat_by(&grape, &keep);
         chat.send("\x1b[A\r").unwrap();
         see(&mut chat, "client1: 1 provider: ");
         chat.send(CTRL_C).unwrap();
-        ends(&mut chat);
+        ends_with(&mut chat, 130);
     })
     .await;
 }
