@@ -36,7 +36,7 @@ impl Mail {
             node,
             output,
             from: cli.name.clone(),
-            own: cli.name.clone().filter(|_| cli.text().is_none()),
+            own: cli.announced().cloned(),
             to_all: cli.all,
             timeout,
         }

@@ -128,6 +128,11 @@ impl Cli {
     fn text(&self) -> Option<String> {
         (!self.words.is_empty()).then(|| self.words.join(" "))
     }
+
+    /// The name that others are to find this program by: one message is soon sent.
+    fn announced(&self) -> Option<&ServiceName> {
+        self.name.as_ref().filter(|_| self.words.is_empty())
+    }
 }
 
 fn main() -> ExitCode {
@@ -203,8 +208,8 @@ async fn conversation(cli: &Cli, key: &Key, stop: &Stop) -> Result<Result<u8, Fa
         tokio::spawn(grapes::tell(network.node.clone(), output.clone()));
     }
     let mail = Mail::new(cli, network.node.clone(), output.clone(), cli.timeout);
-    let receiving = cli.name.clone().map(|name| {
-        let receiving = receive(network.node.clone(), name, output.clone());
+    let receiving = cli.announced().map(|name| {
+        let receiving = receive(network.node.clone(), name.clone(), output.clone());
         tokio::spawn(receiving)
     });
     let mut dialogue = Dialogue::new(prompt, mail, output.clone());

@@ -68,14 +68,9 @@ impl Network {
         let mut flags = cli.network.clone();
         let is_default = cli.default.fill(&mut flags);
         // Only who can be called needs to listen.
-        let listen = match (&cli.name, cli.text()) {
-            (Some(_), None) => all_interfaces(0),
-            _ => Vec::new(),
-        };
-        let node = flags
-            .builder(Role::Peer, key, listen.clone())
-            .spawn()
-            .await?;
+        let listen = cli.announced().map_or_else(Vec::new, |_| all_interfaces(0));
+        let builder = flags.builder(Role::Peer, key, listen.clone());
+        let node = builder.spawn().await?;
         if !is_default || otherwise == Otherwise::Wait {
             return Ok(Self { node, inside: None });
         }
@@ -93,11 +88,11 @@ impl Network {
             return Err(Failure::new(UNREACHABLE, line));
         }
         let (grape, echo) = start_inside().await?;
-        let others = match (&cli.name, cli.text()) {
-            (Some(name), None) => {
+        let others = match cli.announced() {
+            Some(name) => {
                 format!("others cannot find {name} in it: {remedy} first, or use --bootstrap")
             }
-            _ => "--bootstrap joins others".into(),
+            None => "--bootstrap joins others".into(),
         };
         let line = format!(
             "{missing} {address}: started one inside this program, with a peer named \"{ECHO}\"; \
@@ -106,10 +101,8 @@ impl Network {
         output.note(&line).await;
         flags.bootstrap = grape.addresses();
         let node = flags.builder(Role::Peer, key, listen).spawn().await?;
-        Ok(Self {
-            node,
-            inside: Some((grape, echo)),
-        })
+        let inside = Some((grape, echo));
+        Ok(Self { node, inside })
     }
 
     /// Withdraws all names and closes all nodes.
