@@ -1,26 +1,19 @@
 //! A conversation: a name, its providers, messages and replies, until `exit` or the end of input.
+//! Or a letter: piped lines that are all for one name.
 
-use std::pin::pin;
-use std::time::Duration;
+use grapevine::{Provider, ServiceName};
 
-use grapevine::{Node, Provider, ServiceName};
-use tokio::time::timeout;
-
-use crate::Cli;
 use crate::common::output::Output;
 use crate::common::{Failure, USAGE, short};
-use crate::mail::{Mail, failure};
-use crate::prompt::{NotUtf8, Prompt};
-use crate::talk::{Answer, announce, attend};
+use crate::mail::Mail;
+use crate::patience::patiently;
+use crate::prompt::{NoLine, Prompt};
+use crate::{Cli, INTERRUPTED};
 
 const RULES: &str = "empty line: another name; exit: leave";
 
 /// How many providers are shown by their ids.
 const SHOWN: usize = 5;
-
-/// How long nothing happens before a person is told what they wait for. A peer that was killed can
-/// take a whole time-out to be found dead.
-const PATIENCE: Duration = Duration::from_secs(2);
 
 pub(crate) struct Dialogue {
     prompt: Prompt,
@@ -34,6 +27,8 @@ pub(crate) struct Dialogue {
 enum Line {
     Text(String),
     Empty,
+    /// No text, and why.
+    Wrong(Failure),
     Leave,
 }
 
@@ -49,19 +44,49 @@ impl Dialogue {
 
     /// Talks until the person leaves, and returns the exit code.
     pub(crate) async fn hold(&mut self, cli: &Cli) -> u8 {
-        self.output.note(RULES).await;
         if let Some(name) = &cli.name {
             self.prompt.remember(name);
-            let own = receive(self.mail.node.clone(), name.clone(), self.output.clone());
-            tokio::spawn(own);
         }
-        let mut name = cli.to.clone();
+        match &cli.to {
+            Some(to) if !self.prompt.is_typed() => self.deliver(to).await,
+            to => self.talk(to.clone()).await,
+        }
+        self.code
+    }
+
+    /// Whether there was nobody and nothing to talk for: the input ended before its first line.
+    pub(crate) fn had_no_input(&self) -> bool {
+        self.prompt.had_no_input()
+    }
+
+    /// Sends each line to one name, until there is none any more or one fails: what follows may
+    /// make no sense without it. No line is a command, because all of them may be data.
+    async fn deliver(&mut self, name: &ServiceName) {
+        if !self.show_providers(name).await {
+            return;
+        }
+        loop {
+            let sent = match self.read("").await {
+                Line::Text(text) => self.patiently(name, self.mail.send(name, &text)).await,
+                Line::Wrong(failure) => Err(failure),
+                Line::Empty => continue,
+                Line::Leave => return,
+            };
+            if let Err(failure) = sent {
+                return self.complain(&failure).await;
+            }
+        }
+    }
+
+    /// Asks for names and messages, beginning with a name that is given.
+    async fn talk(&mut self, mut name: Option<ServiceName>) {
+        self.output.note(RULES).await;
         loop {
             let next = match name.take() {
                 Some(name) => Some(name),
                 None => self.ask_name().await,
             };
-            let Some(next) = next else { return self.code };
+            let Some(next) = next else { return };
             let end = if self.show_providers(&next).await {
                 self.prompt.remember(&next);
                 self.converse(&next).await
@@ -69,7 +94,7 @@ impl Dialogue {
                 self.skip().await
             };
             if let Line::Leave = end {
-                return self.code;
+                return;
             }
         }
     }
@@ -79,28 +104,28 @@ impl Dialogue {
         loop {
             match self.ask("Name: ").await {
                 Line::Leave => return None,
-                Line::Empty => {}
+                Line::Empty => continue,
+                Line::Wrong(failure) => self.complain(&failure).await,
                 Line::Text(text) => match text.trim().parse::<ServiceName>() {
                     Ok(name) => return Some(name),
-                    Err(error) => {
-                        self.complain(&Failure::new(USAGE, error)).await;
-                        if let Line::Leave = self.skip().await {
-                            return None;
-                        }
-                    }
+                    Err(error) => self.complain(&Failure::new(USAGE, error)).await,
                 },
+            }
+            if let Line::Leave = self.skip().await {
+                return None;
             }
         }
     }
 
-    /// Leaves out what a script says to a name that failed: it is meant for nobody else.
+    /// Leaves out what a script says after something that failed: it may make no sense without
+    /// that, and is meant for nobody else. A person has seen the failure.
     async fn skip(&mut self) -> Line {
         if self.prompt.is_typed() {
             return Line::Empty;
         }
         loop {
             match self.ask("Message: ").await {
-                Line::Text(_) => {}
+                Line::Text(_) | Line::Wrong(_) => {}
                 end => return end,
             }
         }
@@ -109,32 +134,41 @@ impl Dialogue {
     /// Sends messages to one name, until the person wants another one or to leave.
     async fn converse(&mut self, name: &ServiceName) -> Line {
         loop {
-            let text = match self.ask("Message: ").await {
-                Line::Text(text) => text,
+            let sent = match self.ask("Message: ").await {
+                Line::Text(text) => self.patiently(name, self.mail.send(name, &text)).await,
+                Line::Wrong(failure) => Err(failure),
                 end => return end,
             };
-            let sent = self.patiently(name, self.mail.send(name, &text)).await;
-            if let Err(failure) = sent {
-                self.complain(&failure).await;
+            let Err(failure) = sent else { continue };
+            self.complain(&failure).await;
+            if !self.prompt.is_typed() {
+                return self.skip().await;
             }
         }
     }
 
+    /// The next line of a conversation.
     async fn ask(&mut self, question: &'static str) -> Line {
-        loop {
-            return match self.prompt.ask(question).await {
-                None => Line::Leave,
-                Some(Ok(line)) => match line.trim() {
-                    "" => Line::Empty,
-                    "exit" => Line::Leave,
-                    _ => Line::Text(line),
-                },
-                Some(Err(NotUtf8)) => {
-                    let line = "left out a line that is not UTF-8: convert the input first";
-                    self.complain(&Failure::new(USAGE, line)).await;
-                    continue;
-                }
-            };
+        match self.read(question).await {
+            Line::Text(text) if text.trim() == "exit" => Line::Leave,
+            line => line,
+        }
+    }
+
+    async fn read(&mut self, question: &'static str) -> Line {
+        match self.prompt.ask(question).await {
+            Ok(line) if line.trim().is_empty() => Line::Empty,
+            Ok(line) => Line::Text(line),
+            Err(NoLine::Wrong(failure)) => Line::Wrong(failure),
+            Err(NoLine::End) => Line::Leave,
+            Err(NoLine::Interrupted) => {
+                self.code = INTERRUPTED;
+                Line::Leave
+            }
+            Err(NoLine::Unreadable(failure)) => {
+                self.complain(&failure).await;
+                Line::Leave
+            }
         }
     }
 
@@ -146,21 +180,15 @@ impl Dialogue {
                 true
             }
             Err(error) => {
-                self.complain(&failure(&error.into())).await;
+                let failure = self.mail.failure(&error.into());
+                self.complain(&failure).await;
                 false
             }
         }
     }
 
-    /// What `work` leads to. Tells the person if that takes long: there is no prompt meanwhile.
     async fn patiently<T>(&self, name: &ServiceName, work: impl Future<Output = T>) -> T {
-        let mut work = pin!(work);
-        if let Ok(done) = timeout(PATIENCE, &mut work).await {
-            return done;
-        }
-        let line = format!("no answer from {name} yet; Ctrl-C: leave");
-        self.output.note(&line).await;
-        work.await
+        patiently(&self.output, || self.mail.awaited(name), work).await
     }
 
     async fn complain(&mut self, failure: &Failure) {
@@ -182,16 +210,4 @@ fn describe(name: &ServiceName, providers: &[Provider]) -> String {
         .collect();
     let more = if count > SHOWN { ", ..." } else { "" };
     format!("{name}: {count} {noun}: {}{more}", ids.join(", "))
-}
-
-/// Announces the person's own name and shows the messages that arrive.
-async fn receive(node: Node, name: ServiceName, output: Output) {
-    let service = match announce(&node, &name, &output).await {
-        Ok(service) => service,
-        Err(error) => return output.note(&format!("error: {error}")).await,
-    };
-    output.note(&format!("announced {name}")).await;
-    service
-        .serve(|request| attend(request, Answer::Receipt, Some(output.clone())))
-        .await;
 }

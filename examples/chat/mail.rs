@@ -13,8 +13,8 @@ use crate::common::output::Output;
 use crate::common::{Failure, RUNTIME, USAGE, short};
 
 const NOT_FOUND: u8 = 3;
-const UNREACHABLE: u8 = 4;
-const TIMED_OUT: u8 = 5;
+pub(crate) const UNREACHABLE: u8 = 4;
+pub(crate) const TIMED_OUT: u8 = 5;
 const REFUSED: u8 = 7;
 
 /// How messages are sent.
@@ -23,53 +23,99 @@ pub(crate) struct Mail {
     output: Output,
     /// Who signs them.
     from: Option<ServiceName>,
+    /// The name that this program itself announces.
+    own: Option<ServiceName>,
     to_all: bool,
     timeout: Duration,
 }
 
 impl Mail {
-    pub(crate) fn new(cli: &Cli, node: Node, output: Output) -> Self {
+    /// Each message may take as long as `timeout`.
+    pub(crate) fn new(cli: &Cli, node: Node, output: Output, timeout: Duration) -> Self {
         Self {
             node,
             output,
             from: cli.name.clone(),
+            own: cli.announced().cloned(),
             to_all: cli.all,
-            timeout: cli.timeout,
+            timeout,
         }
     }
 
-    /// Sends a text to a name and prints the reply, or every provider's reply. One reply is
-    /// success; with none, the first failure counts.
+    /// Sends a text to a name and prints the reply, or every provider's reply. It is a success if
+    /// all that were asked have answered; otherwise the first failure counts.
     pub(crate) async fn send(&self, to: &ServiceName, text: &str) -> Result<(), Failure> {
         let payload = self.payload(text)?;
         if self.to_all {
             return self.send_to_all(to, payload).await;
         }
         let reply = self.node.request_with(to, payload, self.options()).await;
-        self.show(reply).await
+        self.show(reply.map_err(|error| self.failure(&error))?)
+            .await
+    }
+
+    /// Who keeps a message to this name waiting.
+    pub(crate) fn awaited(&self, to: &ServiceName) -> String {
+        let status = self.node.status();
+        let status = status.borrow();
+        if status.is_online() {
+            return to.to_string();
+        }
+        let grapes = status
+            .bootstrap
+            .iter()
+            .map(|grape| grape.address.to_string());
+        let grapes: Vec<_> = grapes.collect();
+        format!("the grape at {}", grapes.join(", "))
     }
 
     async fn send_to_all(&self, to: &ServiceName, payload: Vec<u8>) -> Result<(), Failure> {
         let replies = self.node.broadcast_with(to, payload, self.options());
         let mut replies = pin!(replies);
-        let (mut answered, mut failed) = (false, None);
+        let (mut asked, mut failures) = (0, Vec::new());
         while let Some(reply) = replies.next().await {
-            match self.show(reply).await {
-                Ok(()) => answered = true,
-                Err(failure) => {
-                    if let Some(earlier) = failed.replace(failure) {
-                        self.complain(&earlier).await;
-                    }
-                }
+            asked += 1;
+            if let Err(failure) = self.show_one_of_many(reply).await {
+                failures.push(failure);
             }
         }
-        match failed {
-            Some(failure) if answered => {
-                self.complain(&failure).await;
-                Ok(())
+        let Some(first) = failures.first() else {
+            return Ok(());
+        };
+        if asked == 1 {
+            // Or nobody was, because the lookup failed.
+            return Err(failures.remove(0));
+        }
+        for failure in &failures {
+            self.complain(failure).await;
+        }
+        let count = failures.len();
+        let summary = format!("{count} of {asked} providers of {to} failed");
+        Err(Failure::new(first.code, summary))
+    }
+
+    /// Says who has answered: equal replies do not.
+    async fn show_one_of_many(&self, reply: Result<Reply, RequestError>) -> Result<(), Failure> {
+        let reply = reply.map_err(|error| self.failure(&error))?;
+        if text_of(&reply)?.is_some() {
+            let line = format!("{} answers:", short(&reply.provider));
+            self.output.note(&line).await;
+        }
+        self.show(reply).await
+    }
+
+    /// How a request that fails ends the program.
+    pub(crate) fn failure(&self, error: &RequestError) -> Failure {
+        match error {
+            RequestError::Lookup(LookupError::NotFound(name))
+                if self.own.as_ref() == Some(name) =>
+            {
+                // A lookup finds others.
+                let line =
+                    format!("only you announce {name}: nobody else would get a message to it");
+                Failure::new(NOT_FOUND, line)
             }
-            Some(failure) => Err(failure),
-            None => Ok(()),
+            _ => failure(error),
         }
     }
 
@@ -96,8 +142,7 @@ impl Mail {
             .map_err(|error| Failure::new(USAGE, error))
     }
 
-    async fn show(&self, reply: Result<Reply, RequestError>) -> Result<(), Failure> {
-        let reply = reply.map_err(|error| failure(&error))?;
+    async fn show(&self, reply: Reply) -> Result<(), Failure> {
         match text_of(&reply)? {
             Some(text) => self.output.print(sanitise(&text)).await,
             None => {
@@ -129,8 +174,7 @@ fn unreadable(reply: &Reply, error: impl std::fmt::Display) -> Failure {
     )
 }
 
-/// How a request that fails ends the program.
-pub(crate) fn failure(error: &RequestError) -> Failure {
+fn failure(error: &RequestError) -> Failure {
     let code = match error {
         RequestError::Lookup(LookupError::NotFound(_)) => NOT_FOUND,
         RequestError::Lookup(LookupError::TimedOut(_)) | RequestError::TimedOut(_) => TIMED_OUT,

@@ -7,7 +7,7 @@
 //! ```
 //!
 //! prints `Echo: hello`: where no grape answers, chat starts one inside itself, with an echo peer
-//! named `echo`. With the examples `grape` and `peer client1` running, without arguments:
+//! named `echo`, for a message to that name and for a conversation on a terminal. With the examples `grape` and `peer client1` running, without arguments:
 //!
 //! ```text
 //! empty line: another name; exit: leave
@@ -29,8 +29,11 @@
 #[path = "../common/mod.rs"]
 mod common;
 mod dialogue;
+mod inbox;
+mod lines;
 mod mail;
 mod network;
+mod patience;
 mod prompt;
 #[path = "../common/talk.rs"]
 mod talk;
@@ -41,18 +44,22 @@ use std::time::Duration;
 
 use clap::Parser;
 use grapevine::ServiceName;
+use tokio::time::{Instant, timeout_at};
 
 use common::flags::{self, Flags};
+use common::key::Key;
 use common::output::Output;
 use common::stop::{Cause, Stop};
-use common::{Failure, grapes, run};
+use common::{Failure, RUNTIME, grapes, run};
 use dialogue::Dialogue;
-use mail::Mail;
-use network::Network;
+use inbox::receive;
+use mail::{Mail, TIMED_OUT};
+use network::{Network, Otherwise};
+use patience::patiently;
 use prompt::Prompt;
 use talk::DefaultGrape;
 
-/// Exit code: a signal came before the answer.
+/// Exit code: Ctrl-C or another signal came before the answer, or before the conversation was over.
 const INTERRUPTED: u8 = 130;
 
 const AFTER_HELP: &str = "\
@@ -65,23 +72,34 @@ Examples:
           one message to everybody who answers to client1
   printf 'client1\\nhello\\n' | chat
           a conversation from a file: a name, then messages; an empty line, then another name.
-          Messages to a name that fails are left out, and the first failure is the exit code
+          What fails keeps back what follows it up to the next empty line; the first failure is
+          the exit code
+  chat --to client1 < letter.txt
+          each line of a file as a message to one name, but for empty ones; \"exit\" is a message
+          as any other. The first that fails is the last, and the exit code
+  chat --name ann < /dev/null >> letters
+          keeps what arrives for ann, until a signal: with --name, and neither --to nor any input,
+          it does not leave when the input ends. For a service manager
+
+In a conversation on a terminal, Ctrl-C clears a line that is begun, as in a shell; on an empty one,
+or while an answer is awaited, it leaves. \"exit\" and Ctrl-D leave too.
 
 Replies and messages go to standard output, all else to standard error.
 RUST_LOG=grapevine=debug logs there too.
 
 Exit codes: 0 answered, or the conversation ended; 1 the system refused something; 2 wrong usage;
 3 no such name; 4 nobody reachable, or the connection broke; 5 timed out; 7 refused;
-130 interrupted before the answer";
+130 interrupted by Ctrl-C or another signal (but for who only receives: 0)";
 
 /// Talk to those who announce a name.
 ///
-/// Without --bootstrap: joins by /ip4/127.0.0.1/tcp/20001, or where none answers there, by a grape
-/// of its own with an echo peer named "echo".
+/// Without --bootstrap: joins by the grape at /ip4/127.0.0.1/tcp/20001. Where none answers there, a
+/// conversation on a terminal and a message to the name "echo" start one inside this program, with an
+/// echo peer of that name.
 #[derive(Debug, Parser)]
 #[command(name = "chat", version, after_help = AFTER_HELP)]
 struct Cli {
-    /// Talk to this name first; with TEXT: only send that
+    /// Talk to this name first; with TEXT, or lines that are piped in: only send that
     #[arg(long, value_name = "NAME")]
     to: Option<ServiceName>,
     /// The message to send; without it, asks for names and messages
@@ -90,10 +108,10 @@ struct Cli {
     /// Your own name: signs what you send; without TEXT also announces you and shows what arrives
     #[arg(long, value_name = "NAME")]
     name: Option<ServiceName>,
-    /// Send to everybody who answers to the name, not just to one of them
+    /// Send to everybody who answers to the name, not just to one of them; fails if one of them fails
     #[arg(long)]
     all: bool,
-    /// Wait for an answer so long: 1 to 60
+    /// Wait for an answer so long, and with TEXT for all that comes before it too: 1 to 60
     #[arg(long, value_name = "SECONDS", default_value = "10", value_parser = timeout)]
     timeout: Duration,
     /// Keep what is typed in this file, for the next time
@@ -110,6 +128,11 @@ impl Cli {
     fn text(&self) -> Option<String> {
         (!self.words.is_empty()).then(|| self.words.join(" "))
     }
+
+    /// The name that others are to find this program by: one message is soon sent.
+    fn announced(&self) -> Option<&ServiceName> {
+        self.name.as_ref().filter(|_| self.words.is_empty())
+    }
 }
 
 fn main() -> ExitCode {
@@ -118,27 +141,41 @@ fn main() -> ExitCode {
 }
 
 async fn chat(cli: Cli, stop: Stop) -> Result<u8, Failure> {
-    match cli.text() {
-        Some(text) => match one_message(&cli, &text, &stop).await {
-            Ok(result) => result,
-            Err(Cause::Signal) => Ok(INTERRUPTED),
-            Err(cause) => Ok(cause.code()),
-        },
-        None => match conversation(&cli, &stop).await {
-            Ok(result) => result,
-            Err(cause) => Ok(cause.code()),
-        },
+    let key = cli.network.key()?;
+    let ended = match cli.text() {
+        Some(text) => one_message(&cli, &key, &text, &stop).await,
+        None => conversation(&cli, &key, &stop).await,
+    };
+    match ended {
+        Ok(result) => result,
+        Err(Cause::Signal) => Ok(INTERRUPTED),
+        Err(cause) => Ok(cause.code()),
     }
 }
 
-async fn one_message(cli: &Cli, text: &str, stop: &Stop) -> Result<Result<u8, Failure>, Cause> {
-    let network = match stop.or(Network::join(cli)).await? {
-        Ok(network) => network,
-        Err(failure) => return Ok(Err(failure)),
+async fn one_message(
+    cli: &Cli,
+    key: &Key,
+    text: &str,
+    stop: &Stop,
+) -> Result<Result<u8, Failure>, Cause> {
+    let end = Instant::now() + cli.timeout;
+    let output = Output::stdout(stop.clone());
+    let otherwise = Otherwise::of(cli, false);
+    let joined = timeout_at(end, Network::join(cli, key, otherwise, &output));
+    let network = match stop.or(joined).await? {
+        Ok(Ok(network)) => network,
+        Ok(Err(failure)) => return Ok(Err(failure)),
+        Err(_) => return Ok(Err(too_late(cli))),
     };
-    let mail = Mail::new(cli, network.node.clone(), Output::stdout(stop.clone()));
+    // What is left of the time.
+    let time = end.saturating_duration_since(Instant::now());
+    let mail = Mail::new(cli, network.node.clone(), output.clone(), time);
     let sent = match &cli.to {
-        Some(to) => stop.or(mail.send(to, text)).await,
+        Some(to) => {
+            let sent = patiently(&output, || mail.awaited(to), mail.send(to, text));
+            stop.or(sent).await
+        }
         // Refused with the command line.
         None => Ok(Ok(())),
     };
@@ -150,21 +187,43 @@ async fn one_message(cli: &Cli, text: &str, stop: &Stop) -> Result<Result<u8, Fa
     }
 }
 
-async fn conversation(cli: &Cli, stop: &Stop) -> Result<Result<u8, Failure>, Cause> {
+/// Only the grape on this machine is waited for before anything is sent.
+fn too_late(cli: &Cli) -> Failure {
+    let grape = &cli.default.default_grape;
+    let line = format!("no answer from the grape at {grape} in time; --timeout waits longer");
+    Failure::new(TIMED_OUT, line)
+}
+
+async fn conversation(cli: &Cli, key: &Key, stop: &Stop) -> Result<Result<u8, Failure>, Cause> {
     let (prompt, output) = match Prompt::new(cli.history.clone(), stop) {
         Ok(opened) => opened,
         Err(failure) => return Ok(Err(failure)),
     };
-    let network = match stop.or(Network::join(cli)).await? {
+    let otherwise = Otherwise::of(cli, prompt.is_typed());
+    let network = match stop.or(Network::join(cli, key, otherwise, &output)).await? {
         Ok(network) => network,
         Err(failure) => return Ok(Err(failure)),
     };
     if network.is_shared() {
         tokio::spawn(grapes::tell(network.node.clone(), output.clone()));
     }
-    let mail = Mail::new(cli, network.node.clone(), output.clone());
-    let mut dialogue = Dialogue::new(prompt, mail, output);
-    let held = stop.or(dialogue.hold(cli)).await;
+    let mail = Mail::new(cli, network.node.clone(), output.clone(), cli.timeout);
+    let receiving = cli.announced().map(|name| {
+        let receiving = receive(network.node.clone(), name.clone(), output.clone());
+        tokio::spawn(receiving)
+    });
+    let mut dialogue = Dialogue::new(prompt, mail, output.clone());
+    let mut held = stop.or(dialogue.hold(cli)).await;
+    if let (Ok(code), Some(receiving), None) = (&mut held, receiving, &cli.to)
+        && dialogue.had_no_input()
+    {
+        output.note("no input: receiving until a signal").await;
+        // Then it is a program as any other that runs until it is stopped.
+        *code = match stop.or(receiving).await {
+            Ok(received) => received.unwrap_or(RUNTIME),
+            Err(cause) => cause.code(),
+        };
+    }
     drop(dialogue);
     network.leave().await;
     Ok(Ok(held?))

@@ -1,15 +1,30 @@
-//! The way into the network: by the grapes that are given, or by one inside this program.
+//! The way into the network: by the grapes that are given, or by the one on this machine, or by one
+//! inside this program where that is of use.
+
+use std::io::ErrorKind;
+use std::net::{IpAddr, SocketAddr};
+use std::time::Duration;
 
 use grapevine::error::AnnounceError;
+use grapevine::multiaddr::Protocol;
 use grapevine::{Multiaddr, Node, Role};
+use tokio::net::TcpStream;
+use tokio::time::timeout;
 
 use crate::Cli;
 use crate::common::flags::all_interfaces;
-use crate::common::{Failure, RUNTIME, note, shut_down};
+use crate::common::key::Key;
+use crate::common::output::Output;
+use crate::common::{Failure, RUNTIME, shut_down};
+use crate::mail::UNREACHABLE;
+use crate::patience::patiently;
 use crate::talk::{Answer, attend};
 
 /// The name of the echo peer inside this program.
 const ECHO: &str = "echo";
+
+/// How long the system may take to say whether a port of this machine is open.
+const PROBE: Duration = Duration::from_secs(1);
 
 /// This program's own node, and what else it runs.
 pub(crate) struct Network {
@@ -18,39 +33,76 @@ pub(crate) struct Network {
     inside: Option<(Node, Node)>,
 }
 
+/// What to do if no grape is given and none answers on this machine.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Otherwise {
+    /// Start one inside this program, for who asks for its echo or tries the program out.
+    StartInside,
+    /// Wait for it, as `peer` does: nobody is there to start it, and it may be on its way.
+    Wait,
+    /// Say so: whom the message is for cannot be found in a grape that others do not know.
+    Fail,
+}
+
+impl Otherwise {
+    pub(crate) fn of(cli: &Cli, is_typed: bool) -> Self {
+        let is_for_echo = cli.to.as_ref().is_some_and(|to| to.as_ref() == ECHO);
+        if is_typed || is_for_echo {
+            Self::StartInside
+        } else if cli.name.is_some() && cli.to.is_none() {
+            Self::Wait
+        } else {
+            Self::Fail
+        }
+    }
+}
+
 impl Network {
     /// Starts the node, and a network inside this program if there is none to join.
-    pub(crate) async fn join(cli: &Cli) -> Result<Self, Failure> {
+    pub(crate) async fn join(
+        cli: &Cli,
+        key: &Key,
+        otherwise: Otherwise,
+        output: &Output,
+    ) -> Result<Self, Failure> {
         let mut flags = cli.network.clone();
         let is_default = cli.default.fill(&mut flags);
         // Only who can be called needs to listen.
-        let listen = match (&cli.name, cli.text()) {
-            (Some(_), None) => all_interfaces(0),
-            _ => Vec::new(),
-        };
-        let node = flags.builder(Role::Peer, listen.clone())?.spawn().await?;
-        if !is_default || answers(&node).await {
+        let listen = cli.announced().map_or_else(Vec::new, |_| all_interfaces(0));
+        let builder = flags.builder(Role::Peer, key, listen.clone());
+        let node = builder.spawn().await?;
+        if !is_default || otherwise == Otherwise::Wait {
+            return Ok(Self { node, inside: None });
+        }
+        let address = &cli.default.default_grape;
+        if patiently(output, || format!("the grape at {address}"), answers(&node)).await {
             return Ok(Self { node, inside: None });
         }
         shut_down(&node).await;
-        let (grape, echo) = start_inside().await?;
-        let address = &cli.default.default_grape;
-        let others = match (&cli.name, cli.text()) {
-            (Some(name), None) => {
-                format!("others cannot find {name} in it: start a grape first, or use --bootstrap")
-            }
-            _ => "--bootstrap joins others".into(),
+        let (missing, remedy) = match is_vacant(address).await {
+            true => ("no grape at", "start one with \"grape\""),
+            false => ("no answer from the grape at", "restart it"),
         };
-        note(&format!(
-            "no grape at {address}: started one inside this program, with a peer named \"{ECHO}\"; \
+        if otherwise == Otherwise::Fail {
+            let line = format!("{missing} {address}: {remedy}, or use --bootstrap");
+            return Err(Failure::new(UNREACHABLE, line));
+        }
+        let (grape, echo) = start_inside().await?;
+        let others = match cli.announced() {
+            Some(name) => {
+                format!("others cannot find {name} in it: {remedy} first, or use --bootstrap")
+            }
+            None => "--bootstrap joins others".into(),
+        };
+        let line = format!(
+            "{missing} {address}: started one inside this program, with a peer named \"{ECHO}\"; \
              {others}"
-        ));
+        );
+        output.note(&line).await;
         flags.bootstrap = grape.addresses();
-        let node = flags.builder(Role::Peer, listen)?.spawn().await?;
-        Ok(Self {
-            node,
-            inside: Some((grape, echo)),
-        })
+        let node = flags.builder(Role::Peer, key, listen).spawn().await?;
+        let inside = Some((grape, echo));
+        Ok(Self { node, inside })
     }
 
     /// Withdraws all names and closes all nodes.
@@ -82,6 +134,28 @@ async fn answers(node: &Node) -> bool {
     decided.is_ok_and(|status| status.is_online())
 }
 
+/// Whether nothing at all listens at an address, which is another thing than a grape that hangs.
+async fn is_vacant(address: &Multiaddr) -> bool {
+    let Some(address) = tcp_address(address) else {
+        return false;
+    };
+    let probe = timeout(PROBE, TcpStream::connect(address)).await;
+    matches!(probe, Ok(Err(error)) if error.kind() == ErrorKind::ConnectionRefused)
+}
+
+fn tcp_address(address: &Multiaddr) -> Option<SocketAddr> {
+    let mut parts = address.iter();
+    let ip: IpAddr = match parts.next()? {
+        Protocol::Ip4(ip) => ip.into(),
+        Protocol::Ip6(ip) => ip.into(),
+        _ => return None,
+    };
+    match parts.next()? {
+        Protocol::Tcp(port) => Some((ip, port).into()),
+        _ => None,
+    }
+}
+
 /// Real nodes over loopback, as between programs.
 async fn start_inside() -> Result<(Node, Node), Failure> {
     let loopback: Multiaddr = "/ip4/127.0.0.1/tcp/0"
@@ -96,6 +170,11 @@ async fn start_inside() -> Result<(Node, Node), Failure> {
         .bootstrap(grape.addresses())
         .spawn()
         .await?;
+    if !answers(&echo).await {
+        let line = "a grape inside this program cannot be reached: bring this machine's loopback \
+                    interface up, or use --bootstrap";
+        return Err(Failure::new(UNREACHABLE, line));
+    }
     let name = ECHO.parse().map_err(|error| Failure::new(RUNTIME, error))?;
     let service = echo
         .announce(&name)

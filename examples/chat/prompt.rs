@@ -3,6 +3,9 @@
 //! The editor blocks, so it runs on a thread of its own; a program that ends meanwhile puts the
 //! terminal back in order.
 
+use std::cell::Cell;
+use std::fmt::Display;
+use std::fs::OpenOptions;
 use std::io::{self, IsTerminal, Write};
 use std::path::{Path, PathBuf};
 
@@ -11,14 +14,14 @@ use rustyline::completion::Completer;
 use rustyline::error::ReadlineError;
 use rustyline::highlight::Highlighter;
 use rustyline::hint::Hinter;
-use rustyline::history::{DefaultHistory, History};
+use rustyline::history::DefaultHistory;
 use rustyline::validate::Validator;
 use rustyline::{CompletionType, Config, Context, Editor, ExternalPrinter, Helper};
-use tokio::io::{AsyncBufReadExt, BufReader, Split, Stdin};
 
 use crate::common::output::Output;
 use crate::common::stop::Stop;
 use crate::common::{Failure, USAGE};
+use crate::lines::Lines;
 
 /// How many lines the editor remembers.
 const HISTORY: usize = 1_000;
@@ -26,14 +29,23 @@ const HISTORY: usize = 1_000;
 pub(crate) enum Prompt {
     Editor(Box<LineEditor>),
     Lines {
-        lines: Split<BufReader<Stdin>>,
+        lines: Lines,
         /// Somebody types them.
         asks: bool,
     },
 }
 
-/// A line that is no text.
-pub(crate) struct NotUtf8;
+/// Why there is no line.
+pub(crate) enum NoLine {
+    /// There is one that cannot be a message, and why.
+    Wrong(Failure),
+    /// There is none any more.
+    End,
+    /// Ctrl-C on an empty line: the person wants to leave.
+    Interrupted,
+    /// It cannot be read, and why.
+    Unreadable(Failure),
+}
 
 pub(crate) struct LineEditor {
     /// Away while it waits for a line.
@@ -52,22 +64,20 @@ impl Prompt {
         {
             return Ok(opened);
         }
-        let lines = BufReader::new(tokio::io::stdin()).split(b'\n');
+        let lines = Lines::of_stdin();
         Ok((Self::Lines { lines, asks }, Output::stdout(stop.clone())))
     }
 
-    /// The next line; `None` when there is none any more or the person wants to leave.
-    pub(crate) async fn ask(&mut self, question: &'static str) -> Option<Result<String, NotUtf8>> {
+    /// The next line.
+    pub(crate) async fn ask(&mut self, question: &'static str) -> Result<String, NoLine> {
         match self {
-            Self::Editor(editor) => editor.ask(question).await.map(Ok),
+            Self::Editor(editor) => editor.ask(question).await,
             Self::Lines { lines, asks } => {
                 if *asks {
                     // Nobody to ask if it fails; the line may come all the same.
                     let _ = write!(io::stderr(), "{question}");
                 }
-                let line = lines.next_segment().await.ok().flatten()?;
-                let line = line.strip_suffix(b"\r").unwrap_or(&line).to_vec();
-                Some(String::from_utf8(line).map_err(|_| NotUtf8))
+                lines.next().await
             }
         }
     }
@@ -77,6 +87,14 @@ impl Prompt {
         match self {
             Self::Editor(_) => true,
             Self::Lines { asks, .. } => *asks,
+        }
+    }
+
+    /// Whether the lines ended before the first, and nobody types them.
+    pub(crate) fn had_no_input(&self) -> bool {
+        match self {
+            Self::Editor(_) => false,
+            Self::Lines { lines, asks } => !*asks && !lines.have_begun(),
         }
     }
 
@@ -119,22 +137,25 @@ impl LineEditor {
         Ok(Some((prompt, Output::above(print, stop.clone()))))
     }
 
-    async fn ask(&mut self, question: &'static str) -> Option<String> {
-        let mut editor = self.editor.take()?;
+    async fn ask(&mut self, question: &'static str) -> Result<String, NoLine> {
+        let mut editor = self.editor.take().ok_or(NoLine::End)?;
         if let Some(names) = editor.helper_mut() {
             names.asked = question.starts_with("Name");
         }
         let asked = tokio::task::spawn_blocking(move || {
-            let line = editor.readline(question);
+            let line = read(&mut editor, question);
             (editor, line)
         });
-        let (mut editor, line) = asked.await.ok()?;
+        let (mut editor, line) = asked.await.map_err(|_| NoLine::End)?;
         if let Ok(line) = &line {
             self.keep(&mut editor, line);
         }
         self.editor = Some(editor);
-        // Otherwise Ctrl-C, Ctrl-D, or a terminal that is gone.
-        line.ok()
+        line.map_err(|error| match error {
+            ReadlineError::Interrupted => NoLine::Interrupted,
+            // Ctrl-D, or a terminal that is gone.
+            _ => NoLine::End,
+        })
     }
 
     fn keep(&self, editor: &mut Editor<Names, DefaultHistory>, line: &str) {
@@ -154,20 +175,51 @@ impl Drop for LineEditor {
     }
 }
 
+/// The next line. Ctrl-C on one that is begun is for another one, as in a shell.
+fn read(editor: &mut Editor<Names, DefaultHistory>, question: &str) -> rustyline::Result<String> {
+    loop {
+        if let Some(names) = editor.helper() {
+            names.is_begun.set(false);
+        }
+        let line = editor.readline(question);
+        let is_begun = editor.helper().is_some_and(|names| names.is_begun.get());
+        match line {
+            Err(ReadlineError::Interrupted) if is_begun => {}
+            line => return line,
+        }
+    }
+}
+
 fn load(editor: &mut Editor<Names, DefaultHistory>, path: &Path) -> Result<(), Failure> {
     match editor.load_history(path) {
         Ok(()) => {}
         Err(ReadlineError::Io(error)) if error.kind() == io::ErrorKind::NotFound => {}
         Err(error) => return Err(no_history(path, &error)),
     }
-    // Now, not after the first line is typed, is the time to hear that it cannot be written.
-    editor
-        .history_mut()
-        .append(path)
-        .map_err(|error| no_history(path, &error))
+    // Now, not after the first line is typed, is the time to hear that it cannot be written. The
+    // editor opens it only when it has something to write.
+    match private().append(true).create(true).open(path) {
+        Ok(_) => Ok(()),
+        Err(error) => Err(no_history(path, &error)),
+    }
 }
 
-fn no_history(path: &Path, error: &ReadlineError) -> Failure {
+/// For a file that its owner alone may read.
+#[cfg(unix)]
+fn private() -> OpenOptions {
+    use std::os::unix::fs::OpenOptionsExt;
+
+    let mut options = OpenOptions::new();
+    options.mode(0o600);
+    options
+}
+
+#[cfg(not(unix))]
+fn private() -> OpenOptions {
+    OpenOptions::new()
+}
+
+fn no_history(path: &Path, error: &impl Display) -> Failure {
     Failure::new(
         USAGE,
         format!(
@@ -183,6 +235,8 @@ struct Names {
     known: Vec<String>,
     /// A name is asked for, not a message.
     asked: bool,
+    /// There is something in the line that is being typed.
+    is_begun: Cell<bool>,
 }
 
 impl Completer for Names {
@@ -207,6 +261,12 @@ impl Completer for Names {
 
 impl Hinter for Names {
     type Hint = String;
+
+    /// Gives none, but is asked whenever the line changes: Ctrl-C itself does not tell what was there.
+    fn hint(&self, line: &str, _: usize, _: &Context<'_>) -> Option<String> {
+        self.is_begun.set(!line.is_empty());
+        None
+    }
 }
 
 impl Highlighter for Names {}

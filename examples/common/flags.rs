@@ -1,14 +1,15 @@
 //! The flags that all programs have, and errors in flags, one line each.
 
-use std::net::{Ipv6Addr, SocketAddr, TcpListener, UdpSocket};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener, UdpSocket};
 use std::path::PathBuf;
 use std::process::exit;
 
 use clap::Parser;
 use clap::error::{ContextKind, ErrorKind};
 use grapevine::multiaddr::Protocol;
-use grapevine::{Builder, Identity, Multiaddr, Node, Role};
+use grapevine::{Builder, Multiaddr, Node, PeerId, Role};
 
+use super::key::Key;
 use super::{Failure, USAGE, complain};
 
 /// How much of a wrong value an error repeats.
@@ -18,55 +19,60 @@ const SHOWN: usize = 60;
 #[derive(Clone, Debug, clap::Args)]
 #[command(next_help_heading = "Network")]
 pub(crate) struct Flags {
-    /// Listen on this address, e.g. /ip4/0.0.0.0/tcp/20001 or /ip4/0.0.0.0/udp/20001/quic-v1; port 0 is any
-    /// (repeatable)
-    #[arg(long, value_name = "MULTIADDR", value_parser = listen_address)]
-    listen: Vec<Multiaddr>,
+    /// Listen on this address, e.g. /ip4/0.0.0.0/tcp/20001 or /ip4/0.0.0.0/udp/20001/quic-v1, or at
+    /// ip:port over both; port 0 is any (repeatable)
+    #[arg(long, value_name = "MULTIADDR", value_parser = listen_addresses)]
+    listen: Vec<Listen>,
     /// Join by the grape at this address, or at host:port; a /p2p/<ID> at its end is checked (repeatable)
     #[arg(long, value_name = "MULTIADDR", value_delimiter = ',', value_parser = dial_address)]
     pub(crate) bootstrap: Vec<Multiaddr>,
     /// Tell others this address too, e.g. that of a forwarded port (repeatable)
     #[arg(long, value_name = "MULTIADDR", value_parser = external_address)]
     external: Vec<Multiaddr>,
-    /// Keep the node's key in this file; made when missing
+    /// Keep the node's key in this file; made when missing, and used by one running program only
     #[arg(long, value_name = "FILE")]
     pub(crate) identity: Option<PathBuf>,
 }
 
+/// What one flag asks for.
+#[derive(Clone, Debug)]
+struct Listen(Vec<Multiaddr>);
+
 impl Flags {
+    /// The key to run by, for as long as the program runs.
+    pub(crate) fn key(&self) -> Result<Key, Failure> {
+        Key::load(self.identity.as_deref())
+    }
+
     /// Describes a node by these flags; without --listen it listens on `listen`.
-    pub(crate) fn builder(&self, role: Role, listen: Vec<Multiaddr>) -> Result<Builder, Failure> {
-        let identity = match &self.identity {
-            Some(path) => Identity::load_or_generate(path)?,
-            None => Identity::generate(),
-        };
+    pub(crate) fn builder(&self, role: Role, key: &Key, listen: Vec<Multiaddr>) -> Builder {
+        let given = self.listen.iter().flat_map(|Listen(given)| given.clone());
         let listen = match self.listen.is_empty() {
             true => listen,
-            false => self.listen.clone(),
+            false => given.collect(),
         };
-        Ok(Node::builder(role)
-            .identity(identity)
+        Node::builder(role)
+            .identity(key.identity.clone())
             .listen(listen)
             .external(self.external.clone())
-            .bootstrap(self.bootstrap.clone()))
+            .bootstrap(self.bootstrap.clone())
     }
 }
 
 /// Every interface, over TCP and QUIC; IPv6 where the machine has it.
 pub(crate) fn all_interfaces(port: u16) -> Vec<Multiaddr> {
-    let mut hosts = vec!["/ip4/0.0.0.0"];
+    let mut addresses = tcp_and_quic(Ipv4Addr::UNSPECIFIED.into(), port);
     if has_ipv6(port) {
-        hosts.push("/ip6/::");
+        addresses.extend(tcp_and_quic(Ipv6Addr::UNSPECIFIED.into(), port));
     }
-    let addresses = hosts.into_iter().flat_map(|host| {
-        [
-            format!("{host}/tcp/{port}"),
-            format!("{host}/udp/{port}/quic-v1"),
-        ]
-    });
     addresses
-        .filter_map(|address| address.parse().ok())
-        .collect()
+}
+
+/// Both on one port of one host.
+pub(crate) fn tcp_and_quic(host: IpAddr, port: u16) -> Vec<Multiaddr> {
+    let tcp = Multiaddr::from(host).with(Protocol::Tcp(port));
+    let quic = Multiaddr::from(host).with(Protocol::Udp(port));
+    vec![tcp, quic.with(Protocol::QuicV1)]
 }
 
 /// Whether this machine has IPv6 and the port is free there. Nobody has asked for it by name, so
@@ -102,38 +108,122 @@ pub(crate) fn parse<P: Parser>() -> P {
 pub(crate) fn dial_address(text: &str) -> Result<Multiaddr, String> {
     // Lists may have spaces after their commas.
     let text = text.trim();
-    host_and_port(text)
-        .or_else(|| address(text))
-        .ok_or_else(|| {
-            format!(
-                "{} is not the address of a grape: copy one that the grape prints, \
-             such as /ip4/127.0.0.1/tcp/20001 or /dns/example.org/udp/20001/quic-v1, \
-             or write host:port",
-                quoted(text)
-            )
-        })
+    let address = host_and_port(text).or_else(|| address(text));
+    let address = address.ok_or_else(|| {
+        let example = "copy one that the grape prints, such as /ip4/127.0.0.1/tcp/20001 or \
+                       /dns/example.org/udp/20001/quic-v1, or write host:port";
+        is_not("the address of a grape", text, example)
+    })?;
+    refuse_wildcards(&address, text)?;
+    Ok(address)
 }
 
-fn listen_address(text: &str) -> Result<Multiaddr, String> {
+fn listen_addresses(text: &str) -> Result<Listen, String> {
+    if let Ok(address) = text.parse::<SocketAddr>() {
+        return Ok(Listen(tcp_and_quic(address.ip(), address.port())));
+    }
     let is_local = |address: &Multiaddr| {
         matches!(
             address.iter().next(),
             Some(Protocol::Ip4(_) | Protocol::Ip6(_))
         ) && !matches!(address.iter().last(), Some(Protocol::P2p(_)))
     };
-    address(text).filter(is_local).ok_or_else(|| {
-        format!(
-            "{} is not an address to listen on: write it like /ip4/0.0.0.0/tcp/20001 \
-             or /ip4/0.0.0.0/udp/20001/quic-v1, or with /ip6/::",
-            quoted(text)
-        )
-    })
+    let address = address(text).filter(is_local).ok_or_else(|| {
+        let example = "write it like /ip4/0.0.0.0/tcp/20001 or /ip4/0.0.0.0/udp/20001/quic-v1, or \
+                       with /ip6/::, or 0.0.0.0:20001 for both";
+        is_not("an address to listen on", text, example)
+    })?;
+    Ok(Listen(vec![address]))
 }
 
 fn external_address(text: &str) -> Result<Multiaddr, String> {
-    address(text).ok_or_else(|| {
+    let address = address(text).ok_or_else(|| {
+        let example = "write it like /ip4/203.0.113.7/tcp/20001";
+        is_not("an address that others can dial", text, example)
+    })?;
+    refuse_wildcards(&address, text)?;
+    Ok(address)
+}
+
+/// What is wrong with an address: the part that is, if it is plain which, or else how one looks.
+fn is_not(what: &str, text: &str, example: &str) -> String {
+    let reason = wrong_part(text).unwrap_or_else(|| example.into());
+    format!("{} is not {what}: {reason}", quoted(text))
+}
+
+/// The first part of an address that cannot be right.
+fn wrong_part(text: &str) -> Option<String> {
+    let Some(parts) = text.strip_prefix('/') else {
+        let (host, port) = text.rsplit_once(':')?;
+        // Otherwise it may be an IPv6 address without a port.
+        let is_port = !host.contains(':') || host.ends_with(']');
+        return if is_port {
+            port_number(port).err()
+        } else {
+            None
+        };
+    };
+    if parts.ends_with('/') {
+        return Some("leave out the / at its end".into());
+    }
+    let mut parts = parts.split('/').peekable();
+    while let Some(kind) = parts.next() {
+        if kind == "quic-v1" {
+            continue;
+        }
+        let value = parts.next().unwrap_or_default();
+        let wrong = match kind {
+            "ip4" if value.parse::<Ipv4Addr>().is_err() => {
+                Some(format!("{} is no IPv4 address", quoted(value)))
+            }
+            "ip6" if value.parse::<Ipv6Addr>().is_err() => {
+                Some(format!("{} is no IPv6 address", quoted(value)))
+            }
+            "udp" if parts.peek() != Some(&"quic-v1") => {
+                let quic = || format!("put /quic-v1 behind /udp/{value}");
+                Some(port_number(value).err().unwrap_or_else(quic))
+            }
+            "tcp" | "udp" => port_number(value).err(),
+            "p2p" if value.parse::<PeerId>().is_err() => {
+                Some("what follows /p2p/ is no whole id: copy all of it".into())
+            }
+            _ => None,
+        };
+        if wrong.is_some() {
+            return wrong;
+        }
+    }
+    None
+}
+
+/// Refuses to dial any address of a machine, or any port.
+fn refuse_wildcards(address: &Multiaddr, text: &str) -> Result<(), String> {
+    let text = quoted(text);
+    for part in address.iter() {
+        let is_any = match part {
+            Protocol::Ip4(ip) => ip.is_unspecified(),
+            Protocol::Ip6(ip) => ip.is_unspecified(),
+            _ => false,
+        };
+        if is_any {
+            return Err(format!(
+                "{text} is for listening; give the machine's own address"
+            ));
+        }
+        if let Protocol::Tcp(0) | Protocol::Udp(0) = part {
+            return Err(format!(
+                "port 0 in {text} is for listening; give the port that is listened on"
+            ));
+        }
+    }
+    Ok(())
+}
+
+/// A port, or 0 for any.
+pub(crate) fn port_number(text: &str) -> Result<u16, String> {
+    text.parse().map_err(|_| {
         format!(
-            "{} is not an address that others can dial: write it like /ip4/203.0.113.7/tcp/20001",
+            "{} is not a port: give a whole number up to 65535",
             quoted(text)
         )
     })

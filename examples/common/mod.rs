@@ -1,10 +1,11 @@
-//! What the programs share: flags, output, the wish to stop, news of the grapes.
+//! What the programs share: flags, the key, output, the wish to stop, news of the grapes.
 //!
 //! Invariants: stdout carries data and nothing else; what goes wrong is one line on stderr that says
 //! what to do; a signal at any moment lets the program withdraw its names and end.
 
 pub(crate) mod flags;
 pub(crate) mod grapes;
+pub(crate) mod key;
 pub(crate) mod output;
 pub(crate) mod stop;
 

@@ -4,11 +4,10 @@ use std::net::{IpAddr, SocketAddr};
 use std::time::Duration;
 
 use grapevine::gateway::{Config, Gateway};
-use grapevine::multiaddr::Protocol;
 use grapevine::{Multiaddr, Node};
 use tokio::net::lookup_host;
 
-use crate::common::flags::{dial_address, quoted};
+use crate::common::flags::{dial_address, port_number, quoted};
 use crate::common::{Failure, USAGE, note};
 
 /// The flags of grenache-grape 1.0.0, under its names.
@@ -20,15 +19,16 @@ pub(crate) struct Grenache {
         long,
         visible_alias = "dht_port",
         value_name = "PORT",
+        value_parser = port_number,
         conflicts_with = "listen"
     )]
     dp: Option<u16>,
     /// Serve Grenache's HTTP API on this port; without it there is none
-    #[arg(long, visible_alias = "api_port", value_name = "PORT")]
+    #[arg(long, visible_alias = "api_port", value_name = "PORT", value_parser = port_number)]
     aph: Option<u16>,
-    /// Let Grenache's callers reach other peers by this port; 0 is any
-    #[arg(long, value_name = "PORT", default_value = "0")]
-    carrier_port: u16,
+    /// Let Grenache's callers reach other peers by this port beside that of the API [default: any]
+    #[arg(long, value_name = "PORT", value_parser = port_number)]
+    carrier_port: Option<u16>,
     /// Join by these grapes, separated by commas: host:port, or as in --bootstrap
     #[arg(long, value_name = "GRAPES", value_parser = grapes)]
     bn: Vec<Grapes>,
@@ -48,7 +48,8 @@ pub(crate) struct Grenache {
     #[arg(
         long = "check_maxPayloadSize",
         value_name = "BYTES",
-        default_value = "8192"
+        default_value = "8192",
+        value_parser = bytes
     )]
     max_payload_size: usize,
     #[command(flatten)]
@@ -111,12 +112,15 @@ impl Grenache {
     ) -> Result<Option<Gateway>, Failure> {
         self.tell_ignored();
         let Some(port) = self.aph else {
+            if self.carrier_port.is_some() {
+                note("without a meaning here: --carrier-port; it goes with --aph");
+            }
             return Ok(None);
         };
         let mut config = Config {
             lease: self.peer_max_age,
             max_body: self.max_payload_size,
-            carrier_port: self.carrier_port,
+            carrier_port: self.carrier_port.unwrap_or(0),
             ..Config::default()
         };
         config.api = SocketAddr::new(host.unwrap_or(config.api.ip()), port);
@@ -140,19 +144,17 @@ impl Grenache {
     }
 }
 
-/// TCP and QUIC on one port of one host.
-pub(crate) fn listen_on(host: IpAddr, port: u16) -> Vec<Multiaddr> {
-    let tcp = Multiaddr::from(host).with(Protocol::Tcp(port));
-    let quic = Multiaddr::from(host).with(Protocol::Udp(port));
-    vec![tcp, quic.with(Protocol::QuicV1)]
-}
-
 fn grapes(text: &str) -> Result<Grapes, String> {
     let parts = text.split(',').filter(|part| !part.is_empty());
     parts
         .map(dial_address)
         .collect::<Result<_, _>>()
         .map(Grapes)
+}
+
+fn bytes(text: &str) -> Result<usize, String> {
+    text.parse()
+        .map_err(|_| format!("{} is not a number of bytes", quoted(text)))
 }
 
 fn milliseconds(text: &str) -> Result<Duration, String> {

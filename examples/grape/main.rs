@@ -39,10 +39,11 @@ use grapevine::multiaddr::Protocol;
 use grapevine::{Multiaddr, Node, PeerId, Role};
 
 use common::flags::{self, Flags, quoted};
+use common::key::Key;
 use common::output::Output;
 use common::stop::Stop;
 use common::{Failure, RUNTIME, grapes, run, shut_down};
-use grenache::{Grenache, listen_on};
+use grenache::Grenache;
 
 /// The port that `peer` and `chat` look for a grape on.
 const PORT: u16 = 20_001;
@@ -86,7 +87,7 @@ struct Cli {
     #[command(flatten)]
     grenache: Grenache,
     /// Programs that start grapes of Grenache by hand say the program's name twice
-    #[arg(hide = true, value_parser = ["grape"])]
+    #[arg(hide = true, value_name = "NAME", value_parser = own_name)]
     again: Option<String>,
 }
 
@@ -98,7 +99,8 @@ fn main() -> ExitCode {
 
 async fn serve(cli: Cli, stop: Stop) -> Result<u8, Failure> {
     let host = cli.grenache.host().await?;
-    let node = match stop.or(start(&cli, host)).await {
+    let key = cli.network.key()?;
+    let node = match stop.or(start(&cli, &key, host)).await {
         Ok(node) => node?,
         Err(cause) => return Ok(cause.code()),
     };
@@ -151,15 +153,15 @@ impl From<ListenError> for Failure {
     }
 }
 
-async fn start(cli: &Cli, host: Option<IpAddr>) -> Result<Node, Failure> {
+async fn start(cli: &Cli, key: &Key, host: Option<IpAddr>) -> Result<Node, Failure> {
     let port = cli.grenache.port().unwrap_or(PORT);
     let listen = match host {
-        Some(host) => listen_on(host, port),
+        Some(host) => flags::tcp_and_quic(host, port),
         None => flags::all_interfaces(port),
     };
     let mut builder = cli
         .network
-        .builder(Role::Grape, listen)?
+        .builder(Role::Grape, key, listen)
         .bootstrap(cli.grenache.bootstrap())
         .block(cli.block.iter().copied())
         .lease(cli.lease);
@@ -177,13 +179,24 @@ async fn work(cli: &Cli, node: &Node, edges: &Edges, output: Output) {
     }
     if let Some(gateway) = &edges.gateway {
         let api = gateway.api_address();
-        output.print(format!("Grenache API: http://{api}")).await;
+        let line = match api.ip().is_unspecified() {
+            true => format!("Grenache API: HTTP on {}", dialled(api)),
+            false => format!("Grenache API: http://{api}"),
+        };
+        output.print(line).await;
         let carrier = gateway.carrier_address();
-        let line = format!("Grenache callers reach other peers at: {carrier}");
+        let line = format!(
+            "Grenache callers reach other peers at: {}",
+            dialled(carrier)
+        );
         output.print(line).await;
     }
     if let Some(monitor) = &edges.monitor {
-        let line = format!("Metrics: http://{}/metrics", monitor.address());
+        let address = monitor.address();
+        let line = match address.ip().is_unspecified() {
+            true => format!("Metrics: /metrics over HTTP on {}", dialled(address)),
+            false => format!("Metrics: http://{address}/metrics"),
+        };
         output.print(line).await;
     }
     if cli.network.identity.is_none() {
@@ -192,6 +205,14 @@ async fn work(cli: &Cli, node: &Node, edges: &Edges, output: Output) {
             .await;
     }
     grapes::tell(node.clone(), output).await;
+}
+
+/// Where a socket is dialled. Nobody can dial "any address".
+fn dialled(address: SocketAddr) -> String {
+    match address.ip().is_unspecified() {
+        true => format!("port {} of this machine", address.port()),
+        false => address.to_string(),
+    }
 }
 
 /// As many open files as the system allows: each connection takes one, and what shells start may
@@ -215,6 +236,15 @@ fn is_dialable(address: &Multiaddr) -> bool {
 
 fn is_link_local(ip: Ipv6Addr) -> bool {
     ip.is_unicast_link_local()
+}
+
+fn own_name(text: &str) -> Result<String, String> {
+    match text {
+        "grape" => Ok(text.into()),
+        _ => Err(format!(
+            "a grape takes no name; \"peer {text}\" announces one"
+        )),
+    }
 }
 
 fn lease(text: &str) -> Result<Duration, String> {

@@ -69,7 +69,10 @@ fn main() -> ExitCode {
 }
 
 async fn serve(cli: Cli, stop: Stop) -> Result<u8, Failure> {
-    let builder = cli.network.builder(Role::Peer, flags::all_interfaces(0))?;
+    let key = cli.network.key()?;
+    let builder = cli
+        .network
+        .builder(Role::Peer, &key, flags::all_interfaces(0));
     let node = match stop.or(builder.spawn()).await {
         Ok(node) => node?,
         Err(cause) => return Ok(cause.code()),

@@ -82,23 +82,28 @@ fn piped(mut command: Command) -> Command {
 
 /// Runs a program to its end, without input.
 pub(crate) async fn run(name: &str, arguments: &[&str]) -> Run {
-    finish(command(name, arguments)).await
+    finish(command(name, arguments), Stdio::null()).await
+}
+
+/// As [`run`], with a file as its standard input.
+pub(crate) async fn run_from(file: File, name: &str, arguments: &[&str]) -> Run {
+    finish(command(name, arguments), file.into()).await
 }
 
 /// As [`run`], with its standard output into a file.
 pub(crate) async fn run_into(file: File, name: &str, arguments: &[&str]) -> Run {
     let mut command = command(name, arguments);
     command.stdout(file);
-    finish(command).await
+    finish(command, Stdio::null()).await
 }
 
 /// Runs a program that is none of ours to its end, without input.
 pub(crate) async fn run_other(command: Command) -> Run {
-    finish(piped(command)).await
+    finish(piped(command), Stdio::null()).await
 }
 
-async fn finish(mut command: Command) -> Run {
-    let child = command.stdin(Stdio::null()).spawn().unwrap();
+async fn finish(mut command: Command, stdin: Stdio) -> Run {
+    let child = command.stdin(stdin).spawn().unwrap();
     let output = child.wait_with_output().await.unwrap();
     Run {
         code: output.status.code(),
@@ -165,13 +170,32 @@ impl Program {
 
     /// Waits for a line on stderr that begins like this.
     pub(crate) async fn says(&mut self, start: &str) {
+        self.says_of(start, "").await;
+    }
+
+    /// Waits for a line on stderr that begins like this and has that in it.
+    pub(crate) async fn says_of(&mut self, start: &str, part: &str) {
         while let Some(line) = self.stderr.next_line().await.unwrap() {
             writeln!(self.said, "{line}").unwrap();
-            if line.starts_with(start) {
+            if line.starts_with(start) && line.contains(part) {
                 return;
             }
         }
-        panic!("{} has not said {start:?} but: {}", self.name, self.said);
+        let said = &self.said;
+        panic!("{} has not said {start:?} {part:?} but: {said}", self.name);
+    }
+
+    /// Waits for two lines on stderr that begin like these, whichever comes first.
+    pub(crate) async fn says_both(&mut self, one: &str, other: &str) {
+        let mut awaited = vec![one, other];
+        while let Some(line) = self.stderr.next_line().await.unwrap() {
+            writeln!(self.said, "{line}").unwrap();
+            awaited.retain(|start| !line.starts_with(start));
+            if awaited.is_empty() {
+                return;
+            }
+        }
+        panic!("{} has not said {awaited:?} but: {}", self.name, self.said);
     }
 
     pub(crate) async fn types(&mut self, line: impl AsRef<[u8]>) {

@@ -11,7 +11,7 @@ use rustix::process::Signal;
 use tokio::process::Command;
 
 use crate::http;
-use crate::process::{Program, Run, in_time, key_file, path, run, run_into};
+use crate::process::{Program, Run, in_time, key_file, path, run, run_from, run_into};
 
 /// Nobody listens there: the port takes privileges.
 const NOBODY: &str = "/ip4/127.0.0.1/tcp/1";
@@ -104,7 +104,8 @@ async fn one_message_works_with_nothing_else_running() {
             let chat = run("chat", &[&given, more].concat()).await;
             assert_eq!(chat.stdout, "Echo: hello\n", "{chat:?}");
             assert_eq!(chat.code, Some(0));
-            assert_eq!(chat.stderr.lines().count(), 1, "{chat:?}");
+            let lines = if more == ["--all"] { 2 } else { 1 };
+            assert_eq!(chat.stderr.lines().count(), lines, "{chat:?}");
             assert!(
                 chat.stderr
                     .starts_with("no grape at /ip4/127.0.0.1/tcp/1: started one inside")
@@ -115,14 +116,38 @@ async fn one_message_works_with_nothing_else_running() {
 }
 
 #[tokio::test]
-async fn a_person_whom_nobody_can_find_is_told_so() {
+async fn without_a_grape_nobody_but_echo_can_be_written_to() {
     in_time(async {
-        let mut chat = Program::start("chat", &["--default-grape", NOBODY, "--name", "ann"]);
-        chat.says(
-            "no grape at /ip4/127.0.0.1/tcp/1: started one inside this program, with a peer named \
-             \"echo\"; others cannot find ann in it: start a grape first, or use --bootstrap",
-        )
+        let says = "error: no grape at /ip4/127.0.0.1/tcp/1: start one with \"grape\", or use \
+                    --bootstrap\n";
+        for given in [&["--to", "client1", "hello"][..], &["--to", "client1"], &[]] {
+            let given = [&["--default-grape", NOBODY], given].concat();
+            run("chat", &given).await.fails(4, says);
+        }
+        let (_listener, address) = mute();
+        let given = ["--default-grape", &address, "--to", "client1", "hello"];
+        let chat = run("chat", &given).await;
+        let says = format!(
+            "error: no answer from the grape at {address}: restart it, or use --bootstrap\n"
+        );
+        assert_eq!((chat.code, &*chat.stdout), (Some(4), ""), "{chat:?}");
+        assert!(chat.stderr.ends_with(&says), "{chat:?}");
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn who_wants_to_be_found_without_a_terminal_waits_for_the_grape() {
+    in_time(async {
+        let listen = free_address();
+        let mut ann = Program::start("chat", &["--default-grape", &listen, "--name", "ann"]);
+        ann.says(&format!(
+            "waiting for the grape at {listen}: nobody listens there"
+        ))
         .await;
+        let grape = grape_at(&listen, &[]).await;
+        ann.says("announced ann").await;
+        assert_eq!(send(&grape, "ann", "hello").await.code, Some(0));
     })
     .await;
 }
@@ -219,13 +244,126 @@ async fn a_script_sends_nobody_else_what_was_meant_for_a_name_that_failed() {
         }
         assert_eq!(chat.end().await.code(), Some(2));
         assert_eq!(chat.output().await, "");
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn a_script_is_not_read_on_behind_a_message_that_failed() {
+    in_time(async {
+        let grape = grape(&[]).await;
+        let _client1 = peer("client1", &grape).await;
+        let odd = node(&grape).await;
+        let refusing = service(&odd, "refusing").await;
+        tokio::spawn(refusing.serve(|request| async move { request.fail("not today") }));
+        let too_long = vec![b'x'; (1 << 20) + 1];
+        let table: [(&[u8], &[u8], i32, &str); 3] = [
+            (b"refusing", b"hello", 7, "handler-failed: not today"),
+            (
+                b"client1",
+                b"caf\xe9",
+                2,
+                "left out a line that is not UTF-8",
+            ),
+            (
+                b"client1",
+                &too_long,
+                2,
+                "left out a line of more than 1048576 bytes",
+            ),
+        ];
+        for (name, fails, code, says) in table {
+            let mut chat = conversation(&grape.address);
+            let more: [&[u8]; 6] = [
+                b"lost",
+                b"caf\xe9",
+                b"",
+                b"client1\r",
+                b"hello\r",
+                b"nobody",
+            ];
+            for line in [name, fails].into_iter().chain(more) {
+                chat.types(line).await;
+            }
+            chat.closes_input();
+            chat.says_of("error: ", says).await;
+            assert_eq!(chat.end().await.code(), Some(code), "of the first failure");
+            assert_eq!(chat.output().await, "Echo: hello\nEcho: nobody\n");
+        }
         let mut chat = conversation(&grape.address);
-        for line in [&b"client1\r"[..], b"caf\xe9", b"hello\r", b"exit"] {
+        for line in [
+            &b"caf\xe9"[..],
+            b"client1",
+            b"lost",
+            b"",
+            b"client1",
+            b"hello",
+        ] {
             chat.types(line).await;
         }
-        chat.says("error: left out a line that is not UTF-8").await;
+        chat.closes_input();
         assert_eq!(chat.end().await.code(), Some(2));
         assert_eq!(chat.output().await, "Echo: hello\n");
+    })
+    .await;
+}
+
+#[cfg(target_os = "linux")]
+#[tokio::test]
+async fn input_without_an_end_of_line_does_not_fill_the_memory() {
+    in_time(async {
+        let grape = grape(&[]).await;
+        let _client1 = peer("client1", &grape).await;
+        let mut chat = conversation(&grape.address);
+        chat.types("client1").await;
+        // More than the program may take in all.
+        for line in [
+            "x".repeat(256 << 20),
+            "".into(),
+            "client1".into(),
+            "hello".into(),
+        ] {
+            chat.types(line).await;
+        }
+        assert_eq!(chat.line().await, "Echo: hello");
+        let status = std::fs::read_to_string(format!("/proc/{}/status", chat.id())).unwrap();
+        let peak = status.lines().find_map(|line| line.strip_prefix("VmHWM:"));
+        let peak: u64 = peak
+            .unwrap()
+            .trim()
+            .trim_end_matches(" kB")
+            .parse()
+            .unwrap();
+        assert!(peak < 128 << 10, "{peak} kB");
+        chat.closes_input();
+        assert_eq!(chat.end().await.code(), Some(2));
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn a_letter_goes_to_one_name_whatever_is_in_it() {
+    in_time(async {
+        let grape = grape(&[]).await;
+        let _client1 = peer("client1", &grape).await;
+        let _client2 = peer("client2", &grape).await;
+        let to_client1 = ["--bootstrap", &grape.address, "--to", "client1"];
+        let mut chat = Program::start("chat", &to_client1);
+        for line in ["Dear client1", "", "  ", "client2", "exit", "yours"] {
+            chat.types(line).await;
+        }
+        chat.closes_input();
+        assert_eq!(
+            chat.output().await,
+            "Echo: Dear client1\nEcho: client2\nEcho: exit\nEcho: yours\n"
+        );
+        assert_eq!(chat.end().await.code(), Some(0));
+        let mut chat = Program::start("chat", &to_client1);
+        for line in [&b"hello"[..], b"caf\xe9", b"", b"lost"] {
+            chat.types(line).await;
+        }
+        assert_eq!(chat.output().await, "Echo: hello\n");
+        assert_eq!(chat.end().await.code(), Some(2), "at the line that failed");
     })
     .await;
 }
@@ -272,17 +410,115 @@ async fn people_see_each_others_messages() {
 }
 
 #[tokio::test]
+async fn who_has_a_name_and_no_input_receives_until_a_signal() {
+    in_time(async {
+        let mut grape = grape(&[]).await;
+        let by = ["--bootstrap", &grape.address, "--name", "ann"];
+        for signal in [Signal::TERM, Signal::INT, Signal::HUP] {
+            let mut ann = Program::start("chat", &by);
+            ann.closes_input();
+            ann.says_both("no input: receiving until a signal", "announced ann")
+                .await;
+            send(&grape, "ann", "hello").await;
+            assert!(ann.line().await.ends_with(": hello"));
+            ann.ends_on(signal, 0).await;
+        }
+        // With a script, or somebody to write to, it has done what it was for.
+        let _client1 = peer("client1", &grape).await;
+        let mut ann = Program::start("chat", &by);
+        ann.types("client1").await;
+        ann.closes_input();
+        assert_eq!(ann.end().await.code(), Some(0));
+        let chat = run("chat", &[&by[..], &["--to", "client1"]].concat()).await;
+        assert_eq!(chat.code, Some(0), "{chat:?}");
+        assert!(!chat.stderr.contains("error"), "{chat:?}");
+        // Where it can never be announced, there is nothing to wait for.
+        let own = free_address();
+        let own = ["--listen", &own, "--bootstrap", &own, "--name", "ann"];
+        let chat = run("chat", &own).await;
+        assert_eq!(chat.code, Some(4), "{chat:?}");
+        grape.ends_on(Signal::TERM, 0).await;
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn who_writes_to_themselves_is_told_so() {
+    in_time(async {
+        let grape = grape(&[]).await;
+        let by = ["--bootstrap", &grape.address, "--name", "ann"];
+        let mut ann = Program::start("chat", &by);
+        ann.says("announced ann").await;
+        ann.types("ann").await;
+        ann.says("error: only you announce ann").await;
+        // Another of that name is somebody to talk to.
+        let _other = peer("ann", &grape).await;
+        for line in ["", "ann", "hello"] {
+            ann.types(line).await;
+        }
+        ann.closes_input();
+        assert_eq!(ann.output().await, "Echo: hello\n");
+        assert_eq!(ann.end().await.code(), Some(3));
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn input_that_cannot_be_read_is_a_failure() {
+    in_time(async {
+        let grape = grape(&[]).await;
+        let _client1 = peer("client1", &grape).await;
+        for more in [&["--to", "client1"][..], &["--name", "ann"], &[]] {
+            let folder = std::fs::File::open("/").unwrap();
+            let given = [&["--bootstrap", &grape.address], more].concat();
+            let chat = run_from(folder, "chat", &given).await;
+            assert_eq!((chat.code, &*chat.stdout), (Some(1), ""), "{chat:?}");
+            let says = "error: cannot read standard input: Is a directory";
+            assert!(chat.stderr.contains(says), "{chat:?}");
+        }
+    })
+    .await;
+}
+
+#[tokio::test]
 async fn all_providers_of_a_name_can_be_asked() {
     in_time(async {
         let grape = grape(&[]).await;
         let _one = peer("client1", &grape).await;
         let _other = peer("client1", &grape).await;
         let by = ["--bootstrap", &grape.address, "--to", "client1"];
-        let chat = run("chat", &[&by[..], &["--all", "hello"]].concat()).await;
+        let all = [&by[..], &["--all", "hello"]].concat();
+        let chat = run("chat", &all).await;
+        assert_eq!(chat.code, Some(0), "{chat:?}");
         assert_eq!(chat.stdout, "Echo: hello\nEcho: hello\n", "{chat:?}");
+        let who: Vec<_> = chat.stderr.lines().collect();
+        let says_who = |line: &str| line.starts_with("12D3..") && line.ends_with(" answers:");
+        assert!(who.len() == 2 && who[0] != who[1], "{chat:?}");
+        assert!(who.iter().all(|line| says_who(line)), "{chat:?}");
         let mut chat = conversation(&grape.address);
         chat.types("client1").await;
         chat.says("client1: 2 providers: 12D3..").await;
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn a_provider_that_fails_to_answer_is_not_left_out_in_silence() {
+    in_time(async {
+        let grape = grape(&[]).await;
+        let _one = peer("client1", &grape).await;
+        let odd = node(&grape).await;
+        let refusing = service(&odd, "client1").await;
+        tokio::spawn(refusing.serve(|request| async move { request.fail("not today") }));
+        let by = ["--bootstrap", &grape.address, "--to", "client1"];
+        let chat = run("chat", &[&by[..], &["--all", "hello"]].concat()).await;
+        assert_eq!((chat.code, &*chat.stdout), (Some(7), "Echo: hello\n"));
+        let id = odd.peer_id();
+        let says = format!(
+            " answers:\nerror: {id} answered: handler-failed: not today\n\
+             error: 1 of 2 providers of client1 failed\n"
+        );
+        assert!(chat.stderr.ends_with(&says), "{chat:?}");
     })
     .await;
 }
@@ -340,6 +576,41 @@ async fn a_restarted_grape_keeps_its_id_and_gets_its_names_back() {
         assert_eq!(second.address, address);
         peer.says("connected to the grape").await;
         while send(&second, "client1", "hello").await.code != Some(0) {}
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn a_key_file_is_used_by_one_running_program() {
+    use std::os::unix::fs::PermissionsExt;
+
+    in_time(async {
+        let folder = tempfile::tempdir().unwrap();
+        let key = key_file(&folder);
+        let with_key = ["--identity", &*key];
+        let taken = format!(
+            "error: --identity: {key} is used by another running program: stop that one, or give each \
+             a file of its own\n"
+        );
+        for mode in [0o600, 0o400] {
+            let mut grape = grape(&with_key).await;
+            for (program, more) in [
+                ("grape", &["--listen", "/ip4/127.0.0.1/tcp/0"][..]),
+                ("peer", &["client1"]),
+                ("chat", &["--name", "ann"]),
+                ("chat", &["--to", "client1", "hello"]),
+            ] {
+                let given = [&with_key[..], more].concat();
+                run(program, &given).await.fails(2, &taken);
+            }
+            grape.signal(Signal::KILL);
+            grape.end().await;
+            // It is free again, and may be read-only.
+            std::fs::set_permissions(&key, PermissionsExt::from_mode(mode)).unwrap();
+            let echo = ["--default-grape", NOBODY, "--to", "echo", "hello"];
+            let chat = run("chat", &[&with_key[..], &echo].concat()).await;
+            assert_eq!(chat.stdout, "Echo: hello\n", "{chat:?}");
+        }
     })
     .await;
 }
@@ -419,11 +690,11 @@ async fn a_killed_peer_is_told_from_one_that_does_not_answer_also_over_quic() {
         peer.signal(Signal::KILL);
         peer.end().await;
         let chat = send(&grape, "client1", "hello").await;
-        chat.fails(
-            4,
-            "error: client1 is announced by 1 peer, but none can be reached: it may have just stopped, \
-             or a firewall is in the way\n",
-        );
+        // QUIC does not refuse, so that the person has been told of the wait before.
+        let says = "error: client1 is announced by 1 peer, but none can be reached: it may have just \
+                    stopped, or a firewall is in the way\n";
+        assert_eq!((chat.code, &*chat.stdout), (Some(4), ""), "{chat:?}");
+        assert!(chat.stderr.ends_with(says), "{chat:?}");
     })
     .await;
 }
@@ -567,6 +838,55 @@ async fn grapes_are_started_as_those_of_grenache() {
 }
 
 #[tokio::test]
+async fn one_address_with_a_port_listens_over_tcp_and_quic() {
+    in_time(async {
+        let mut grape = Program::start("grape", &["--listen", "127.0.0.1:0"]);
+        grape.line().await;
+        for (transport, end) in [("tcp", ""), ("udp", "/quic-v1")] {
+            let address = grape.line().await;
+            let start = format!("/ip4/127.0.0.1/{transport}/");
+            let is_right = address.starts_with(&start) && address.contains(&format!("{end}/p2p/"));
+            assert!(is_right, "{address}");
+            grape.address = address;
+            assert_eq!(send(&grape, "client1", "hello").await.code, Some(3));
+        }
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn a_grape_prints_no_address_that_nobody_can_dial() {
+    in_time(async {
+        let any = ["-b", "0.0.0.0", "--metrics", "0.0.0.0:0"];
+        let given = [&["--dp", "0", "--aph", "0"], &any[..]].concat();
+        let mut grape = Program::start("grape", &given);
+        let mut line = grape.line().await;
+        for start in [
+            "Grenache API: HTTP on port ",
+            "Grenache callers reach other peers at: port ",
+            "Metrics: /metrics over HTTP on port ",
+        ] {
+            while !line.starts_with(start) {
+                line = grape.line().await;
+            }
+            assert!(line.ends_with(" of this machine"), "{line}");
+        }
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn a_port_that_nothing_will_listen_on_is_not_taken_in_silence() {
+    in_time(async {
+        let mut grape = grape(&["--carrier-port", "30002"]).await;
+        grape
+            .says("without a meaning here: --carrier-port; it goes with --aph")
+            .await;
+    })
+    .await;
+}
+
+#[tokio::test]
 async fn a_grape_tells_prometheus_what_it_does_and_keeps() {
     in_time(async {
         let mut grape = grape(&["--metrics", "127.0.0.1:0"]).await;
@@ -622,7 +942,7 @@ async fn a_signal_while_joining_ends_every_program() {
                     0,
                 ),
                 ("peer", &["client1", "--bootstrap"], 0),
-                ("chat", &["--default-grape"], 0),
+                ("chat", &["--default-grape"], 130),
                 (
                     "chat",
                     &["--to", "client1", "hello", "--default-grape"],
@@ -649,7 +969,8 @@ async fn a_signal_while_idle_ends_every_program() {
             let mut peer = peer("client1", &grape).await;
             let mut chat = conversation(&grape.address);
             chat.says("connected to the grape").await;
-            for program in [&mut chat, &mut peer, &mut grape] {
+            chat.ends_on(signal, 130).await;
+            for program in [&mut peer, &mut grape] {
                 program.ends_on(signal, 0).await;
             }
         }
@@ -672,7 +993,7 @@ async fn a_signal_while_an_answer_is_awaited_ends_chat() {
             chat.types("silent").await;
             chat.types("hello").await;
             let _request = service.next().await.unwrap();
-            chat.ends_on(signal, 0).await;
+            chat.ends_on(signal, 130).await;
         }
         let by = ["--bootstrap", &grape.address, "--to", "silent", "hello"];
         let _once = Program::start("chat", &by);
@@ -688,6 +1009,12 @@ async fn a_person_is_told_that_an_answer_is_late() {
         let grape = grape(&[]).await;
         let slow = node(&grape).await;
         let mut service = service(&slow, "slow").await;
+        let by = ["--bootstrap", &grape.address, "--to", "slow", "hello"];
+        let mut once = Program::start("chat", &by);
+        let request = service.next().await.unwrap();
+        once.says("no answer from slow yet; Ctrl-C: leave").await;
+        request.reply("at last");
+        assert_eq!(once.line().await, "at last");
         let mut chat = conversation(&grape.address);
         chat.types("slow").await;
         chat.types("hello").await;
@@ -695,6 +1022,29 @@ async fn a_person_is_told_that_an_answer_is_late() {
         chat.says("no answer from slow yet; Ctrl-C: leave").await;
         request.reply("at last");
         assert_eq!(chat.line().await, "at last");
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn one_message_takes_no_longer_than_it_may_also_where_the_grape_hangs() {
+    in_time(async {
+        let (_listener, address) = mute();
+        for (flag, to) in [
+            ("--default-grape", "client1"),
+            ("--default-grape", "echo"),
+            ("--bootstrap", "client1"),
+        ] {
+            let waiting = format!("no answer from the grape at {address} yet; Ctrl-C: leave");
+            let given = [flag, &address, "--to", to, "--timeout", "3", "hello"];
+            let chat = run("chat", &given).await;
+            assert_eq!((chat.code, &*chat.stdout), (Some(5), ""), "{chat:?}");
+            let mut lines = chat.stderr.lines();
+            assert_eq!(lines.next(), Some(&*waiting));
+            let reason = lines.next().unwrap_or_default();
+            assert!(reason.starts_with("error: "), "{chat:?}");
+            assert!(reason.ends_with("; --timeout waits longer"), "{chat:?}");
+        }
     })
     .await;
 }
@@ -883,7 +1233,81 @@ async fn wrong_usage_is_one_line_that_says_what_to_do() {
                 "grape",
                 &["--listen", "/ip4/0.0.0.0/udp/1"],
                 2,
-                "/ip4/0.0.0.0/udp/20001/quic-v1",
+                "is not an address to listen on: put /quic-v1 behind /udp/1",
+            ),
+            (
+                "grape",
+                &["--listen", "/ip4/0.0.0.0/tcp/65536"],
+                2,
+                "\"65536\" is not a port: give a whole number up to 65535",
+            ),
+            (
+                "grape",
+                &["--listen", "/ip4/0.0.0.256/tcp/1"],
+                2,
+                "\"0.0.0.256\" is no IPv4 address",
+            ),
+            (
+                "grape",
+                &["--listen", "localhost:20001"],
+                2,
+                "or 0.0.0.0:20001 for both",
+            ),
+            (
+                "grape",
+                &["--bootstrap", "127.0.0.1:70000"],
+                2,
+                "\"70000\" is not a port",
+            ),
+            (
+                "grape",
+                &["--bootstrap", "/ip4/127.0.0.1/tcp/20001/"],
+                2,
+                "is not the address of a grape: leave out the / at its end",
+            ),
+            (
+                "grape",
+                &["--bootstrap", "/ip4/127.0.0.1/tcp/20001/p2p/12D3Koo"],
+                2,
+                "what follows /p2p/ is no whole id: copy all of it",
+            ),
+            (
+                "peer",
+                &["x", "--bootstrap", "/ip4/0.0.0.0/tcp/20001"],
+                2,
+                "\"/ip4/0.0.0.0/tcp/20001\" is for listening; give the machine's own address",
+            ),
+            (
+                "peer",
+                &["x", "--bootstrap", "[::]:20001"],
+                2,
+                "is for listening; give the machine's own address",
+            ),
+            (
+                "chat",
+                &["--bootstrap", "127.0.0.1:0"],
+                2,
+                "port 0 in \"127.0.0.1:0\" is for listening; give the port that is listened on",
+            ),
+            (
+                "peer",
+                &["x", "--external", "/ip4/0.0.0.0/udp/1/quic-v1"],
+                2,
+                "is for listening; give the machine's own address",
+            ),
+            ("grape", &["--dp", "abc"], 2, "\"abc\" is not a port"),
+            ("grape", &["--aph=-1"], 2, "\"-1\" is not a port"),
+            (
+                "grape",
+                &["--check_maxPayloadSize", "much"],
+                2,
+                "\"much\" is not a number of bytes",
+            ),
+            (
+                "grape",
+                &["client1"],
+                2,
+                "a grape takes no name; \"peer client1\" announces one",
             ),
             (
                 "grape",
@@ -1026,7 +1450,6 @@ async fn a_wrong_command_line_shows_the_usage() {
     in_time(async {
         let table: &[(&str, &[&str])] = &[
             ("grape", &["--nonsense"]),
-            ("grape", &["stray"]),
             ("grape", &["--dp", "0", "--listen", "/ip4/127.0.0.1/tcp/0"]),
             ("peer", &[]),
             ("chat", &["text without a name"]),

@@ -1,5 +1,7 @@
 //! Chat on a terminal: a pseudo-terminal, on which a test types and reads.
 
+use std::os::unix::fs::PermissionsExt;
+use std::path::Path;
 use std::process::Command;
 use std::time::Duration;
 
@@ -9,7 +11,7 @@ use expectrl::{ControlCode, Eof, Expect, Session};
 use rustix::process::{Pid, Signal, kill_process};
 use rustix::termios::LocalModes;
 
-use super::{grape, peer, send};
+use super::{grape, node, peer, send, service};
 use crate::process::{Program, in_time, path};
 
 /// As long as a test may wait for anything.
@@ -55,9 +57,15 @@ fn reads_lines(session: &OsSession) -> bool {
 
 #[track_caller]
 fn ends(session: &mut OsSession) {
+    ends_with(session, 0);
+}
+
+#[track_caller]
+fn ends_with(session: &mut OsSession, expected: i32) {
     session.expect(Eof).unwrap();
     let status = session.get_process().wait().unwrap();
-    assert!(matches!(status, WaitStatus::Exited(_, 0)), "{status:?}");
+    let is_expected = matches!(status, WaitStatus::Exited(_, code) if code == expected);
+    assert!(is_expected, "{status:?}, not {expected}");
 }
 
 /// The terminal blocks, the programs beside it do not: two threads at least.
@@ -112,7 +120,7 @@ async fn a_message_that_arrives_leaves_the_line_being_typed_whole() {
         see(&mut ann, "client1: 1 provider: ");
         see(&mut ann, "Message: ");
         ann.send(CTRL_C).unwrap();
-        ends(&mut ann);
+        ends_with(&mut ann, 130);
     })
     .await;
 }
@@ -134,6 +142,20 @@ async fn a_name_of_the_command_line_is_talked_to_first() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_person_whom_nobody_can_find_is_told_so() {
+    in_time(async {
+        let mut chat = chat(&["--default-grape", super::NOBODY, "--name", "ann"]);
+        see(
+            &mut chat,
+            "no grape at /ip4/127.0.0.1/tcp/1: started one inside this program, with a peer named \
+             \"echo\"; others cannot find ann in it: start one with \"grape\" first, or use --bootstrap",
+        );
+        see(&mut chat, "Name: ");
+    })
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_signal_at_the_prompt_leaves_the_terminal_in_order() {
     in_time(async {
         let grape = grape(&[]).await;
@@ -144,8 +166,52 @@ async fn a_signal_at_the_prompt_leaves_the_terminal_in_order() {
             kill_process(Pid::from_raw(pid).unwrap(), signal).unwrap();
             see(&mut chat, "\x1b[?2004l");
             assert!(reads_lines(&chat), "what is typed next is taken key by key");
-            ends(&mut chat);
+            ends_with(&mut chat, 130);
         }
+    })
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn ctrl_c_clears_a_line_that_is_begun_and_leaves_an_empty_one() {
+    in_time(async {
+        let grape = grape(&[]).await;
+        let silent = node(&grape).await;
+        let mut service = service(&silent, "silent").await;
+        let mut chat = chat(&["--bootstrap", &grape.address]);
+        // The last news, which could draw the question again.
+        see(&mut chat, "connected to the grape 12D3..");
+        see(&mut chat, "Name: ");
+        for _ in 0..2 {
+            chat.send("nobody").unwrap();
+            see(&mut chat, "nobody");
+            chat.send(CTRL_C).unwrap();
+            see(&mut chat, "Name: ");
+        }
+        chat.send_line("silent").unwrap();
+        see(&mut chat, "silent: 1 provider: ");
+        see(&mut chat, "Message: ");
+        chat.send("half a mess").unwrap();
+        see(&mut chat, "half a mess");
+        chat.send(CTRL_C).unwrap();
+        see(&mut chat, "Message: ");
+        chat.send_line("whole").unwrap();
+        let request = service.next().await.unwrap();
+        assert_eq!(request.text().unwrap(), "whole");
+        request.reply("yes");
+        see(&mut chat, "yes");
+        see(&mut chat, "Message: ");
+        // Typed and taken back: an empty line.
+        chat.send("z\x7f").unwrap();
+        chat.send(CTRL_C).unwrap();
+        ends_with(&mut chat, 130);
+        let mut chat = chat_by(&grape, &[]);
+        chat.send_line("silent").unwrap();
+        see(&mut chat, "Message: ");
+        chat.send_line("hello").unwrap();
+        let _request = service.next().await.unwrap();
+        chat.send(CTRL_C).unwrap();
+        ends_with(&mut chat, 130);
     })
     .await;
 }
@@ -162,12 +228,32 @@ async fn what_was_typed_is_kept_where_one_asks_for_it() {
         chat.send_line("client1").unwrap();
         see(&mut chat, "Message: ");
         chat.send(CTRL_C).unwrap();
-        ends(&mut chat);
+        ends_with(&mut chat, 130);
+        let mode = std::fs::metadata(&file).unwrap().permissions().mode();
+        assert_eq!(mode & 0o777, 0o600, "for its owner alone");
         let mut chat = chat_by(&grape, &keep);
         chat.send("\x1b[A\r").unwrap();
         see(&mut chat, "client1: 1 provider: ");
         chat.send(CTRL_C).unwrap();
-        ends(&mut chat);
+        ends_with(&mut chat, 130);
+    })
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_history_that_cannot_be_kept_is_a_failure_at_the_start() {
+    in_time(async {
+        let folder = tempfile::tempdir().unwrap();
+        let missing = folder.path().join("no/history");
+        // No file can be made in it, whoever asks.
+        let unwritable = Path::new("/proc/history");
+        for file in [folder.path(), &missing, unwritable] {
+            let file = file.to_str().unwrap();
+            let mut chat = chat(&["--default-grape", super::NOBODY, "--history", file]);
+            see(&mut chat, &format!("error: --history: cannot use {file}: "));
+            see(&mut chat, "give a text file that you can write to");
+            ends_with(&mut chat, 2);
+        }
     })
     .await;
 }

@@ -1,0 +1,31 @@
+//! What others send: a name of one's own, and the messages that arrive for it.
+
+use grapevine::error::AnnounceError;
+use grapevine::{Node, ServiceName};
+
+use crate::common::RUNTIME;
+use crate::common::output::Output;
+use crate::mail::UNREACHABLE;
+use crate::talk::{Answer, announce, attend};
+
+/// Announces the person's own name and shows the messages that arrive, until the node is shut down.
+/// Returns the exit code of a program that does nothing else.
+pub(crate) async fn receive(node: Node, name: ServiceName, output: Output) -> u8 {
+    let service = match announce(&node, &name, &output).await {
+        Ok(service) => service,
+        // The person has left before.
+        Err(AnnounceError::Closed) => return 0,
+        Err(error) => {
+            output.note(&format!("error: {error}")).await;
+            return match error {
+                AnnounceError::NoGrape(_) => UNREACHABLE,
+                _ => RUNTIME,
+            };
+        }
+    };
+    output.note(&format!("announced {name}")).await;
+    service
+        .serve(|request| attend(request, Answer::Receipt, Some(output.clone())))
+        .await;
+    0
+}

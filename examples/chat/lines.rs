@@ -1,0 +1,96 @@
+//! Lines of standard input where nobody edits them. None is kept that is longer than a message may
+//! be, so that input without an end of line does not fill the memory.
+
+use std::io;
+
+use grapevine::proto::wire::MAX_PAYLOAD;
+use tokio::io::{AsyncBufReadExt, AsyncReadExt, BufReader, Stdin};
+
+use crate::common::{Failure, RUNTIME, USAGE};
+use crate::prompt::NoLine;
+
+/// As many bytes as a message may have, and the end of its line.
+const MAX_LINE: usize = MAX_PAYLOAD + b"\r\n".len();
+
+pub(crate) struct Lines {
+    input: BufReader<Stdin>,
+    /// What comes next is the rest of a line that was too long.
+    is_amid_long_line: bool,
+    have_begun: bool,
+}
+
+impl Lines {
+    pub(crate) fn of_stdin() -> Self {
+        Self {
+            input: BufReader::new(tokio::io::stdin()),
+            is_amid_long_line: false,
+            have_begun: false,
+        }
+    }
+
+    /// Whether there was one, or an error in its place.
+    pub(crate) fn have_begun(&self) -> bool {
+        self.have_begun
+    }
+
+    pub(crate) async fn next(&mut self) -> Result<String, NoLine> {
+        let read = self.read().await;
+        self.have_begun |= !matches!(read, Ok(None));
+        match read {
+            Ok(Some(line)) => text_of(line),
+            Ok(None) => Err(NoLine::End),
+            Err(error) => {
+                let line = format!("cannot read standard input: {error}");
+                Err(NoLine::Unreadable(Failure::new(RUNTIME, line)))
+            }
+        }
+    }
+
+    /// The next line, or of a longer one as much as shows that it is.
+    async fn read(&mut self) -> io::Result<Option<Vec<u8>>> {
+        if self.is_amid_long_line {
+            self.skip().await?;
+        }
+        let mut line = Vec::new();
+        let mut input = (&mut self.input).take(MAX_LINE as u64);
+        input.read_until(b'\n', &mut line).await?;
+        if line.is_empty() {
+            return Ok(None);
+        }
+        if line.pop_if(|last| *last == b'\n').is_some() {
+            line.pop_if(|last| *last == b'\r');
+        } else {
+            // It is the last one, or longer.
+            self.is_amid_long_line = line.len() == MAX_LINE;
+        }
+        Ok(Some(line))
+    }
+
+    /// Reads on behind the end of the line.
+    async fn skip(&mut self) -> io::Result<()> {
+        loop {
+            let read = self.input.fill_buf().await?;
+            let end = read.iter().position(|byte| *byte == b'\n');
+            let count = end.map_or(read.len(), |end| end + 1);
+            let is_over = end.is_some() || read.is_empty();
+            self.input.consume(count);
+            if is_over {
+                self.is_amid_long_line = false;
+                return Ok(());
+            }
+        }
+    }
+}
+
+fn text_of(line: Vec<u8>) -> Result<String, NoLine> {
+    let wrong = |what: String| NoLine::Wrong(Failure::new(USAGE, what));
+    if line.len() > MAX_PAYLOAD {
+        let what = format!(
+            "left out a line of more than {MAX_PAYLOAD} bytes, the most that a message may have: \
+             split it"
+        );
+        return Err(wrong(what));
+    }
+    String::from_utf8(line)
+        .map_err(|_| wrong("left out a line that is not UTF-8: convert the input first".into()))
+}
