@@ -5,7 +5,7 @@ use grapevine::{Provider, ServiceName};
 
 use crate::common::output::Output;
 use crate::common::{Failure, USAGE, short};
-use crate::mail::Mail;
+use crate::mail::{Mail, Partner};
 use crate::patience::patiently;
 use crate::prompt::{NoLine, Prompt};
 use crate::{Cli, INTERRUPTED};
@@ -62,12 +62,16 @@ impl Dialogue {
     /// Sends each line to one name, until there is none any more or one fails: what follows may
     /// make no sense without it. No line is a command, because all of them may be data.
     async fn deliver(&mut self, name: &ServiceName) {
-        if !self.show_providers(name).await {
+        let Some(providers) = self.show_providers(name).await else {
             return;
-        }
+        };
+        let mut partner = Partner::of(providers);
         loop {
             let sent = match self.read("").await {
-                Line::Text(text) => self.patiently(name, self.mail.send(name, &text)).await,
+                Line::Text(text) => {
+                    let sent = self.mail.send(name, &text, &mut partner);
+                    self.patiently(name, sent).await
+                }
                 Line::Wrong(failure) => Err(failure),
                 Line::Empty => continue,
                 Line::Leave => return,
@@ -87,11 +91,12 @@ impl Dialogue {
                 None => self.ask_name().await,
             };
             let Some(next) = next else { return };
-            let end = if self.show_providers(&next).await {
-                self.prompt.remember(&next);
-                self.converse(&next).await
-            } else {
-                self.skip().await
+            let end = match self.show_providers(&next).await {
+                Some(providers) => {
+                    self.prompt.remember(&next);
+                    self.converse(&next, providers).await
+                }
+                None => self.skip().await,
             };
             if let Line::Leave = end {
                 return;
@@ -132,10 +137,14 @@ impl Dialogue {
     }
 
     /// Sends messages to one name, until the person wants another one or to leave.
-    async fn converse(&mut self, name: &ServiceName) -> Line {
+    async fn converse(&mut self, name: &ServiceName, providers: usize) -> Line {
+        let mut partner = Partner::of(providers);
         loop {
             let sent = match self.ask("Message: ").await {
-                Line::Text(text) => self.patiently(name, self.mail.send(name, &text)).await,
+                Line::Text(text) => {
+                    let sent = self.mail.send(name, &text, &mut partner);
+                    self.patiently(name, sent).await
+                }
                 Line::Wrong(failure) => Err(failure),
                 end => return end,
             };
@@ -172,17 +181,17 @@ impl Dialogue {
         }
     }
 
-    /// Whether somebody answers to the name.
-    async fn show_providers(&mut self, name: &ServiceName) -> bool {
+    /// How many answer to the name; `None`: nobody.
+    async fn show_providers(&mut self, name: &ServiceName) -> Option<usize> {
         match self.patiently(name, self.mail.node.lookup(name)).await {
             Ok(providers) => {
                 self.output.note(&describe(name, &providers)).await;
-                true
+                Some(providers.len())
             }
             Err(error) => {
                 let failure = self.mail.failure(&error.into());
                 self.complain(&failure).await;
-                false
+                None
             }
         }
     }

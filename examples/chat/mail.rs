@@ -6,7 +6,7 @@ use std::time::Duration;
 use futures::StreamExt;
 use grapevine::chat::{ChatMessage, ChatReply, sanitise};
 use grapevine::error::{LookupError, RequestError};
-use grapevine::{Node, Reply, RequestOptions, ServiceName};
+use grapevine::{Node, PeerId, Reply, RequestOptions, ServiceName};
 
 use crate::Cli;
 use crate::common::output::Output;
@@ -29,6 +29,25 @@ pub(crate) struct Mail {
     timeout: Duration,
 }
 
+/// Who has answered to a name: further messages go to the same one while they can be reached, because
+/// several may announce it.
+#[derive(Debug, Default)]
+pub(crate) struct Partner {
+    peer: Option<PeerId>,
+    /// A person is told who it is.
+    is_news: bool,
+}
+
+impl Partner {
+    /// Nobody yet, of so many who announce the name.
+    pub(crate) fn of(count: usize) -> Self {
+        Self {
+            peer: None,
+            is_news: count > 1,
+        }
+    }
+}
+
 impl Mail {
     /// Each message may take as long as `timeout`.
     pub(crate) fn new(cli: &Cli, node: Node, output: Output, timeout: Duration) -> Self {
@@ -44,14 +63,48 @@ impl Mail {
 
     /// Sends a text to a name and prints the reply, or every provider's reply. It is a success if
     /// all that were asked have answered; otherwise the first failure counts.
-    pub(crate) async fn send(&self, to: &ServiceName, text: &str) -> Result<(), Failure> {
+    pub(crate) async fn send(
+        &self,
+        to: &ServiceName,
+        text: &str,
+        partner: &mut Partner,
+    ) -> Result<(), Failure> {
         let payload = self.payload(text)?;
         if self.to_all {
             return self.send_to_all(to, payload).await;
         }
-        let reply = self.node.request_with(to, payload, self.options()).await;
-        self.show(reply.map_err(|error| self.failure(&error))?)
-            .await
+        let reply = self.send_to_one(to, payload, partner.peer).await;
+        let reply = reply.map_err(|error| self.failure(&error))?;
+        let before = partner.peer.replace(reply.provider);
+        let has_changed = before.is_some_and(|before| before != reply.provider);
+        if has_changed || before.is_none() && partner.is_news {
+            let line = format!("{to} is {} now", short(&reply.provider));
+            self.output.note(&line).await;
+        }
+        self.show(reply).await
+    }
+
+    /// Sends a message to who has answered before, and to another one if they are gone.
+    async fn send_to_one(
+        &self,
+        to: &ServiceName,
+        payload: Vec<u8>,
+        partner: Option<PeerId>,
+    ) -> Result<Reply, RequestError> {
+        if let Some(partner) = partner {
+            let (again, options) = (payload.clone(), self.options());
+            let reply = self.node.request_to(partner, to, again, options).await;
+            let is_gone = |error: &RequestError| {
+                matches!(
+                    error,
+                    RequestError::Lookup(_) | RequestError::Unreachable { .. }
+                )
+            };
+            if !reply.as_ref().is_err_and(is_gone) {
+                return reply;
+            }
+        }
+        self.node.request_with(to, payload, self.options()).await
     }
 
     /// Who keeps a message to this name waiting.

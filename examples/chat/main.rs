@@ -53,7 +53,7 @@ use common::stop::{Cause, Stop};
 use common::{Failure, RUNTIME, grapes, run};
 use dialogue::Dialogue;
 use inbox::receive;
-use mail::{Mail, TIMED_OUT};
+use mail::{Mail, Partner, TIMED_OUT};
 use network::{Network, Otherwise};
 use patience::patiently;
 use prompt::Prompt;
@@ -173,7 +173,12 @@ async fn one_message(
     let mail = Mail::new(cli, network.node.clone(), output.clone(), time);
     let sent = match &cli.to {
         Some(to) => {
-            let sent = patiently(&output, || mail.awaited(to), mail.send(to, text));
+            let mut partner = Partner::default();
+            let sent = patiently(
+                &output,
+                || mail.awaited(to),
+                mail.send(to, text, &mut partner),
+            );
             stop.or(sent).await
         }
         // Refused with the command line.

@@ -300,10 +300,7 @@ impl Connectivity {
         known.is_grape = speaks(KAD_PROTOCOL);
         known.keeps_names = known.is_grape || speaks(RENDEZVOUS_PROTOCOL);
         known.is_ours = info.agent_version.starts_with(AGENT);
-        if known.keeps_names {
-            return false;
-        }
-        let was_taken = self.bootstraps.on_no_grape(&peer);
+        let was_taken = !known.keeps_names && self.bootstraps.on_no_grape(&peer);
         self.publish();
         was_taken
     }
@@ -336,8 +333,15 @@ impl Connectivity {
 
     /// Tells who watches, if anything has changed.
     pub(crate) fn publish(&self) {
+        let mut bootstrap = self.bootstraps.status();
+        for entry in &mut bootstrap {
+            // Until it has said what it is, it may be no grape.
+            let is_known =
+                |peer: &PeerId| self.peers.get(peer).is_some_and(|peer| peer.keeps_names);
+            entry.connected = entry.connected.filter(is_known);
+        }
         let status = Status {
-            bootstrap: self.bootstraps.status(),
+            bootstrap,
             addresses: self.addresses.clone(),
             peers: self.peers.len(),
             explored: self.explored,

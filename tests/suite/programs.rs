@@ -1475,3 +1475,39 @@ async fn a_wrong_command_line_shows_the_usage() {
     })
     .await;
 }
+
+#[tokio::test]
+async fn a_conversation_stays_with_who_has_answered_while_they_are_there() {
+    in_time(async {
+        let grape = grape(&[]).await;
+        let anns = [node(&grape).await, node(&grape).await];
+        for ann in &anns {
+            let (service, id) = (service(ann, "ann").await, ann.peer_id().to_string());
+            tokio::spawn(service.serve(move |request| {
+                let id = id.clone();
+                async move { request.reply(id) }
+            }));
+        }
+        let mut chat = conversation(&grape.address);
+        chat.types("ann").await;
+        chat.types("first").await;
+        let first = chat.line().await;
+        for n in 0..20 {
+            chat.types(format!("further {n}")).await;
+            assert_eq!(chat.line().await, first);
+        }
+        let (one, other) = match anns[0].peer_id().to_string() == first {
+            true => (&anns[0], &anns[1]),
+            false => (&anns[1], &anns[0]),
+        };
+        one.shutdown().await;
+        let other = other.peer_id().to_string();
+        for n in 0..5 {
+            chat.types(format!("last {n}")).await;
+            assert_eq!(chat.line().await, other);
+        }
+        chat.says(&format!("ann is 12D3..{} now", &other[other.len() - 8..]))
+            .await;
+    })
+    .await;
+}
