@@ -6,6 +6,7 @@
 //! requests that wait here are open requests of the node, which bounds their number and bytes.
 
 mod http;
+mod questions;
 mod socket;
 mod worker;
 
@@ -15,6 +16,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use futures::StreamExt;
+use futures::future::join;
 use futures::stream::FuturesUnordered;
 use lru::LruCache;
 use rand::seq::IndexedRandom;
@@ -26,8 +28,9 @@ use super::payload::{self, Form};
 use super::rpc::Answer;
 use crate::http::DRAIN;
 use crate::name::ServiceName;
-use crate::node::{Carried, Directory, Request};
+use crate::node::{Carried, Directory, Request, ServesQuestion};
 use crate::proto::wire::{ErrorCode, RemoteError};
+use questions::Questions;
 use worker::{Failed, Worker};
 
 /// The workers that are remembered, each with a connection at most at rest; the least recently used
@@ -63,41 +66,57 @@ impl Workers {
         mut carried: mpsc::Receiver<Carried>,
         mut stop: watch::Receiver<()>,
     ) {
-        let mut open = JoinSet::new();
+        let mut calls = JoinSet::new();
+        let mut questions = Questions::default();
+        let mut probes = FuturesUnordered::new();
         loop {
             let carried = tokio::select! {
                 _ = stop.changed() => break,
                 carried = carried.recv() => carried,
+                Some((name, serves)) = probes.next() => {
+                    answer(questions.take(&name), serves);
+                    continue;
+                }
             };
-            // The node is shut down.
-            let Some(carried) = carried else { break };
-            let workers = self.clone();
-            open.spawn(async move { workers.answer(carried).await });
-            while open.try_join_next().is_some() {}
+            match carried {
+                // The node is shut down.
+                None => break,
+                Some(Carried::Asks(name, question)) => {
+                    if questions.add(&name, question) {
+                        probes.push(self.probe(name));
+                    }
+                }
+                Some(Carried::Call(name, inbound)) => {
+                    let workers = self.clone();
+                    calls.spawn(async move { workers.call(&name, inbound.into()).await });
+                    while calls.try_join_next().is_some() {}
+                }
+            }
         }
-        let drained = async { while open.join_next().await.is_some() {} };
+        let called = async { while calls.join_next().await.is_some() {} };
+        let probed = async {
+            while let Some((name, serves)) = probes.next().await {
+                let asked = questions.take(&name);
+                asked
+                    .into_iter()
+                    .for_each(|question| question.answer(serves));
+            }
+        };
         // What is left after it is dropped, which answers it with an error.
-        let _ = timeout(DRAIN, drained).await;
-    }
-
-    async fn answer(&self, carried: Carried) {
-        match carried {
-            Carried::Asks(name, question) => question.answer(self.serves(&name).await),
-            Carried::Call(name, inbound) => self.call(&name, inbound.into()).await,
-        }
+        let _ = timeout(DRAIN, join(called, probed)).await;
     }
 
     /// Whether a worker of the name is there.
-    async fn serves(&self, name: &ServiceName) -> bool {
-        let workers = self.of(name);
+    async fn probe(&self, name: ServiceName) -> (ServiceName, bool) {
+        let workers = self.of(&name);
         let probed = workers.sample(&mut rand::rng(), MAX_PROBED);
         let mut verdicts: FuturesUnordered<_> = probed.map(|worker| worker.is_there()).collect();
         while let Some(is_there) = verdicts.next().await {
             if is_there {
-                return true;
+                return (name, true);
             }
         }
-        false
+        (name, false)
     }
 
     async fn call(&self, name: &ServiceName, request: Request) {
@@ -147,6 +166,12 @@ impl Workers {
             Arc::clone(known.get_or_insert(at, new))
         };
         addresses.into_iter().map(worker).collect()
+    }
+}
+
+fn answer(questions: Vec<ServesQuestion>, serves: bool) {
+    for question in questions {
+        question.answer(serves);
     }
 }
 

@@ -25,6 +25,8 @@ use tokio_tungstenite::tungstenite::Message;
 use tokio_tungstenite::{WebSocketStream, client_async};
 
 use crate::http::{answer, post, send};
+#[cfg(target_os = "linux")]
+use workers::BlackHole;
 use workers::{Transport, Worker};
 
 /// No scenario takes longer than this, however busy the machine.
@@ -1094,6 +1096,25 @@ async fn a_call_goes_to_a_worker_that_is_there() {
         gone.stop().await;
         for _ in 0..20 {
             let reply = caller.request(&"client1".parse().unwrap(), "hello").await;
+            assert_eq!(reply.unwrap().text().unwrap(), "Echo: hello");
+        }
+    })
+    .await;
+}
+
+#[cfg(target_os = "linux")]
+#[tokio::test]
+async fn a_worker_whose_host_is_gone_fails_no_call_that_another_one_answers() {
+    in_time(async {
+        let net = Net::start().await;
+        let there = Worker::start(Transport::Socket).await;
+        let caller = net.announce("client1", &there).await;
+        let gone = BlackHole::new().await;
+        let announced = net.ask("/announce", json!(["client1", gone.at.port()]));
+        assert_eq!(announced.await, "1");
+        let name = "client1".parse().unwrap();
+        let calls = (0..60).map(|_| caller.request(&name, "hello"));
+        for reply in futures::future::join_all(calls).await {
             assert_eq!(reply.unwrap().text().unwrap(), "Echo: hello");
         }
     })
