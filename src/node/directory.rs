@@ -6,6 +6,7 @@
 
 mod carrying;
 mod teller;
+mod told;
 
 use std::net::SocketAddr;
 use std::sync::{Arc, OnceLock};
