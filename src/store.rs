@@ -39,6 +39,7 @@ use crate::limits::{Bounds, MAX_ADDRESSES, MAX_ANNOUNCED};
 use crate::name;
 use crate::proto::wire::{MAX_ADDRESS, MAX_RECORD};
 
+mod batches;
 mod heap;
 mod index;
 mod names;
@@ -48,6 +49,7 @@ pub(crate) mod values;
 mod withdrawn;
 pub(crate) mod workers;
 
+pub(crate) use batches::BatchRefused;
 pub(crate) use names::NotTaken;
 pub(crate) use registry::{Records, Registry};
 

@@ -30,7 +30,7 @@ use crate::proto::wire::{Change, Digest};
 
 /// The workers of this grape, and as many of all others together, of which one network never takes
 /// more than half. 200,000 take 27 MB.
-const MAX_WORKERS: usize = 200_000;
+pub(super) const MAX_WORKERS: usize = 200_000;
 
 /// The workers of one service, of this grape's and of all others': ten times what one answer names.
 const MAX_PER_SERVICE: usize = 1_000;
