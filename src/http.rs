@@ -1,6 +1,10 @@
-//! Bounded HTTP servers: so many connections, and a deadline for each head of a request.
+//! Bounded HTTP servers: so many connections, and a deadline for each head of a request and for whoever
+//! is to take an answer.
 //!
-//! Deadlines for bodies and for what a request leads to are the routes' matter.
+//! Deadlines for bodies and for what a request leads to are the routes' matter, and so is the room that
+//! answers take until they are read.
+
+mod patient;
 
 use std::io;
 use std::net::{IpAddr, SocketAddr};
@@ -21,6 +25,7 @@ use tower_service::Service;
 
 use crate::error::{ListenError, explain};
 use crate::node::Node;
+use patient::Patient;
 
 /// The connections that are served at once; the next ones wait in the system's queue. An idle one
 /// holds 20 KB.
@@ -159,7 +164,7 @@ async fn converse(stream: TcpStream, router: Router, mut stop: watch::Receiver<(
         .timer(TokioTimer::new())
         .header_read_timeout(HEAD_DEADLINE)
         .max_buf_size(MAX_BUFFER)
-        .serve_connection(TokioIo::new(stream), service)
+        .serve_connection(TokioIo::new(Patient::new(stream)), service)
         .with_upgrades();
     let mut connection = std::pin::pin!(connection);
     let ended = tokio::select! {

@@ -44,6 +44,14 @@ const MAX_OPEN: usize = 256;
 /// the requests to itself. One more is refused.
 const MAX_CARRIED: usize = 64 << 10;
 
+/// The bytes of all answers that have not been taken, in KiB, as many again; those of up to
+/// [`SMALL`] do not count, so that they go on while slow readers hold all of it. One more is said to
+/// find no room.
+const MAX_ANSWERS: usize = 64 << 10;
+
+/// The number of connections bounds such answers.
+const SMALL: usize = 4 << 10;
+
 /// A socket on which nothing happens is closed after this. Grenache's clients close theirs after
 /// two minutes.
 const SOCKET_IDLE: Duration = Duration::from_secs(150);
@@ -57,7 +65,14 @@ pub(super) struct Carrier {
     deadline: Duration,
     sockets: Arc<Semaphore>,
     carried: Semaphore,
+    answers: Arc<Semaphore>,
     stop: watch::Receiver<()>,
+}
+
+/// An answer, and its part of [`MAX_ANSWERS`].
+struct Answer {
+    text: String,
+    room: Option<OwnedSemaphorePermit>,
 }
 
 impl Carrier {
@@ -67,6 +82,7 @@ impl Carrier {
             deadline,
             sockets: Arc::new(Semaphore::new(MAX_SOCKETS)),
             carried: Semaphore::new(MAX_CARRIED),
+            answers: Arc::new(Semaphore::new(MAX_ANSWERS)),
             stop,
         }
     }
@@ -79,18 +95,33 @@ impl Carrier {
     }
 
     /// Answers one message.
-    async fn carry(&self, message: &str, header: Option<&str>) -> Result<String, rpc::Malformed> {
+    async fn carry(&self, message: &str, header: Option<&str>) -> Result<Answer, rpc::Malformed> {
         let question = Question::parse(message, header)?;
         let outcome = self.request(&question, message.len()).await;
-        Ok(rpc::answer(question.rid, outcome))
+        let text = rpc::answer(question.rid, outcome);
+        Ok(self.hold(text).unwrap_or_else(|| {
+            // It must be small, and `rid` is as long as the caller likes.
+            let is_short = question.rid.len() < SMALL / 2;
+            let rid = if is_short { question.rid } else { "null" };
+            let no_room = "the answer finds no room at this grape";
+            Answer::small(rpc::answer(rid, Err(no_room.into())))
+        }))
+    }
+
+    /// An answer with its room; `None` if there is none.
+    fn hold(&self, text: String) -> Option<Answer> {
+        if text.len() <= SMALL {
+            return Some(Answer::small(text));
+        }
+        let answers = Arc::clone(&self.answers);
+        let room = answers.try_acquire_many_owned(kilobytes(text.len())).ok()?;
+        let room = Some(room);
+        Some(Answer { text, room })
     }
 
     async fn request(&self, question: &Question<'_>, len: usize) -> Result<String, String> {
         let name: ServiceName = question.service.parse().map_err(to_text)?;
-        let kilobytes = u32::try_from(len >> 10)
-            .unwrap_or(u32::MAX)
-            .saturating_add(1);
-        let Ok(_room) = self.carried.try_acquire_many(kilobytes) else {
+        let Ok(_room) = self.carried.try_acquire_many(kilobytes(len)) else {
             return Err("this grape is busy".into());
         };
         let payload = question.payload.map_or("null".into(), payload::from_json);
@@ -104,6 +135,25 @@ impl Carrier {
             Ok(text) => Ok(payload::to_json(text)),
             Err(_) => Err(format!("{name} answered something else than text")),
         }
+    }
+}
+
+impl Answer {
+    fn small(text: String) -> Self {
+        let room = None;
+        Self { text, room }
+    }
+}
+
+/// The bytes of an answer, which give its room back once they have left.
+struct Held {
+    bytes: Vec<u8>,
+    _room: Option<OwnedSemaphorePermit>,
+}
+
+impl AsRef<[u8]> for Held {
+    fn as_ref(&self) -> &[u8] {
+        &self.bytes
     }
 }
 
@@ -128,9 +178,13 @@ async fn converse(mut socket: WebSocket, carrier: Arc<Carrier>, _place: OwnedSem
         tokio::select! {
             Some(answer) = open.next(), if !open.is_empty() => {
                 let write = async {
-                    socket.feed(answer).await?;
-                    while let Some(Some(answer)) = open.next().now_or_never() {
-                        socket.feed(answer).await?;
+                    // What is fed is copied, and held until it is flushed.
+                    let mut rooms = Vec::new();
+                    let mut next = Some(answer);
+                    while let Some(Answer { text, room }) = next {
+                        rooms.extend(room);
+                        socket.feed(Message::text(text)).await?;
+                        next = open.next().now_or_never().flatten();
                     }
                     socket.flush().await
                 };
@@ -153,12 +207,12 @@ async fn converse(mut socket: WebSocket, carrier: Arc<Carrier>, _place: OwnedSem
     let _ = timeout(FRAME_DEADLINE, socket.send(Message::Close(None))).await;
 }
 
-async fn reply(carrier: &Carrier, message: Message) -> Message {
+async fn reply(carrier: &Carrier, message: Message) -> Answer {
     let answer = match message.to_text() {
         Ok(text) => carrier.carry(text, None).await,
         Err(_) => Err(rpc::Malformed),
     };
-    Message::text(answer.unwrap_or_else(|rpc::Malformed| refusal("ERR_REQUEST_INVALID")))
+    answer.unwrap_or_else(|rpc::Malformed| Answer::small(refusal("ERR_REQUEST_INVALID")))
 }
 
 async fn post(State(carrier): State<Arc<Carrier>>, request: Request) -> Response {
@@ -183,11 +237,13 @@ async fn post(State(carrier): State<Arc<Carrier>>, request: Request) -> Response
         Err(_) => Err(rpc::Malformed),
     };
     match answer {
-        Ok(answer) if is_compressed => match gzip(answer.as_bytes()) {
-            Ok(answer) => Response::new(answer.into()),
-            Err(_) => Response::new(answer.into()),
-        },
-        Ok(answer) => Response::new(answer.into()),
+        Ok(Answer { text, room }) => {
+            let bytes = match is_compressed {
+                true => gzip(text.as_bytes()).unwrap_or_else(|_| text.into_bytes()),
+                false => text.into_bytes(),
+            };
+            Response::new(Bytes::from_owner(Held { bytes, _room: room }).into())
+        }
         Err(rpc::Malformed) => {
             (StatusCode::BAD_REQUEST, refusal("ERR_REQUEST_INVALID")).into_response()
         }
@@ -246,6 +302,13 @@ fn gzip(answer: &[u8]) -> io::Result<Vec<u8>> {
     let mut encoder = GzEncoder::new(Vec::new(), Compression::fast());
     encoder.write_all(answer)?;
     encoder.finish()
+}
+
+/// What so many bytes take of the room, of which no message is without a part.
+fn kilobytes(bytes: usize) -> u32 {
+    u32::try_from(bytes >> 10)
+        .unwrap_or(u32::MAX)
+        .saturating_add(1)
 }
 
 fn to_text(error: impl ToString) -> String {

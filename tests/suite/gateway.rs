@@ -19,7 +19,7 @@ use grapevine::proto::wire::ErrorCode;
 use grapevine::{Node, Request, Role, Testnet};
 use serde_json::{Value, json};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
-use tokio::net::{TcpListener, TcpStream};
+use tokio::net::{TcpListener, TcpSocket, TcpStream};
 use tokio::time::timeout;
 use tokio_tungstenite::tungstenite::Message;
 use tokio_tungstenite::{WebSocketStream, client_async};
@@ -942,6 +942,46 @@ async fn a_message_that_is_too_long_closes_its_socket_only() {
         assert_eq!(text(&mut good).await, r#"["r",null,"Echo: x"]"#);
         let refused = post(at, "/", &"x".repeat(3 << 20)).await;
         assert_eq!(refused.status, 413);
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn answers_that_nobody_reads_take_a_bounded_room() {
+    in_time(async {
+        let net = Net::start().await;
+        // JSON makes six times as many of them: more than the system takes of a connection.
+        let large = |request: Request| async move { request.reply("\u{1}".repeat(1_000_000)) };
+        let _large = net.serve("large", large).await;
+        let _small = net.serve("small", echo).await;
+        let at = net.found("large").await;
+        let call = r#"["r","large",""]"#;
+        let no_room = "finds no room";
+        let mut unread = Vec::new();
+        loop {
+            let socket = TcpSocket::new_v4().unwrap();
+            socket.set_recv_buffer_size(4 << 10).unwrap();
+            let mut stream = socket.connect(at).await.unwrap();
+            let length = call.len();
+            let head =
+                format!("POST / HTTP/1.1\r\nhost: grape\r\ncontent-length: {length}\r\n\r\n");
+            stream.write_all((head + call).as_bytes()).await.unwrap();
+            // The head, and no more than the beginning of what it announces.
+            let mut begun = [0; 110];
+            stream.read_exact(&mut begun).await.unwrap();
+            if String::from_utf8_lossy(&begun).contains(no_room) {
+                break;
+            }
+            unread.push(stream);
+            assert!(unread.len() < 20, "eleven of them fill the room");
+        }
+        let answer = post(at, "/", r#"["r","small","hello"]"#).await;
+        assert_eq!(answer.text(), r#"["r",null,"Echo: hello"]"#);
+        let mut socket = socket(at, "/ws").await;
+        socket.send(Message::text(call)).await.unwrap();
+        assert!(text(&mut socket).await.contains(no_room));
+        drop(unread);
+        while post(at, "/", call).await.text().contains(no_room) {}
     })
     .await;
 }
