@@ -135,6 +135,8 @@ impl Listener {
                 }
             }
         }
+        // Who connects from now on is refused at once.
+        drop(self.socket);
         let drained = async { while connections.join_next().await.is_some() {} };
         // What is left after it is cut off.
         let _ = timeout(DRAIN, drained).await;

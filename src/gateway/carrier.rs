@@ -20,7 +20,7 @@ use flate2::Compression;
 use flate2::read::GzDecoder;
 use flate2::write::GzEncoder;
 use futures::stream::FuturesUnordered;
-use futures::{FutureExt, SinkExt, StreamExt};
+use futures::{FutureExt, SinkExt, Stream, StreamExt};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, watch};
 use tokio::time::{Instant, sleep_until, timeout};
 
@@ -28,6 +28,7 @@ use super::body::{self, BodyError};
 use super::payload;
 use super::rpc::{self, MAX_MESSAGE, Question};
 use crate::error::{LookupError, RequestError};
+use crate::http::DRAIN;
 use crate::limits::FRAME_DEADLINE;
 use crate::name::ServiceName;
 use crate::node::{Node, RequestOptions};
@@ -55,6 +56,9 @@ const SMALL: usize = 4 << 10;
 /// A socket on which nothing happens is closed after this. Grenache's clients close theirs after
 /// two minutes.
 const SOCKET_IDLE: Duration = Duration::from_secs(150);
+
+/// How long sockets are waited for that close, once their time to answer has passed.
+const GOODBYE: Duration = Duration::from_millis(100);
 
 /// What is read ahead on a socket at rest, which it holds as long as it lives.
 const SOCKET_BUFFER: usize = 8 << 10;
@@ -92,6 +96,17 @@ impl Carrier {
             .route("/", get(upgrade).post(post))
             .route("/ws", get(upgrade))
             .with_state(Arc::new(self))
+    }
+
+    /// Returns once it is told to stop and its sockets are closed, or have had the time for that.
+    pub(super) fn closed(&self) -> impl Future<Output = ()> + use<> {
+        let (sockets, mut stop) = (Arc::clone(&self.sockets), self.stop.clone());
+        async move {
+            // An error is a word as well.
+            let _ = stop.changed().await;
+            let all = sockets.acquire_many(MAX_SOCKETS as u32);
+            let _ = timeout(DRAIN + GOODBYE, all).await;
+        }
     }
 
     /// Answers one message.
@@ -169,27 +184,18 @@ async fn upgrade(State(carrier): State<Arc<Carrier>>, upgrade: WebSocketUpgrade)
         .on_upgrade(move |socket| converse(socket, carrier, place))
 }
 
-/// Serves a socket to its end. The requests open on it end with it.
+/// Serves a socket to its end. The requests open on it end with it, unless it ends because the grape
+/// is told to stop: then what is open is answered for up to [`DRAIN`].
 async fn converse(mut socket: WebSocket, carrier: Arc<Carrier>, _place: OwnedSemaphorePermit) {
     let mut stop = carrier.stop.clone();
     let mut open = FuturesUnordered::new();
+    let mut patience = Duration::ZERO;
     loop {
         let idle_at = Instant::now() + SOCKET_IDLE;
         tokio::select! {
             Some(answer) = open.next(), if !open.is_empty() => {
-                let write = async {
-                    // What is fed is copied, and held until it is flushed.
-                    let mut rooms = Vec::new();
-                    let mut next = Some(answer);
-                    while let Some(Answer { text, room }) = next {
-                        rooms.extend(room);
-                        socket.feed(Message::text(text)).await?;
-                        next = open.next().now_or_never().flatten();
-                    }
-                    socket.flush().await
-                };
                 // Who does not read has no use for answers.
-                let Ok(Ok(())) = timeout(FRAME_DEADLINE, write).await else { return };
+                let Some(()) = write(&mut socket, answer, &mut open).await else { return };
             }
             message = socket.recv(), if open.len() < MAX_OPEN => match message {
                 Some(Ok(message @ (Message::Text(_) | Message::Binary(_)))) => {
@@ -200,11 +206,44 @@ async fn converse(mut socket: WebSocket, carrier: Arc<Carrier>, _place: OwnedSem
                 Some(Err(_)) | None => return,
             },
             () = sleep_until(idle_at), if open.is_empty() => break,
-            _ = stop.changed() => break,
+            told = stop.changed() => {
+                // Or the gateway is dropped, which closes everything at once.
+                patience = told.map_or(Duration::ZERO, |()| DRAIN);
+                break;
+            }
         }
+    }
+    let drained = async {
+        while let Some(answer) = open.next().await {
+            write(&mut socket, answer, &mut open).await?;
+        }
+        Some(())
+    };
+    if let Ok(None) = timeout(patience, drained).await {
+        return;
     }
     // Who does not take the goodbye is gone already.
     let _ = timeout(FRAME_DEADLINE, socket.send(Message::Close(None))).await;
+}
+
+/// Writes an answer, and those that wait behind it; `None` if the client does not take them.
+async fn write(
+    socket: &mut WebSocket,
+    answer: Answer,
+    open: &mut (impl Stream<Item = Answer> + Unpin),
+) -> Option<()> {
+    let write = async {
+        // What is fed is copied, and held until it is flushed.
+        let mut rooms = Vec::new();
+        let mut next = Some(answer);
+        while let Some(Answer { text, room }) = next {
+            rooms.extend(room);
+            socket.feed(Message::text(text)).await?;
+            next = open.next().now_or_never().flatten();
+        }
+        socket.flush().await
+    };
+    timeout(FRAME_DEADLINE, write).await.ok()?.ok()
 }
 
 async fn reply(carrier: &Carrier, message: Message) -> Answer {

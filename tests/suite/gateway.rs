@@ -4,7 +4,7 @@
 mod workers;
 
 use std::collections::HashSet;
-use std::io::Write;
+use std::io::{Read, Write};
 use std::net::SocketAddr;
 use std::time::Duration;
 
@@ -746,6 +746,71 @@ async fn a_gateway_that_is_shut_down_frees_its_ports() {
             TcpListener::bind(at).await.unwrap();
         }
         while let Some(Ok(_)) = kept.next().await {}
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn what_is_under_way_is_answered_when_a_gateway_is_shut_down() {
+    in_time(async {
+        let net = Net::start().await;
+        let (asked, mut asking) = tokio::sync::mpsc::channel(2);
+        let handler = move |request| {
+            let asked = asked.clone();
+            async move { asked.send(request).await.unwrap() }
+        };
+        let _peer = net.serve("client1", handler).await;
+        let at = net.found("client1").await;
+        let call = r#"["r","client1","hello"]"#;
+        let mut socket = socket(at, "/ws").await;
+        socket.send(Message::text(call)).await.unwrap();
+        let by_socket = asking.recv().await.unwrap();
+        let by_http = tokio::spawn(async move { post(at, "/", call).await });
+        let by_http = (asking.recv().await.unwrap(), by_http);
+        let answers = async {
+            // It has stopped once it takes no more connections.
+            while TcpStream::connect(at).await.is_ok() {}
+            by_socket.reply("one");
+            by_http.0.reply("two");
+            assert_eq!(text(&mut socket).await, r#"["r",null,"one"]"#);
+            while let Some(Ok(_)) = socket.next().await {}
+            assert_eq!(by_http.1.await.unwrap().text(), r#"["r",null,"two"]"#);
+        };
+        tokio::join!(net.gateway.shutdown(), answers);
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn a_gateway_that_is_shut_down_waits_for_its_sockets() {
+    in_time(async {
+        let net = Net::start().await;
+        let (asked, mut asking) = tokio::sync::mpsc::channel(1);
+        let handler = move |request| {
+            let asked = asked.clone();
+            async move { asked.send(request).await.unwrap() }
+        };
+        let _peer = net.serve("client1", handler).await;
+        let at = net.found("client1").await;
+        let mut socket = socket(at, "/ws").await;
+        let call = r#"["r","client1","hello"]"#;
+        socket.send(Message::text(call)).await.unwrap();
+        let request = asking.recv().await.unwrap();
+        let ports = [net.gateway.api_address(), at];
+        let mut shutdown = std::pin::pin!(net.gateway.shutdown());
+        assert!(futures::poll!(&mut shutdown).is_pending());
+        for port in ports {
+            while TcpStream::connect(port).await.is_ok() {}
+        }
+        tokio::task::yield_now().await;
+        assert!(futures::poll!(&mut shutdown).is_pending());
+        request.reply("one");
+        shutdown.await;
+        // The answer and the goodbye are there, without a further step of the gateway's.
+        let mut stream = socket.into_inner().into_std().unwrap();
+        let mut frames = Vec::new();
+        stream.read_to_end(&mut frames).unwrap();
+        assert_eq!(frames, b"\x81\x10[\"r\",null,\"one\"]\x88\x00");
     })
     .await;
 }
