@@ -5,7 +5,7 @@
 //! going to answer. Who knows of workers already does not wait for it: looking goes on in the
 //! background, and what came of it is kept for those who ask next.
 
-use std::collections::HashSet;
+use std::collections::HashMap;
 use std::num::NonZeroUsize;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
@@ -17,7 +17,7 @@ use tokio::time::timeout;
 
 use crate::proto::wire::Digest;
 
-/// How long who knows of workers waits for the first look. A peer that is there answers within it,
+/// How long who knows of workers waits for a first look, from when it began. A peer that is there answers within it,
 /// and Grenache's Link, which waits for 2.5 s, is told of the workers in time.
 const PATIENCE: Duration = Duration::from_millis(250);
 
@@ -46,7 +46,8 @@ pub(super) struct Looks {
 #[derive(Debug)]
 struct Table {
     verdicts: LruCache<Digest, Verdict>,
-    under_way: HashSet<Digest>,
+    /// When the looks have begun.
+    under_way: HashMap<Digest, Instant>,
 }
 
 #[derive(Clone, Copy, Debug)]
@@ -66,9 +67,11 @@ impl Looks {
     where
         L: Future<Output = bool> + Send + 'static,
     {
-        if self.table().begin(service, Instant::now()) {
+        let now = Instant::now();
+        if self.table().begin(service, now) {
             self.spawn(service, look());
         }
+        let patience = self.table().patience(&service, now);
         let known = async {
             loop {
                 let mut ended = std::pin::pin!(self.ended.notified());
@@ -80,7 +83,7 @@ impl Looks {
                 ended.await;
             }
         };
-        timeout(PATIENCE, known).await.unwrap_or(false)
+        timeout(patience, known).await.unwrap_or(false)
     }
 
     /// Somebody has looked at a service.
@@ -110,7 +113,7 @@ impl Default for Table {
     fn default() -> Self {
         Self {
             verdicts: LruCache::new(MAX_KNOWN),
-            under_way: HashSet::new(),
+            under_way: HashMap::new(),
         }
     }
 }
@@ -126,7 +129,19 @@ impl Table {
         let verdict = self.verdicts.peek(&service);
         let is_fresh = verdict.is_some_and(|verdict| now < verdict.at + FRESH);
         let has_room = self.under_way.len() < MAX_LOOKS;
-        !is_fresh && has_room && self.under_way.insert(service)
+        if is_fresh || !has_room || self.under_way.contains_key(&service) {
+            return false;
+        }
+        self.under_way.insert(service, now);
+        true
+    }
+
+    /// How long to wait for the look that is under way: nothing if there is none.
+    fn patience(&self, service: &Digest, now: Instant) -> Duration {
+        let begun = self.under_way.get(service);
+        begun.map_or(Duration::ZERO, |begun| {
+            (*begun + PATIENCE).saturating_duration_since(now)
+        })
     }
 
     fn end(&mut self, service: Digest, is_served: bool, at: Instant) {
@@ -153,6 +168,9 @@ mod tests {
         assert_eq!(table.verdict(&SERVICE, now), None);
         assert!(table.begin(SERVICE, now));
         assert!(!table.begin(SERVICE, now), "somebody looks");
+        assert_eq!(table.patience(&SERVICE, now), PATIENCE);
+        now += 2 * PATIENCE;
+        assert_eq!(table.patience(&SERVICE, now), Duration::ZERO, "it is slow");
         table.end(SERVICE, true, now);
         assert!(!table.begin(SERVICE, now), "it is fresh");
         now += FRESH;
@@ -186,6 +204,7 @@ mod tests {
     async fn who_asks_waits_for_a_look_only_so_long_and_never_for_a_later_one() {
         let looks = Arc::new(Looks::default());
         assert!(looks.verdict(SERVICE, || ready(true)).await);
+        assert!(looks.verdict(SERVICE, pending::<bool>).await);
         let asked = tokio::time::Instant::now();
         assert!(!looks.verdict([1; 32], pending::<bool>).await);
         assert_eq!(asked.elapsed(), PATIENCE);
