@@ -5,6 +5,7 @@
 //! answers take until they are read.
 
 mod patient;
+mod places;
 
 use std::io;
 use std::net::{IpAddr, SocketAddr};
@@ -26,9 +27,10 @@ use tower_service::Service;
 use crate::error::{ListenError, explain};
 use crate::node::Node;
 use patient::Patient;
+pub(crate) use places::{Place, Places};
 
-/// The connections that are served at once; the next ones wait in the system's queue. An idle one
-/// holds 20 KB.
+/// The connections that are served at once; the next ones wait in the system's queue, and those of a
+/// network that has [enough](Places) are closed. An idle one holds 20 KB.
 const MAX_CONNECTIONS: usize = 4_096;
 
 /// How long a client may take to send the head of a request, and how long a connection may rest
@@ -118,6 +120,7 @@ impl Listener {
     /// all connections.
     async fn serve(self, router: Router, mut stop: watch::Receiver<()>) {
         let mut connections = JoinSet::new();
+        let places = Places::new(MAX_CONNECTIONS);
         loop {
             while connections.try_join_next().is_some() {}
             let accepted = tokio::select! {
@@ -126,8 +129,14 @@ impl Listener {
                 accepted = self.socket.accept(), if connections.len() < MAX_CONNECTIONS => accepted,
             };
             match accepted {
-                Ok((stream, _)) => {
-                    connections.spawn(converse(stream, router.clone(), stop.clone()));
+                Ok((stream, from)) => {
+                    if let Some(place) = places.take(from.ip()) {
+                        let conversation = converse(stream, router.clone(), stop.clone());
+                        connections.spawn(async move {
+                            let _place = place;
+                            conversation.await;
+                        });
+                    }
                 }
                 Err(error) => {
                     tracing::warn!(%error, "cannot accept a connection");

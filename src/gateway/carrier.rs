@@ -9,13 +9,13 @@ use std::io::{self, Read, Write};
 use std::sync::Arc;
 use std::time::Duration;
 
-use axum::Router;
 use axum::body::{Body, Bytes};
 use axum::extract::ws::{Message, WebSocket, WebSocketUpgrade};
 use axum::extract::{Request, State};
 use axum::http::{HeaderMap, StatusCode};
 use axum::response::{IntoResponse, Response};
 use axum::routing::get;
+use axum::{Extension, Router};
 use flate2::Compression;
 use flate2::read::GzDecoder;
 use flate2::write::GzEncoder;
@@ -28,13 +28,14 @@ use super::body::{self, BodyError};
 use super::payload;
 use super::rpc::{self, MAX_MESSAGE, Question};
 use crate::error::{LookupError, RequestError};
-use crate::http::DRAIN;
+use crate::http::{DRAIN, Ends, Place, Places};
 use crate::limits::FRAME_DEADLINE;
 use crate::name::ServiceName;
 use crate::node::{Node, RequestOptions};
 use crate::proto::wire::RemoteError;
 
-/// The WebSockets that are open at once; one more is refused. Each may hold a message of 2 MiB that
+/// The WebSockets that are open at once; one more is refused, as is one of a network that has
+/// [enough](Places). Each may hold a message of 2 MiB that
 /// is still arriving.
 const MAX_SOCKETS: usize = 1_024;
 
@@ -68,6 +69,7 @@ pub(super) struct Carrier {
     node: Node,
     deadline: Duration,
     sockets: Arc<Semaphore>,
+    places: Places,
     carried: Semaphore,
     answers: Arc<Semaphore>,
     stop: watch::Receiver<()>,
@@ -85,6 +87,7 @@ impl Carrier {
             node,
             deadline,
             sockets: Arc::new(Semaphore::new(MAX_SOCKETS)),
+            places: Places::new(MAX_SOCKETS),
             carried: Semaphore::new(MAX_CARRIED),
             answers: Arc::new(Semaphore::new(MAX_ANSWERS)),
             stop,
@@ -172,8 +175,14 @@ impl AsRef<[u8]> for Held {
     }
 }
 
-async fn upgrade(State(carrier): State<Arc<Carrier>>, upgrade: WebSocketUpgrade) -> Response {
-    let Ok(place) = Arc::clone(&carrier.sockets).try_acquire_owned() else {
+async fn upgrade(
+    State(carrier): State<Arc<Carrier>>,
+    Extension(ends): Extension<Ends>,
+    upgrade: WebSocketUpgrade,
+) -> Response {
+    let place = carrier.places.take(ends.there);
+    let permit = Arc::clone(&carrier.sockets).try_acquire_owned();
+    let (Some(place), Ok(permit)) = (place, permit) else {
         return StatusCode::SERVICE_UNAVAILABLE.into_response();
     };
     upgrade
@@ -181,12 +190,16 @@ async fn upgrade(State(carrier): State<Arc<Carrier>>, upgrade: WebSocketUpgrade)
         .max_frame_size(MAX_MESSAGE)
         .read_buffer_size(SOCKET_BUFFER)
         .write_buffer_size(SOCKET_BUFFER)
-        .on_upgrade(move |socket| converse(socket, carrier, place))
+        .on_upgrade(move |socket| converse(socket, carrier, (place, permit)))
 }
 
 /// Serves a socket to its end. The requests open on it end with it, unless it ends because the grape
 /// is told to stop: then what is open is answered for up to [`DRAIN`].
-async fn converse(mut socket: WebSocket, carrier: Arc<Carrier>, _place: OwnedSemaphorePermit) {
+async fn converse(
+    mut socket: WebSocket,
+    carrier: Arc<Carrier>,
+    _place: (Place, OwnedSemaphorePermit),
+) {
     let mut stop = carrier.stop.clone();
     let mut open = FuturesUnordered::new();
     let mut patience = Duration::ZERO;
