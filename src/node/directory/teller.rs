@@ -1,6 +1,6 @@
 //! Tells the other grapes what changes of this one's workers.
 //!
-//! In a network of up to [`K`](kad::K_VALUE) grapes each one is responsible for every name, and is
+//! In a network of up to [`K`](libp2p::kad::K_VALUE) grapes each one is responsible for every name, and is
 //! told of every worker. In a larger one the grape provides its workers' names in Kademlia, which
 //! finds the grapes that are responsible; who looks a name up asks the grape for the workers.
 
