@@ -16,11 +16,10 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use futures::StreamExt;
-use futures::future::join;
 use futures::stream::FuturesUnordered;
 use lru::LruCache;
 use rand::seq::IndexedRandom;
-use tokio::sync::{mpsc, watch};
+use tokio::sync::{mpsc, oneshot, watch};
 use tokio::task::JoinSet;
 use tokio::time::timeout;
 
@@ -66,7 +65,7 @@ impl Workers {
         mut carried: mpsc::Receiver<Carried>,
         mut stop: watch::Receiver<()>,
     ) {
-        let mut calls = JoinSet::new();
+        let mut tasks = JoinSet::new();
         let mut questions = Questions::default();
         let mut probes = FuturesUnordered::new();
         loop {
@@ -78,45 +77,49 @@ impl Workers {
                     continue;
                 }
             };
+            while tasks.try_join_next().is_some() {}
+            // The node is shut down.
+            let Some(carried) = carried else { break };
+            let workers = self.clone();
             match carried {
-                // The node is shut down.
-                None => break,
-                Some(Carried::Asks(name, question)) => {
-                    if questions.add(&name, question) {
-                        probes.push(self.probe(name));
-                    }
+                Carried::Call(name, inbound) => {
+                    tasks.spawn(async move { workers.call(&name, inbound.into()).await });
                 }
-                Some(Carried::Call(name, inbound)) => {
-                    let workers = self.clone();
-                    calls.spawn(async move { workers.call(&name, inbound.into()).await });
-                    while calls.try_join_next().is_some() {}
+                Carried::Asks(name, question) => {
+                    if !questions.add(&name, question) {
+                        continue;
+                    }
+                    let (verdict, serves) = oneshot::channel();
+                    let probed = name.clone();
+                    tasks.spawn(async move {
+                        // Fails only if nobody waits any more.
+                        let _ = verdict.send(workers.serves(&probed).await);
+                    });
+                    probes.push(async move { (name, serves.await.unwrap_or(false)) });
                 }
             }
         }
-        let called = async { while calls.join_next().await.is_some() {} };
-        let probed = async {
+        let drained = async {
             while let Some((name, serves)) = probes.next().await {
-                let asked = questions.take(&name);
-                asked
-                    .into_iter()
-                    .for_each(|question| question.answer(serves));
+                answer(questions.take(&name), serves);
             }
+            while tasks.join_next().await.is_some() {}
         };
         // What is left after it is dropped, which answers it with an error.
-        let _ = timeout(DRAIN, join(called, probed)).await;
+        let _ = timeout(DRAIN, drained).await;
     }
 
     /// Whether a worker of the name is there.
-    async fn probe(&self, name: ServiceName) -> (ServiceName, bool) {
-        let workers = self.of(&name);
+    async fn serves(&self, name: &ServiceName) -> bool {
+        let workers = self.of(name);
         let probed = workers.sample(&mut rand::rng(), MAX_PROBED);
         let mut verdicts: FuturesUnordered<_> = probed.map(|worker| worker.is_there()).collect();
         while let Some(is_there) = verdicts.next().await {
             if is_there {
-                return (name, true);
+                return true;
             }
         }
-        (name, false)
+        false
     }
 
     async fn call(&self, name: &ServiceName, request: Request) {
