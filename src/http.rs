@@ -1,6 +1,11 @@
-//! Bounded HTTP servers: so many connections, and a deadline for each head of a request.
+//! Bounded HTTP servers: so many connections, and a deadline for each head of a request and for whoever
+//! is to take an answer.
 //!
-//! Deadlines for bodies and for what a request leads to are the routes' matter.
+//! Deadlines for bodies and for what a request leads to are the routes' matter, and so is the room that
+//! answers take until they are read.
+
+mod patient;
+mod places;
 
 use std::io;
 use std::net::{IpAddr, SocketAddr};
@@ -21,9 +26,11 @@ use tower_service::Service;
 
 use crate::error::{ListenError, explain};
 use crate::node::Node;
+use patient::Patient;
+pub(crate) use places::{Place, Places};
 
-/// The connections that are served at once; the next ones wait in the system's queue. An idle one
-/// holds 20 KB.
+/// The connections that are served at once; the next ones wait in the system's queue, and those of a
+/// network that has [enough](Places) are closed. An idle one holds 20 KB.
 const MAX_CONNECTIONS: usize = 4_096;
 
 /// How long a client may take to send the head of a request, and how long a connection may rest
@@ -113,6 +120,7 @@ impl Listener {
     /// all connections.
     async fn serve(self, router: Router, mut stop: watch::Receiver<()>) {
         let mut connections = JoinSet::new();
+        let places = Places::new(MAX_CONNECTIONS);
         loop {
             while connections.try_join_next().is_some() {}
             let accepted = tokio::select! {
@@ -121,8 +129,14 @@ impl Listener {
                 accepted = self.socket.accept(), if connections.len() < MAX_CONNECTIONS => accepted,
             };
             match accepted {
-                Ok((stream, _)) => {
-                    connections.spawn(converse(stream, router.clone(), stop.clone()));
+                Ok((stream, from)) => {
+                    if let Some(place) = places.take(from.ip()) {
+                        let conversation = converse(stream, router.clone(), stop.clone());
+                        connections.spawn(async move {
+                            let _place = place;
+                            conversation.await;
+                        });
+                    }
                 }
                 Err(error) => {
                     tracing::warn!(%error, "cannot accept a connection");
@@ -130,6 +144,8 @@ impl Listener {
                 }
             }
         }
+        // Who connects from now on is refused at once.
+        drop(self.socket);
         let drained = async { while connections.join_next().await.is_some() {} };
         // What is left after it is cut off.
         let _ = timeout(DRAIN, drained).await;
@@ -159,7 +175,7 @@ async fn converse(stream: TcpStream, router: Router, mut stop: watch::Receiver<(
         .timer(TokioTimer::new())
         .header_read_timeout(HEAD_DEADLINE)
         .max_buf_size(MAX_BUFFER)
-        .serve_connection(TokioIo::new(stream), service)
+        .serve_connection(TokioIo::new(Patient::new(stream)), service)
         .with_upgrades();
     let mut connection = std::pin::pin!(connection);
     let ended = tokio::select! {

@@ -146,7 +146,7 @@ pub struct Limits {
     /// many of requests that are still arriving. 64 MiB by default, 64 of the largest payloads; at most
     /// 2 GiB. Those
     /// of up to 4 KiB do not count; the number of requests bounds them. Beside them each peer may leave
-    /// 64 KiB of short answers on names unread.
+    /// 64 KiB of short answers on names and workers unread.
     pub inbound_bytes: usize,
     /// The established connections that others opened. 4,096 by default, each about 100 KB.
     pub inbound_connections: u32,

@@ -4,6 +4,7 @@
 //! Each table is a struct without I/O, to which time comes as `now`; [`Registry`] holds them all, each
 //! behind its own lock.
 
+mod batches;
 mod heap;
 mod index;
 mod names;
@@ -18,6 +19,7 @@ pub(crate) mod workers;
 
 use std::time::Duration;
 
+pub(crate) use batches::BatchRefused;
 pub(crate) use names::NotTaken;
 pub(crate) use prefix::Prefix;
 pub(crate) use providers::{NewRecord, Origin, Providers, Stats};

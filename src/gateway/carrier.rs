@@ -9,18 +9,18 @@ use std::io::{self, Read, Write};
 use std::sync::Arc;
 use std::time::Duration;
 
-use axum::Router;
 use axum::body::{Body, Bytes};
 use axum::extract::ws::{Message, WebSocket, WebSocketUpgrade};
 use axum::extract::{Request, State};
 use axum::http::{HeaderMap, StatusCode};
 use axum::response::{IntoResponse, Response};
 use axum::routing::get;
+use axum::{Extension, Router};
 use flate2::Compression;
 use flate2::read::GzDecoder;
 use flate2::write::GzEncoder;
 use futures::stream::FuturesUnordered;
-use futures::{FutureExt, SinkExt, StreamExt};
+use futures::{FutureExt, SinkExt, Stream, StreamExt};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, watch};
 use tokio::time::{Instant, sleep_until, timeout};
 
@@ -28,12 +28,14 @@ use super::body::{self, BodyError};
 use super::payload;
 use super::rpc::{self, MAX_MESSAGE, Question};
 use crate::error::{LookupError, RequestError};
+use crate::http::{DRAIN, Ends, Place, Places};
 use crate::limits::FRAME_DEADLINE;
 use crate::name::ServiceName;
 use crate::node::{Node, RequestOptions};
 use crate::proto::wire::RemoteError;
 
-/// The WebSockets that are open at once; one more is refused. Each may hold a message of 2 MiB that
+/// The WebSockets that are open at once; one more is refused, as is one of a network that has
+/// [enough](Places). Each may hold a message of 2 MiB that
 /// is still arriving.
 const MAX_SOCKETS: usize = 1_024;
 
@@ -44,9 +46,20 @@ const MAX_OPEN: usize = 256;
 /// the requests to itself. One more is refused.
 const MAX_CARRIED: usize = 64 << 10;
 
+/// The bytes of all answers that have not been taken, in KiB, as many again; those of up to
+/// [`SMALL`] do not count, so that they go on while slow readers hold all of it. One more is said to
+/// find no room.
+const MAX_ANSWERS: usize = 64 << 10;
+
+/// The number of connections bounds such answers.
+const SMALL: usize = 4 << 10;
+
 /// A socket on which nothing happens is closed after this. Grenache's clients close theirs after
 /// two minutes.
 const SOCKET_IDLE: Duration = Duration::from_secs(150);
+
+/// How long sockets are waited for that close, once their time to answer has passed.
+const GOODBYE: Duration = Duration::from_millis(100);
 
 /// What is read ahead on a socket at rest, which it holds as long as it lives.
 const SOCKET_BUFFER: usize = 8 << 10;
@@ -56,8 +69,16 @@ pub(super) struct Carrier {
     node: Node,
     deadline: Duration,
     sockets: Arc<Semaphore>,
+    places: Places,
     carried: Semaphore,
+    answers: Arc<Semaphore>,
     stop: watch::Receiver<()>,
+}
+
+/// An answer, and its part of [`MAX_ANSWERS`].
+struct Answer {
+    text: String,
+    room: Option<OwnedSemaphorePermit>,
 }
 
 impl Carrier {
@@ -66,7 +87,9 @@ impl Carrier {
             node,
             deadline,
             sockets: Arc::new(Semaphore::new(MAX_SOCKETS)),
+            places: Places::new(MAX_SOCKETS),
             carried: Semaphore::new(MAX_CARRIED),
+            answers: Arc::new(Semaphore::new(MAX_ANSWERS)),
             stop,
         }
     }
@@ -78,19 +101,45 @@ impl Carrier {
             .with_state(Arc::new(self))
     }
 
+    /// Returns once it is told to stop and its sockets are closed, or have had the time for that.
+    pub(super) fn closed(&self) -> impl Future<Output = ()> + use<> {
+        let (sockets, mut stop) = (Arc::clone(&self.sockets), self.stop.clone());
+        async move {
+            // An error is a word as well.
+            let _ = stop.changed().await;
+            let all = sockets.acquire_many(MAX_SOCKETS as u32);
+            let _ = timeout(DRAIN + GOODBYE, all).await;
+        }
+    }
+
     /// Answers one message.
-    async fn carry(&self, message: &str, header: Option<&str>) -> Result<String, rpc::Malformed> {
+    async fn carry(&self, message: &str, header: Option<&str>) -> Result<Answer, rpc::Malformed> {
         let question = Question::parse(message, header)?;
         let outcome = self.request(&question, message.len()).await;
-        Ok(rpc::answer(question.rid, outcome))
+        let text = rpc::answer(question.rid, outcome);
+        Ok(self.hold(text).unwrap_or_else(|| {
+            // It must be small, and `rid` is as long as the caller likes.
+            let is_short = question.rid.len() < SMALL / 2;
+            let rid = if is_short { question.rid } else { "null" };
+            let no_room = "the answer finds no room at this grape";
+            Answer::small(rpc::answer(rid, Err(no_room.into())))
+        }))
+    }
+
+    /// An answer with its room; `None` if there is none.
+    fn hold(&self, text: String) -> Option<Answer> {
+        if text.len() <= SMALL {
+            return Some(Answer::small(text));
+        }
+        let answers = Arc::clone(&self.answers);
+        let room = answers.try_acquire_many_owned(kilobytes(text.len())).ok()?;
+        let room = Some(room);
+        Some(Answer { text, room })
     }
 
     async fn request(&self, question: &Question<'_>, len: usize) -> Result<String, String> {
         let name: ServiceName = question.service.parse().map_err(to_text)?;
-        let kilobytes = u32::try_from(len >> 10)
-            .unwrap_or(u32::MAX)
-            .saturating_add(1);
-        let Ok(_room) = self.carried.try_acquire_many(kilobytes) else {
+        let Ok(_room) = self.carried.try_acquire_many(kilobytes(len)) else {
             return Err("this grape is busy".into());
         };
         let payload = question.payload.map_or("null".into(), payload::from_json);
@@ -107,8 +156,33 @@ impl Carrier {
     }
 }
 
-async fn upgrade(State(carrier): State<Arc<Carrier>>, upgrade: WebSocketUpgrade) -> Response {
-    let Ok(place) = Arc::clone(&carrier.sockets).try_acquire_owned() else {
+impl Answer {
+    fn small(text: String) -> Self {
+        let room = None;
+        Self { text, room }
+    }
+}
+
+/// The bytes of an answer, which give its room back once they have left.
+struct Held {
+    bytes: Vec<u8>,
+    _room: Option<OwnedSemaphorePermit>,
+}
+
+impl AsRef<[u8]> for Held {
+    fn as_ref(&self) -> &[u8] {
+        &self.bytes
+    }
+}
+
+async fn upgrade(
+    State(carrier): State<Arc<Carrier>>,
+    Extension(ends): Extension<Ends>,
+    upgrade: WebSocketUpgrade,
+) -> Response {
+    let place = carrier.places.take(ends.there);
+    let permit = Arc::clone(&carrier.sockets).try_acquire_owned();
+    let (Some(place), Ok(permit)) = (place, permit) else {
         return StatusCode::SERVICE_UNAVAILABLE.into_response();
     };
     upgrade
@@ -116,26 +190,25 @@ async fn upgrade(State(carrier): State<Arc<Carrier>>, upgrade: WebSocketUpgrade)
         .max_frame_size(MAX_MESSAGE)
         .read_buffer_size(SOCKET_BUFFER)
         .write_buffer_size(SOCKET_BUFFER)
-        .on_upgrade(move |socket| converse(socket, carrier, place))
+        .on_upgrade(move |socket| converse(socket, carrier, (place, permit)))
 }
 
-/// Serves a socket to its end. The requests open on it end with it.
-async fn converse(mut socket: WebSocket, carrier: Arc<Carrier>, _place: OwnedSemaphorePermit) {
+/// Serves a socket to its end. The requests open on it end with it, unless it ends because the grape
+/// is told to stop: then what is open is answered for up to [`DRAIN`].
+async fn converse(
+    mut socket: WebSocket,
+    carrier: Arc<Carrier>,
+    _place: (Place, OwnedSemaphorePermit),
+) {
     let mut stop = carrier.stop.clone();
     let mut open = FuturesUnordered::new();
+    let mut patience = Duration::ZERO;
     loop {
         let idle_at = Instant::now() + SOCKET_IDLE;
         tokio::select! {
             Some(answer) = open.next(), if !open.is_empty() => {
-                let write = async {
-                    socket.feed(answer).await?;
-                    while let Some(Some(answer)) = open.next().now_or_never() {
-                        socket.feed(answer).await?;
-                    }
-                    socket.flush().await
-                };
                 // Who does not read has no use for answers.
-                let Ok(Ok(())) = timeout(FRAME_DEADLINE, write).await else { return };
+                let Some(()) = write(&mut socket, answer, &mut open).await else { return };
             }
             message = socket.recv(), if open.len() < MAX_OPEN => match message {
                 Some(Ok(message @ (Message::Text(_) | Message::Binary(_)))) => {
@@ -146,19 +219,52 @@ async fn converse(mut socket: WebSocket, carrier: Arc<Carrier>, _place: OwnedSem
                 Some(Err(_)) | None => return,
             },
             () = sleep_until(idle_at), if open.is_empty() => break,
-            _ = stop.changed() => break,
+            told = stop.changed() => {
+                // Or the gateway is dropped, which closes everything at once.
+                patience = told.map_or(Duration::ZERO, |()| DRAIN);
+                break;
+            }
         }
+    }
+    let drained = async {
+        while let Some(answer) = open.next().await {
+            write(&mut socket, answer, &mut open).await?;
+        }
+        Some(())
+    };
+    if let Ok(None) = timeout(patience, drained).await {
+        return;
     }
     // Who does not take the goodbye is gone already.
     let _ = timeout(FRAME_DEADLINE, socket.send(Message::Close(None))).await;
 }
 
-async fn reply(carrier: &Carrier, message: Message) -> Message {
+/// Writes an answer, and those that wait behind it; `None` if the client does not take them.
+async fn write(
+    socket: &mut WebSocket,
+    answer: Answer,
+    open: &mut (impl Stream<Item = Answer> + Unpin),
+) -> Option<()> {
+    let write = async {
+        // What is fed is copied, and held until it is flushed.
+        let mut rooms = Vec::new();
+        let mut next = Some(answer);
+        while let Some(Answer { text, room }) = next {
+            rooms.extend(room);
+            socket.feed(Message::text(text)).await?;
+            next = open.next().now_or_never().flatten();
+        }
+        socket.flush().await
+    };
+    timeout(FRAME_DEADLINE, write).await.ok()?.ok()
+}
+
+async fn reply(carrier: &Carrier, message: Message) -> Answer {
     let answer = match message.to_text() {
         Ok(text) => carrier.carry(text, None).await,
         Err(_) => Err(rpc::Malformed),
     };
-    Message::text(answer.unwrap_or_else(|rpc::Malformed| refusal("ERR_REQUEST_INVALID")))
+    answer.unwrap_or_else(|rpc::Malformed| Answer::small(refusal("ERR_REQUEST_INVALID")))
 }
 
 async fn post(State(carrier): State<Arc<Carrier>>, request: Request) -> Response {
@@ -183,11 +289,13 @@ async fn post(State(carrier): State<Arc<Carrier>>, request: Request) -> Response
         Err(_) => Err(rpc::Malformed),
     };
     match answer {
-        Ok(answer) if is_compressed => match gzip(answer.as_bytes()) {
-            Ok(answer) => Response::new(answer.into()),
-            Err(_) => Response::new(answer.into()),
-        },
-        Ok(answer) => Response::new(answer.into()),
+        Ok(Answer { text, room }) => {
+            let bytes = match is_compressed {
+                true => gzip(text.as_bytes()).unwrap_or_else(|_| text.into_bytes()),
+                false => text.into_bytes(),
+            };
+            Response::new(Bytes::from_owner(Held { bytes, _room: room }).into())
+        }
         Err(rpc::Malformed) => {
             (StatusCode::BAD_REQUEST, refusal("ERR_REQUEST_INVALID")).into_response()
         }
@@ -246,6 +354,13 @@ fn gzip(answer: &[u8]) -> io::Result<Vec<u8>> {
     let mut encoder = GzEncoder::new(Vec::new(), Compression::fast());
     encoder.write_all(answer)?;
     encoder.finish()
+}
+
+/// What so many bytes take of the room, of which no message is without a part.
+fn kilobytes(bytes: usize) -> u32 {
+    u32::try_from(bytes >> 10)
+        .unwrap_or(u32::MAX)
+        .saturating_add(1)
 }
 
 fn to_text(error: impl ToString) -> String {

@@ -112,6 +112,7 @@ impl Gateway {
         let workers = Workers::new(directory.clone(), deadline);
         serving.spawn(workers.serve(carried, serving.stopped()));
         let to_peers = Carrier::new(node.clone(), deadline, serving.stopped());
+        serving.spawn(to_peers.closed());
         serving.serve(carrier, to_peers.routes());
         let answers = Api::new(node, directory, &config, gateway.carrier.port());
         serving.serve(api, answers.routes());

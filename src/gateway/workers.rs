@@ -6,6 +6,7 @@
 //! requests that wait here are open requests of the node, which bounds their number and bytes.
 
 mod http;
+mod questions;
 mod socket;
 mod worker;
 
@@ -18,7 +19,7 @@ use futures::StreamExt;
 use futures::stream::FuturesUnordered;
 use lru::LruCache;
 use rand::seq::IndexedRandom;
-use tokio::sync::{mpsc, watch};
+use tokio::sync::{mpsc, oneshot, watch};
 use tokio::task::JoinSet;
 use tokio::time::timeout;
 
@@ -26,8 +27,9 @@ use super::payload::{self, Form};
 use super::rpc::Answer;
 use crate::http::DRAIN;
 use crate::name::ServiceName;
-use crate::node::{Carried, Directory, Request};
+use crate::node::{Carried, Directory, Request, ServesQuestion};
 use crate::proto::wire::{ErrorCode, RemoteError};
+use questions::Questions;
 use worker::{Failed, Worker};
 
 /// The workers that are remembered, each with a connection at most at rest; the least recently used
@@ -63,28 +65,48 @@ impl Workers {
         mut carried: mpsc::Receiver<Carried>,
         mut stop: watch::Receiver<()>,
     ) {
-        let mut open = JoinSet::new();
+        let mut tasks = JoinSet::new();
+        let mut questions = Questions::default();
+        let mut probes = FuturesUnordered::new();
         loop {
             let carried = tokio::select! {
                 _ = stop.changed() => break,
                 carried = carried.recv() => carried,
+                Some((name, serves)) = probes.next() => {
+                    answer(questions.take(&name), serves);
+                    continue;
+                }
             };
+            while tasks.try_join_next().is_some() {}
             // The node is shut down.
             let Some(carried) = carried else { break };
             let workers = self.clone();
-            open.spawn(async move { workers.answer(carried).await });
-            while open.try_join_next().is_some() {}
+            match carried {
+                Carried::Call(name, inbound) => {
+                    tasks.spawn(async move { workers.call(&name, inbound.into()).await });
+                }
+                Carried::Asks(name, question) => {
+                    if !questions.add(&name, question) {
+                        continue;
+                    }
+                    let (verdict, serves) = oneshot::channel();
+                    let probed = name.clone();
+                    tasks.spawn(async move {
+                        // Fails only if nobody waits any more.
+                        let _ = verdict.send(workers.serves(&probed).await);
+                    });
+                    probes.push(async move { (name, serves.await.unwrap_or(false)) });
+                }
+            }
         }
-        let drained = async { while open.join_next().await.is_some() {} };
+        let drained = async {
+            while let Some((name, serves)) = probes.next().await {
+                answer(questions.take(&name), serves);
+            }
+            while tasks.join_next().await.is_some() {}
+        };
         // What is left after it is dropped, which answers it with an error.
         let _ = timeout(DRAIN, drained).await;
-    }
-
-    async fn answer(&self, carried: Carried) {
-        match carried {
-            Carried::Asks(name, question) => question.answer(self.serves(&name).await),
-            Carried::Call(name, inbound) => self.call(&name, inbound.into()).await,
-        }
     }
 
     /// Whether a worker of the name is there.
@@ -147,6 +169,12 @@ impl Workers {
             Arc::clone(known.get_or_insert(at, new))
         };
         addresses.into_iter().map(worker).collect()
+    }
+}
+
+fn answer(questions: Vec<ServesQuestion>, serves: bool) {
+    for question in questions {
+        question.answer(serves);
     }
 }
 

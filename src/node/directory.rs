@@ -5,7 +5,9 @@
 //! provider of its workers' names: it carries the requests to them.
 
 mod carrying;
+mod looks;
 mod teller;
+mod told;
 
 use std::net::SocketAddr;
 use std::sync::{Arc, OnceLock};
@@ -25,6 +27,7 @@ use crate::proto::wire::{Batch, BatchReply, Digest, REGISTRY};
 use crate::store::Registry;
 use crate::store::workers::{Full, draw};
 
+use looks::Looks;
 use teller::Teller;
 
 /// How long a grape may take to say which workers it has.
@@ -32,6 +35,10 @@ const FIND_DEADLINE: Duration = Duration::from_secs(2);
 
 /// What others ask of this grape's workers that may wait; one more is answered `busy`.
 const CARRIED: usize = 1_024;
+
+/// How long other grapes are waited for that may have more workers of a name, by who has some: within
+/// the 2.5 seconds that Grenache's Link waits.
+const MORE_PATIENCE: Duration = Duration::from_secs(2);
 
 /// How long other grapes are waited for that may keep another version of a value.
 const VALUE_PATIENCE: Duration = Duration::from_secs(1);
@@ -45,6 +52,7 @@ const MAX_VALUE_QUERIES: usize = 32;
 pub(crate) struct Directory {
     node: Node,
     registry: Arc<Registry>,
+    looks: Arc<Looks>,
 }
 
 /// What all directories of a node share.
@@ -96,6 +104,7 @@ impl Node {
         Some(Directory {
             node: self.clone(),
             registry,
+            looks: Arc::default(),
         })
     }
 }
@@ -130,7 +139,8 @@ impl Directory {
         withdrawn
     }
 
-    /// Who serves a name: of the workers a fair sample of at most `limit`.
+    /// Who serves a name: of the workers a fair sample of at most `limit`. If this grape knows of some,
+    /// it does not wait long for whoever else there may be.
     pub(crate) async fn lookup(&self, service: &str, limit: usize) -> Found {
         let (digest, now) = (name::digest(service), Instant::now());
         let workers = self.registry.workers().sample(&digest, limit, now);
@@ -143,39 +153,49 @@ impl Directory {
             return self.lookup_afar(&name, workers, limit).await;
         }
         let is_provided = self.registry.providers().has_providers(&name.key(), now);
-        let peers = is_provided && self.has_live_peers(&name).await;
-        Found { workers, peers }
-    }
-
-    /// Whether a provider of the name is live that does not just carry requests to workers.
-    async fn has_live_peers(&self, name: &ServiceName) -> bool {
-        let Ok(live) = self.node.lookup(name).await else {
-            return false;
+        let look = {
+            let (node, registry) = (self.node.clone(), Arc::clone(&self.registry));
+            || async move { has_live_peers(&node, &registry, &name).await }
         };
-        let (digest, now) = (name.digest(), Instant::now());
-        let carriers = self.registry.workers().grapes(&digest, usize::MAX, now);
-        live.iter()
-            .any(|provider| !carriers.contains(&provider.peer))
+        let peers = match (is_provided, workers.is_empty()) {
+            (false, _) => false,
+            (true, false) => self.looks.verdict(digest, look).await,
+            (true, true) => {
+                let peers = look().await;
+                self.looks.on_seen(digest, peers);
+                peers
+            }
+        };
+        Found { workers, peers }
     }
 
     /// Asks the providers that Kademlia finds which workers they have.
     async fn lookup_afar(&self, name: &ServiceName, own: Vec<SocketAddr>, limit: usize) -> Found {
+        let has_own = !own.is_empty();
         let mut found = Found {
             workers: own,
             peers: false,
         };
-        let Ok(live) = self.node.lookup(name).await else {
-            return found;
+        let more = async {
+            let Ok(live) = self.node.lookup(name).await else {
+                return;
+            };
+            let digest = name.digest();
+            let mut asked: FuturesUnordered<_> = live
+                .iter()
+                .map(|provider| self.workers_at(provider.peer, digest))
+                .collect();
+            while let Some(workers) = asked.next().await {
+                // A provider without workers serves the name itself.
+                found.peers |= workers.is_empty();
+                found.workers.extend(workers);
+            }
         };
-        let digest = name.digest();
-        let mut asked: FuturesUnordered<_> = live
-            .iter()
-            .map(|provider| self.workers_at(provider.peer, digest))
-            .collect();
-        while let Some(workers) = asked.next().await {
-            // A provider without workers serves the name itself.
-            found.peers |= workers.is_empty();
-            found.workers.extend(workers);
+        if has_own {
+            // Whoever has not answered by then is left out.
+            let _ = timeout(MORE_PATIENCE, more).await;
+        } else {
+            more.await;
         }
         draw(&mut found.workers, limit);
         found
@@ -251,6 +271,17 @@ impl Directory {
         let is_ours = self.node.shared.handle.server.carry(carrier);
         is_ours.then_some(carried)
     }
+}
+
+/// Whether a provider of the name is live that does not just carry requests to workers.
+async fn has_live_peers(node: &Node, registry: &Registry, name: &ServiceName) -> bool {
+    let Ok(live) = node.lookup(name).await else {
+        return false;
+    };
+    let (digest, now) = (name.digest(), Instant::now());
+    let carriers = registry.workers().grapes(&digest, usize::MAX, now);
+    live.iter()
+        .any(|provider| !carriers.contains(&provider.peer))
 }
 
 /// Whether each grape of a network knows all others, and is responsible for every name.

@@ -17,7 +17,7 @@ pub use call::{Delivery, Replies, Reply, RequestOptions};
 pub use service::{Request, Service};
 
 #[cfg(feature = "gateway")]
-pub(crate) use crate::net::Carried;
+pub(crate) use crate::net::{Carried, ServesQuestion};
 #[cfg(feature = "gateway")]
 pub(crate) use crate::store::workers::Full;
 #[cfg(feature = "gateway")]

@@ -3,7 +3,6 @@
 
 use std::borrow::Cow;
 use std::iter;
-use std::net::IpAddr;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant, SystemTime};
@@ -14,6 +13,7 @@ use libp2p::kad::store::{self, RecordStore};
 use libp2p::kad::{ProviderRecord, Record, RecordKey};
 use tokio::sync::Notify;
 
+use super::batches;
 use super::names::Rates;
 use super::providers::KADEMLIA_ANSWER;
 use super::values::{NotKept, Values};
@@ -22,7 +22,7 @@ use super::{Prefix, Providers};
 use crate::limits::Bounds;
 use crate::name::SHA2_256;
 use crate::proto::bep44::{DecodeError, Value};
-use crate::proto::wire::{Batch, BatchReply, Digest, MAX_FOUND};
+use crate::proto::wire::Digest;
 
 /// Why a value is not stored.
 #[derive(Debug, thiserror::Error)]
@@ -44,6 +44,7 @@ pub(crate) struct Registry {
     workers: Mutex<Workers>,
     values: Mutex<Values>,
     rates: Mutex<Rates>,
+    batch_rates: Mutex<batches::Rates>,
     /// How many grapes this one knows, itself included.
     grapes: AtomicU64,
     /// This grape's workers have changed.
@@ -63,6 +64,7 @@ impl Registry {
             workers: Mutex::new(Workers::new(now)),
             values: Mutex::new(Values::new(now)),
             rates: Mutex::default(),
+            batch_rates: Mutex::default(),
             grapes: AtomicU64::new(1),
             changed: Notify::new(),
         })
@@ -87,6 +89,11 @@ impl Registry {
 
     pub(super) fn rates(&self) -> MutexGuard<'_, Rates> {
         self.rates.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub(super) fn batch_rates(&self) -> MutexGuard<'_, batches::Rates> {
+        let rates = self.batch_rates.lock();
+        rates.unwrap_or_else(PoisonError::into_inner)
     }
 
     /// How many grapes this one knows, itself included.
@@ -130,40 +137,9 @@ impl Registry {
         self.providers().sweep(now);
         self.values().sweep(now);
         self.rates().sweep(now);
+        self.batch_rates().sweep(now);
         if self.workers().sweep(now) {
             self.on_changed();
-        }
-    }
-
-    /// Takes what another grape tells of its workers, and answers what it asks. `host` is where its
-    /// connection comes from.
-    pub(crate) fn on_batch(
-        &self,
-        grape: PeerId,
-        host: Option<IpAddr>,
-        batch: &Batch,
-        now: Instant,
-    ) -> BatchReply {
-        let prefix = host.map_or(Prefix::Local, Prefix::from);
-        let mut workers = self.workers();
-        let mut refused = 0;
-        for change in &batch.changes {
-            let mut change = *change;
-            if let Some(host) = host
-                && change.at.ip().is_loopback()
-            {
-                change.at.set_ip(host.to_canonical());
-            }
-            refused += u64::from(workers.apply(grape, prefix, &change, now).is_err());
-        }
-        let found = batch.find.iter().map(|service| {
-            let mut own = workers.own(service, now);
-            own.truncate(MAX_FOUND);
-            own
-        });
-        BatchReply {
-            refused,
-            found: found.collect(),
         }
     }
 

@@ -9,7 +9,9 @@
 //! * An expired worker is never returned, swept or not; a withdrawn one is gone at once.
 //! * A worker that stops is gone from this grape when its lease ends, and from the others as soon as
 //!   they hear of that, at the latest an eighth of the lease afterwards.
-//! * A crowded table is shared fairly between the address prefixes that grapes announce from.
+//! * A crowded table is shared fairly between the address prefixes that grapes announce from, and a
+//!   crowded service between those prefixes and then between the grapes of one. The workers of this
+//!   grape have places of their own, which no other grape can take.
 
 use std::collections::hash_map::RandomState;
 use std::collections::{BTreeMap, HashMap};
@@ -26,14 +28,16 @@ use super::slab::Slab;
 use super::{Nanos, Prefix, nanos};
 use crate::proto::wire::{Change, Digest};
 
-/// The workers of this grape, and as many of all others together. 200,000 take 27 MB.
-const MAX_WORKERS: usize = 200_000;
+/// The workers of this grape, and as many of all others together, of which one network never takes
+/// more than half. 200,000 take 27 MB.
+pub(super) const MAX_WORKERS: usize = 200_000;
 
-/// The workers of one service: ten times what one answer names.
+/// The workers of one service, of this grape's and of all others': ten times what one answer names.
 const MAX_PER_SERVICE: usize = 1_000;
 
-/// The grapes whose workers are kept.
-const MAX_GRAPES: usize = 4_096;
+/// What a grape counts for beside its workers, in workers: what is kept of it takes 300 bytes. So
+/// the grapes need no bound of their own, which strangers' keys could use up.
+const GRAPE_LOAD: usize = 2;
 
 /// Withdrawals that are remembered for grapes that have not been told. One that is forgotten sooner
 /// goes with its lease.
@@ -76,12 +80,15 @@ pub(crate) struct Workers {
     by_expiry: Heap<ByExpiry>,
     own: usize,
     others: usize,
+    /// The workers of other grapes, and what these grapes count for.
+    load: usize,
     last_change: u64,
     /// This grape's workers by the number of their last change, and those that are gone.
     changes: BTreeMap<u64, u32>,
     gone: BTreeMap<u64, Gone>,
     grapes: Slab<Grape>,
     grape_slots: HashMap<PeerId, GrapeSlot>,
+    /// The part of `load` that comes from each prefix.
     by_prefix: HashMap<Prefix, usize>,
 }
 
@@ -149,6 +156,7 @@ impl Workers {
             by_expiry: Heap::default(),
             own: 0,
             others: 0,
+            load: 0,
             last_change: 0,
             changes: BTreeMap::new(),
             gone: BTreeMap::new(),
@@ -209,7 +217,7 @@ impl Workers {
             }
             return Ok(());
         };
-        let slot = self.grape_slot(grape, prefix).ok_or(Full::Table)?;
+        let slot = self.grape_slot(grape, prefix);
         let now = self.nanos(now);
         let lease = Duration::from_millis(lease).min(MAX_WORKER_LEASE);
         let expires = now + nanos(lease);
@@ -362,10 +370,11 @@ impl Workers {
             }
             return Ok((slot, false));
         }
-        if self.all(service).count() >= MAX_PER_SERVICE {
-            return Err(Full::Service);
-        }
+        let replaced = self.crowded_out_by(grape, service)?;
         self.take_place(grape)?;
+        if let Some(slot) = replaced {
+            self.remove(slot);
+        }
         let slot = self.workers.insert(Worker {
             service: *service,
             at,
@@ -380,6 +389,48 @@ impl Workers {
         self.by_expiry.insert(slot, &mut self.workers);
         self.link(service, slot);
         Ok((slot, true))
+    }
+
+    /// The worker that goes when a new one of that grape comes to a full service: of the most crowded
+    /// prefix there, or else of the newcomer's own, the one of the most crowded grape that is the
+    /// soonest to expire. One pass over the service's workers.
+    ///
+    /// Both comparisons ask for one more than a tie: of two equals neither can push the other out.
+    fn crowded_out_by(&self, grape: GrapeSlot, service: &Digest) -> Result<Option<u32>, Full> {
+        let is_own = grape == OWN;
+        let of_kind = |(_, worker): &(u32, &Worker)| (worker.grape == OWN) == is_own;
+        if self.all(service).filter(of_kind).count() < MAX_PER_SERVICE {
+            return Ok(None);
+        }
+        let newcomer = self.grapes.get(grape).ok_or(Full::Service)?;
+        let mut grapes: HashMap<GrapeSlot, (usize, (Nanos, u32))> = HashMap::new();
+        for (slot, worker) in self.all(service).filter(of_kind) {
+            let candidate = (worker.expires, slot);
+            let (crowd, soonest) = grapes.entry(worker.grape).or_insert((0, candidate));
+            *crowd += 1;
+            *soonest = candidate.min(*soonest);
+        }
+        let own = grapes.get(&grape).map_or(0, |(crowd, _)| *crowd);
+        let prefix_of = |grape| self.grapes.get(grape).map(|grape| grape.prefix);
+        let mut prefixes: HashMap<Prefix, usize> = HashMap::new();
+        for (grape, (crowd, _)) in &grapes {
+            if let Some(prefix) = prefix_of(*grape) {
+                *prefixes.entry(prefix).or_default() += crowd;
+            }
+        }
+        let newcomers = prefixes.get(&newcomer.prefix).copied().unwrap_or(0);
+        let most_crowded = prefixes.into_iter().max_by_key(|(_, crowd)| *crowd);
+        let (from, at_most) = match most_crowded {
+            Some((prefix, crowd)) if crowd > newcomers + 1 => (prefix, 0),
+            _ => (newcomer.prefix, own + 1),
+        };
+        let of_prefix = grapes
+            .into_iter()
+            .filter(|(grape, _)| prefix_of(*grape) == Some(from));
+        match of_prefix.map(|(_, crowded)| crowded).max() {
+            Some((crowd, (_, slot))) if crowd > at_most => Ok(Some(slot)),
+            _ => Err(Full::Service),
+        }
     }
 
     fn link(&mut self, service: &Digest, slot: u32) {
@@ -440,8 +491,10 @@ impl Workers {
             self.others -= 1;
             if let Some(grape) = self.grapes.get_mut(grape) {
                 grape.workers -= 1;
-                if let Some(workers) = self.by_prefix.get_mut(&grape.prefix) {
-                    *workers -= 1;
+                let load = grape.load_of_one_more();
+                self.load -= load;
+                if let Some(of_prefix) = self.by_prefix.get_mut(&grape.prefix) {
+                    *of_prefix -= load;
                 }
             }
             self.release_grape(grape);
@@ -467,29 +520,30 @@ impl Workers {
             self.own += 1;
             return Ok(());
         }
-        let prefixes = self.by_prefix.len().max(1);
+        // Even who is alone leaves room for the second one.
+        let prefixes = self.by_prefix.len().max(2);
         let Some(grape) = self.grapes.get_mut(grape) else {
             return Err(Full::Table);
         };
+        let load = grape.load_of_one_more();
         let of_prefix = self.by_prefix.entry(grape.prefix).or_default();
         // Whoever holds more than a fair share finds no room in a table that is half full, so that
         // the other half is there for those who hold less.
-        let is_crowded = self.others >= MAX_WORKERS / 2;
-        if self.others >= MAX_WORKERS || is_crowded && *of_prefix >= MAX_WORKERS / prefixes {
+        let is_crowded = self.load + load > MAX_WORKERS / 2;
+        let is_full = self.load + load > MAX_WORKERS;
+        if is_full || is_crowded && *of_prefix + load > MAX_WORKERS / prefixes {
             return Err(Full::Table);
         }
-        *of_prefix += 1;
+        *of_prefix += load;
+        self.load += load;
         grape.workers += 1;
         self.others += 1;
         Ok(())
     }
 
-    fn grape_slot(&mut self, peer: PeerId, prefix: Prefix) -> Option<GrapeSlot> {
+    fn grape_slot(&mut self, peer: PeerId, prefix: Prefix) -> GrapeSlot {
         if let Some(slot) = self.grape_slots.get(&peer) {
-            return Some(*slot);
-        }
-        if self.grape_slots.len() >= MAX_GRAPES {
-            return None;
+            return *slot;
         }
         self.by_prefix.entry(prefix).or_default();
         let slot = self.grapes.insert(Grape {
@@ -498,7 +552,7 @@ impl Workers {
             workers: 0,
         });
         self.grape_slots.insert(peer, slot);
-        Some(slot)
+        slot
     }
 
     /// A grape without workers is forgotten.
@@ -511,6 +565,16 @@ impl Workers {
         self.grape_slots.remove(&peer);
         if self.by_prefix.get(&prefix) == Some(&0) {
             self.by_prefix.remove(&prefix);
+        }
+    }
+}
+
+impl Grape {
+    /// What one more worker of it counts for: with the first one the grape itself.
+    fn load_of_one_more(&self) -> usize {
+        match self.workers {
+            0 => 1 + GRAPE_LOAD,
+            _ => 1,
         }
     }
 }
@@ -710,6 +774,7 @@ mod tests {
         scene.far.sweep(scene.now);
         assert_eq!(scene.far.len(), (0, 0));
         assert!(scene.far.grape_slots.is_empty() && scene.far.by_prefix.is_empty());
+        assert_eq!(scene.far.load, 0);
         scene.near.sweep(scene.now);
         assert!(scene.near.gone.is_empty(), "nobody needs to be told");
     }
@@ -745,14 +810,191 @@ mod tests {
         };
         apply(honest, network(2), 0).unwrap();
         let stored = (1..=MAX_WORKERS).filter(|n| apply(flooding, network(1), *n).is_ok());
-        assert_eq!(stored.count(), MAX_WORKERS / 2);
+        let stored = stored.count();
+        assert_eq!(stored, MAX_WORKERS / 2 - GRAPE_LOAD);
         for n in 0..1_000 {
             apply(honest, network(2), MAX_WORKERS + n).unwrap();
         }
-        assert_eq!(workers.len(), (0, MAX_WORKERS / 2 + 1_001));
+        assert_eq!(workers.len(), (0, stored + 1_001));
         workers
             .announce(&name::digest("own"), at(1), LEASE, now)
             .unwrap();
+    }
+
+    #[test]
+    fn keys_that_come_and_go_take_the_places_of_no_other_grape() {
+        let now = Instant::now();
+        let mut workers = Workers::new(now);
+        let service = name::digest("a");
+        for n in 0..20_000 {
+            let change = told(&n.to_string(), 1, Some(MAX_WORKER_LEASE));
+            workers
+                .apply(PeerId::random(), network(1), &change, now)
+                .unwrap();
+        }
+        // Even from among them.
+        let change = told("a", 1, Some(LEASE));
+        workers
+            .apply(PeerId::random(), network(1), &change, now)
+            .unwrap();
+        assert_eq!(workers.sample(&service, 9, now), [at(1)]);
+        // What they count for bounds them.
+        let more = (0..MAX_WORKERS).take_while(|n| {
+            let change = told(&n.to_string(), 2, Some(MAX_WORKER_LEASE));
+            let applied = workers.apply(PeerId::random(), network(1), &change, now);
+            applied.is_ok()
+        });
+        let grapes = MAX_WORKERS / 2 / (1 + GRAPE_LOAD);
+        assert_eq!(more.count(), grapes - 20_001);
+        workers
+            .apply(PeerId::random(), network(2), &change, now)
+            .unwrap();
+        assert_eq!(workers.grape_slots.len(), grapes + 1);
+    }
+
+    #[test]
+    fn workers_that_others_make_up_leave_all_places_of_a_service_to_own_ones() {
+        let now = Instant::now();
+        let mut workers = Workers::new(now);
+        let (service, stranger) = (name::digest("a"), PeerId::random());
+        for port in 1..=1_000 {
+            let change = told("a", port, Some(LEASE));
+            workers.apply(stranger, network(1), &change, now).unwrap();
+        }
+        let one_more = told("a", 1_001, Some(LEASE));
+        let refused = workers.apply(stranger, network(1), &one_more, now);
+        assert_eq!(refused, Err(Full::Service));
+        let announce = |workers: &mut Workers, port| {
+            let announced = workers.announce(&service, at(port), LEASE, now);
+            announced.map(drop)
+        };
+        for port in 1..=1_000 {
+            announce(&mut workers, port).unwrap();
+        }
+        assert_eq!(announce(&mut workers, 1_001), Err(Full::Service));
+        assert_eq!(workers.own(&service, now).len(), 1_000);
+    }
+
+    #[test]
+    fn a_crowded_service_is_shared_between_prefixes_and_between_the_grapes_of_one() {
+        let mut crowd = Crowd::new(4);
+        // Grapes 0 and 1 are of one network, 2 and 3 of others.
+        crowd.flood(0, 2_000);
+        assert_eq!(crowd.held(), [1_000, 0, 0, 0]);
+        crowd.flood(2, 300);
+        assert_eq!(crowd.held(), [700, 0, 300, 0]);
+        crowd.flood(1, 2_000);
+        assert_eq!(crowd.held(), [350, 350, 300, 0]);
+        crowd.flood(3, 2_000);
+        crowd.flood(2, 2_000);
+        let [a, b, c, d] = crowd.held()[..] else {
+            panic!("four grapes");
+        };
+        for share in [a + b, c, d] {
+            assert!((332..=335).contains(&share), "{share}");
+        }
+        assert!(a.abs_diff(b) <= 1, "{a} {b}");
+    }
+
+    /// Grapes of a few networks that have workers of one service.
+    struct Crowd {
+        workers: Workers,
+        grapes: Vec<PeerId>,
+        port: u16,
+        now: Instant,
+    }
+
+    impl Crowd {
+        fn new(grapes: usize) -> Self {
+            let now = Instant::now();
+            Self {
+                workers: Workers::new(now),
+                grapes: (0..grapes).map(|_| PeerId::random()).collect(),
+                port: 0,
+                now,
+            }
+        }
+
+        fn prefix(grape: usize) -> Prefix {
+            network([0, 0, 1, 2, 3, 3][grape])
+        }
+
+        /// So many new workers of one grape; returns how many were refused.
+        fn flood(&mut self, grape: usize, workers: usize) -> usize {
+            let mut refused = 0;
+            for _ in 0..workers {
+                self.port = self.port.wrapping_add(1);
+                let change = told("a", self.port, Some(LEASE));
+                let (peer, prefix) = (self.grapes[grape], Self::prefix(grape));
+                let applied = self.workers.apply(peer, prefix, &change, self.now);
+                refused += usize::from(applied.is_err());
+            }
+            refused
+        }
+
+        /// How many workers each grape has.
+        fn held(&self) -> Vec<usize> {
+            let service = name::digest("a");
+            let of = |peer| {
+                let slot = self.workers.grape_slots.get(peer);
+                let all = self.workers.all(&service);
+                all.filter(|(_, worker)| Some(&worker.grape) == slot)
+                    .count()
+            };
+            self.grapes.iter().map(of).collect()
+        }
+
+        /// Whether the counts are those of what is held.
+        fn check(&self) {
+            let held = self.held();
+            let load = |grapes: &[usize]| -> usize {
+                let held = grapes.iter().map(|grape| held[*grape]);
+                held.map(|held| held + if held > 0 { GRAPE_LOAD } else { 0 })
+                    .sum()
+            };
+            let all: Vec<_> = (0..held.len()).collect();
+            assert_eq!(self.workers.others, held.iter().sum::<usize>());
+            assert!(self.workers.others <= MAX_PER_SERVICE);
+            assert_eq!(self.workers.load, load(&all));
+            for grape in 0..held.len() {
+                let prefix = Self::prefix(grape);
+                let same = all.iter().filter(|other| Self::prefix(**other) == prefix);
+                let same: Vec<_> = same.copied().collect();
+                let counted = self.workers.by_prefix.get(&prefix);
+                assert_eq!(counted.copied().unwrap_or(0), load(&same));
+            }
+        }
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(16))]
+
+        /// Whoever floods a service in whatever order: who is refused holds his share of it.
+        #[test]
+        fn who_is_refused_has_a_fair_share_of_the_service(
+            floods in prop::collection::vec((0_usize..6, 1_usize..700), 1..8),
+        ) {
+            let mut crowd = Crowd::new(6);
+            for (grape, workers) in floods {
+                let refused = crowd.flood(grape, workers);
+                crowd.check();
+                let held = crowd.held();
+                let of_prefix = |prefix| -> usize {
+                    let of = |other: &usize| Crowd::prefix(*other) == prefix;
+                    (0..6).filter(of).map(|other| held[other]).sum()
+                };
+                for other in (0..6).filter(|_| refused > 0) {
+                    let (prefix, own) = (Crowd::prefix(other), Crowd::prefix(grape));
+                    prop_assert!(of_prefix(prefix) <= of_prefix(own) + 1);
+                    prop_assert!(prefix != own || held[other] <= held[grape] + 1);
+                }
+            }
+            crowd.now += LEASE;
+            crowd.workers.sweep(crowd.now);
+            crowd.check();
+            prop_assert!(crowd.workers.grape_slots.is_empty());
+            prop_assert!(crowd.workers.by_prefix.is_empty());
+        }
     }
 
     proptest! {

@@ -4,7 +4,7 @@
 mod workers;
 
 use std::collections::HashSet;
-use std::io::Write;
+use std::io::{Read, Write};
 use std::net::SocketAddr;
 use std::time::Duration;
 
@@ -16,15 +16,17 @@ use grapevine::chat::{ChatMessage, ChatReply};
 use grapevine::error::RequestError;
 use grapevine::gateway::{Config, Gateway, GatewayError};
 use grapevine::proto::wire::ErrorCode;
-use grapevine::{Node, Request, Testnet};
+use grapevine::{Node, Request, Role, Testnet};
 use serde_json::{Value, json};
-use tokio::io::AsyncWriteExt;
-use tokio::net::TcpStream;
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::{TcpListener, TcpSocket, TcpStream};
 use tokio::time::timeout;
 use tokio_tungstenite::tungstenite::Message;
 use tokio_tungstenite::{WebSocketStream, client_async};
 
 use crate::http::{answer, post, send};
+#[cfg(target_os = "linux")]
+use workers::BlackHole;
 use workers::{Transport, Worker};
 
 /// No scenario takes longer than this, however busy the machine.
@@ -741,9 +743,74 @@ async fn a_gateway_that_is_shut_down_frees_its_ports() {
         let mut kept = socket(at[1], "/ws").await;
         net.gateway.shutdown().await;
         for at in at {
-            tokio::net::TcpListener::bind(at).await.unwrap();
+            TcpListener::bind(at).await.unwrap();
         }
         while let Some(Ok(_)) = kept.next().await {}
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn what_is_under_way_is_answered_when_a_gateway_is_shut_down() {
+    in_time(async {
+        let net = Net::start().await;
+        let (asked, mut asking) = tokio::sync::mpsc::channel(2);
+        let handler = move |request| {
+            let asked = asked.clone();
+            async move { asked.send(request).await.unwrap() }
+        };
+        let _peer = net.serve("client1", handler).await;
+        let at = net.found("client1").await;
+        let call = r#"["r","client1","hello"]"#;
+        let mut socket = socket(at, "/ws").await;
+        socket.send(Message::text(call)).await.unwrap();
+        let by_socket = asking.recv().await.unwrap();
+        let by_http = tokio::spawn(async move { post(at, "/", call).await });
+        let by_http = (asking.recv().await.unwrap(), by_http);
+        let answers = async {
+            // It has stopped once it takes no more connections.
+            while TcpStream::connect(at).await.is_ok() {}
+            by_socket.reply("one");
+            by_http.0.reply("two");
+            assert_eq!(text(&mut socket).await, r#"["r",null,"one"]"#);
+            while let Some(Ok(_)) = socket.next().await {}
+            assert_eq!(by_http.1.await.unwrap().text(), r#"["r",null,"two"]"#);
+        };
+        tokio::join!(net.gateway.shutdown(), answers);
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn a_gateway_that_is_shut_down_waits_for_its_sockets() {
+    in_time(async {
+        let net = Net::start().await;
+        let (asked, mut asking) = tokio::sync::mpsc::channel(1);
+        let handler = move |request| {
+            let asked = asked.clone();
+            async move { asked.send(request).await.unwrap() }
+        };
+        let _peer = net.serve("client1", handler).await;
+        let at = net.found("client1").await;
+        let mut socket = socket(at, "/ws").await;
+        let call = r#"["r","client1","hello"]"#;
+        socket.send(Message::text(call)).await.unwrap();
+        let request = asking.recv().await.unwrap();
+        let ports = [net.gateway.api_address(), at];
+        let mut shutdown = std::pin::pin!(net.gateway.shutdown());
+        assert!(futures::poll!(&mut shutdown).is_pending());
+        for port in ports {
+            while TcpStream::connect(port).await.is_ok() {}
+        }
+        tokio::task::yield_now().await;
+        assert!(futures::poll!(&mut shutdown).is_pending());
+        request.reply("one");
+        shutdown.await;
+        // The answer and the goodbye are there, without a further step of the gateway's.
+        let mut stream = socket.into_inner().into_std().unwrap();
+        let mut frames = Vec::new();
+        stream.read_to_end(&mut frames).unwrap();
+        assert_eq!(frames, b"\x81\x10[\"r\",null,\"one\"]\x88\x00");
     })
     .await;
 }
@@ -945,6 +1012,46 @@ async fn a_message_that_is_too_long_closes_its_socket_only() {
 }
 
 #[tokio::test]
+async fn answers_that_nobody_reads_take_a_bounded_room() {
+    in_time(async {
+        let net = Net::start().await;
+        // JSON makes six times as many of them: more than the system takes of a connection.
+        let large = |request: Request| async move { request.reply("\u{1}".repeat(1_000_000)) };
+        let _large = net.serve("large", large).await;
+        let _small = net.serve("small", echo).await;
+        let at = net.found("large").await;
+        let call = r#"["r","large",""]"#;
+        let no_room = "finds no room";
+        let mut unread = Vec::new();
+        loop {
+            let socket = TcpSocket::new_v4().unwrap();
+            socket.set_recv_buffer_size(4 << 10).unwrap();
+            let mut stream = socket.connect(at).await.unwrap();
+            let length = call.len();
+            let head =
+                format!("POST / HTTP/1.1\r\nhost: grape\r\ncontent-length: {length}\r\n\r\n");
+            stream.write_all((head + call).as_bytes()).await.unwrap();
+            // The head, and no more than the beginning of what it announces.
+            let mut begun = [0; 110];
+            stream.read_exact(&mut begun).await.unwrap();
+            if String::from_utf8_lossy(&begun).contains(no_room) {
+                break;
+            }
+            unread.push(stream);
+            assert!(unread.len() < 20, "eleven of them fill the room");
+        }
+        let answer = post(at, "/", r#"["r","small","hello"]"#).await;
+        assert_eq!(answer.text(), r#"["r",null,"Echo: hello"]"#);
+        let mut socket = socket(at, "/ws").await;
+        socket.send(Message::text(call)).await.unwrap();
+        assert!(text(&mut socket).await.contains(no_room));
+        drop(unread);
+        while post(at, "/", call).await.text().contains(no_room) {}
+    })
+    .await;
+}
+
+#[tokio::test]
 async fn a_node_calls_a_worker_of_either_transport() {
     in_time(async {
         let net = Net::start().await;
@@ -1100,6 +1207,25 @@ async fn a_call_goes_to_a_worker_that_is_there() {
     .await;
 }
 
+#[cfg(target_os = "linux")]
+#[tokio::test]
+async fn a_worker_whose_host_is_gone_fails_no_call_that_another_one_answers() {
+    in_time(async {
+        let net = Net::start().await;
+        let there = Worker::start(Transport::Socket).await;
+        let caller = net.announce("client1", &there).await;
+        let gone = BlackHole::new().await;
+        let announced = net.ask("/announce", json!(["client1", gone.at.port()]));
+        assert_eq!(announced.await, "1");
+        let name = "client1".parse().unwrap();
+        let calls = (0..60).map(|_| caller.request(&name, "hello"));
+        for reply in futures::future::join_all(calls).await {
+            assert_eq!(reply.unwrap().text().unwrap(), "Echo: hello");
+        }
+    })
+    .await;
+}
+
 #[tokio::test]
 async fn a_worker_that_is_gone_is_not_live() {
     in_time(async {
@@ -1123,12 +1249,16 @@ async fn workers_and_peers_of_one_name_share_its_callers() {
         let at = net.found("client1").await;
         let worker = Worker::start(Transport::Socket).await;
         let caller = net.announce("client1", &worker).await;
-        let found = net.ask("/lookup", json!("client1")).await;
-        let mut found: Vec<SocketAddr> = serde_json::from_str(&found).unwrap();
-        let mut both = [at, worker.at];
-        found.sort_unstable();
-        both.sort_unstable();
-        assert_eq!(found, both);
+        let both = HashSet::from([at, worker.at]);
+        // What is found out about the peer late is told to the next one.
+        loop {
+            let found = net.ask("/lookup", json!("client1")).await;
+            let found: HashSet<SocketAddr> = serde_json::from_str(&found).unwrap();
+            if found == both {
+                break;
+            }
+            assert!(found.is_subset(&both), "{found:?}");
+        }
         let mut answers = HashSet::new();
         while answers.len() < 2 {
             let reply = caller.request(&"client1".parse().unwrap(), "hello").await;
@@ -1136,6 +1266,72 @@ async fn workers_and_peers_of_one_name_share_its_callers() {
         }
         let both = ["Echo: hello", "from the peer"].map(|answer| answer.as_bytes().to_vec());
         assert_eq!(answers, both.into());
+    })
+    .await;
+}
+
+/// Announces a name at a grape for an address where nobody answers, and is gone without a word.
+async fn announce_and_vanish(grape: &Node, name: &str, at: SocketAddr) {
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(1)
+        .enable_all()
+        .build()
+        .unwrap();
+    let SocketAddr::V4(at) = at else {
+        panic!("an address of IPv4");
+    };
+    let address = format!("/ip4/{}/tcp/{}", at.ip(), at.port());
+    let (grapes, name) = (grape.addresses(), name.parse().unwrap());
+    let announced = runtime.spawn(async move {
+        let peer = Node::builder(Role::Peer).bootstrap(grapes);
+        let peer = peer.external([address.parse().unwrap()]).spawn().await;
+        peer.unwrap().announce(&name).await.unwrap()
+    });
+    let _service = announced.await.unwrap();
+    runtime.shutdown_background();
+}
+
+#[tokio::test]
+async fn a_peer_that_never_answers_delays_no_lookup_that_finds_workers() {
+    in_time(async {
+        let any = "/ip4/127.0.0.1/tcp/0".parse().unwrap();
+        let grape = Node::builder(Role::Grape).listen([any]).spawn().await;
+        let grape = grape.unwrap();
+        let config = Config {
+            api: "127.0.0.1:0".parse().unwrap(),
+            ..Config::default()
+        };
+        let gateway = Gateway::spawn(grape.clone(), config).await.unwrap();
+        let at = gateway.api_address();
+        let announce = r#"{"data":["client1",1337]}"#;
+        assert_eq!(post(at, "/announce", announce).await.text(), "1");
+        let silent = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        announce_and_vanish(&grape, "client1", silent.local_addr().unwrap()).await;
+
+        let lookup = || async {
+            let found = post(at, "/lookup", r#"{"data":"client1"}"#).await;
+            assert_eq!(found.text(), r#"["127.0.0.1:1337"]"#);
+        };
+        let asking = async {
+            loop {
+                lookup().await;
+            }
+        };
+        let mut dialled = tokio::select! {
+            dialled = silent.accept() => dialled.unwrap().0,
+            () = asking => unreachable!(),
+        };
+        let mut unread = Vec::new();
+        let given_up = dialled.read_to_end(&mut unread);
+        let asked_on = async {
+            for _ in 0..10 {
+                lookup().await;
+            }
+        };
+        tokio::select! {
+            _ = given_up => panic!("lookups wait for the peer"),
+            () = asked_on => {}
+        }
     })
     .await;
 }

@@ -35,6 +35,8 @@ pub(super) struct Worker {
     transport: Mutex<Option<Transport>>,
     /// Locked while it is being opened.
     socket: tokio::sync::Mutex<Option<Arc<Socket>>>,
+    /// Locked while somebody finds out whether it is there.
+    probing: tokio::sync::Mutex<()>,
     seen: Mutex<Option<Seen>>,
     open: Semaphore,
 }
@@ -85,6 +87,7 @@ impl Worker {
             http,
             transport: Mutex::default(),
             socket: tokio::sync::Mutex::default(),
+            probing: tokio::sync::Mutex::default(),
             seen: Mutex::default(),
             open: Semaphore::new(MAX_OPEN),
         }
@@ -103,8 +106,13 @@ impl Worker {
         self.verdict() == Some(false)
     }
 
-    /// Whether it can be connected to, or could be a moment ago.
+    /// Whether it can be connected to, or could be a moment ago. All who ask at once wait for the same
+    /// connection.
     pub(super) async fn is_there(&self) -> bool {
+        if let Some(is_there) = self.verdict() {
+            return is_there;
+        }
+        let _alone = self.probing.lock().await;
         if let Some(is_there) = self.verdict() {
             return is_there;
         }
@@ -163,13 +171,14 @@ impl Worker {
 
     /// Finds out which transport it speaks. Who takes no WebSocket is expected to speak HTTP.
     async fn learn(&self) -> Result<Transport, String> {
+        let asked = Instant::now();
         let mut kept = self.socket.lock().await;
         if let Some(transport) = self.transport() {
             return Ok(transport);
         }
-        let transport = match Socket::connect(self.at, PATIENCE).await {
+        let transport = match self.connect(asked, PATIENCE).await {
             Ok(socket) => {
-                *kept = Some(Arc::new(socket));
+                *kept = Some(socket);
                 Transport::Socket
             }
             Err(ConnectError::NotASocket) => Transport::Http,
@@ -193,20 +202,44 @@ impl Worker {
 
     /// The open socket, or a new one; and whether it is new.
     async fn socket(&self) -> Result<(Arc<Socket>, bool), Missed> {
+        let asked = Instant::now();
         let mut kept = self.socket.lock().await;
         if let Some(socket) = kept.as_ref().filter(|socket| socket.is_open()) {
             return Ok((Arc::clone(socket), false));
         }
         *kept = None;
-        match Socket::connect(self.at, CONNECT_DEADLINE).await {
+        match self.connect(asked, CONNECT_DEADLINE).await {
             Ok(socket) => {
-                let socket = Arc::new(socket);
                 *kept = Some(Arc::clone(&socket));
                 Ok((socket, true))
             }
             Err(ConnectError::NotASocket) => Err(Missed::OtherTransport),
             Err(ConnectError::Unreachable(reason)) => Err(Missed::Failed(Failed::NotSent(reason))),
         }
+    }
+
+    /// Opens a socket, for who holds the lock and has waited for it since `asked`. If somebody has
+    /// missed the worker meanwhile, who waited has missed it too: each would take a second more
+    /// otherwise, one after the other, while another worker could answer.
+    async fn connect(
+        &self,
+        asked: Instant,
+        patience: Duration,
+    ) -> Result<Arc<Socket>, ConnectError> {
+        if self.is_missed_since(asked) {
+            let reason = "it was not there a moment ago";
+            return Err(ConnectError::Unreachable(reason.into()));
+        }
+        let connected = Socket::connect(self.at, patience).await;
+        if let Err(ConnectError::Unreachable(_)) = connected {
+            // Before the lock is given back, so that the next one knows.
+            self.see(false);
+        }
+        connected.map(Arc::new)
+    }
+
+    fn is_missed_since(&self, asked: Instant) -> bool {
+        lock(&self.seen).is_some_and(|seen| !seen.is_there && seen.at >= asked)
     }
 
     fn see(&self, is_there: bool) {

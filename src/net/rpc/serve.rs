@@ -29,10 +29,13 @@ use crate::proto::frame::{FrameError, FrameReader};
 use crate::proto::wire::{
     self, Batch, DecodeError, ErrorCode, NamesRequest, RemoteError, Request, RequestRef,
 };
-use crate::store::{NotTaken, Registry};
+use crate::store::{BatchRefused, NotTaken, Registry};
 
 /// What is said to whoever calls a name that nobody serves here.
 const NOT_SERVED: &str = "not served here";
+
+/// What is said to whoever asks and does not read.
+const UNREAD: &str = "too many answers wait to be read";
 
 /// What serves the requests of others, shared by all their streams.
 #[derive(Debug)]
@@ -260,14 +263,25 @@ impl Server {
     }
 
     /// Takes what another grape tells of its workers.
-    fn on_batch(&self, remote: Remote, payload: &[u8]) -> Result<Vec<u8>, RemoteError> {
-        let Some(registry) = self.registry.as_ref() else {
-            return Err(RemoteError::new(ErrorCode::UnknownService, NOT_SERVED));
+    fn on_batch(&self, remote: Remote, payload: &[u8], mut responder: Responder) {
+        let refuse = |code, error: &dyn Error| RemoteError::new(code, error.to_string());
+        let answer = |registry: &Registry| {
+            let batch = Batch::decode(payload);
+            let batch = batch.map_err(|error| refuse(ErrorCode::BadRequest, &error))?;
+            let reply = registry.on_batch(remote.peer, remote.host, &batch, Instant::now());
+            let reply = reply.map_err(|error| match error {
+                BatchRefused::TooFast => refuse(ErrorCode::Busy, &error),
+                BatchRefused::Repeated => refuse(ErrorCode::BadRequest, &error),
+            })?;
+            let encoded = reply.encode();
+            encoded.map_err(|error| refuse(ErrorCode::HandlerFailed, &error))
         };
-        let refuse = |error: &dyn Error| RemoteError::new(ErrorCode::BadRequest, error.to_string());
-        let batch = Batch::decode(payload).map_err(|error| refuse(&error))?;
-        let reply = registry.on_batch(remote.peer, remote.host, &batch, Instant::now());
-        reply.encode().map_err(|error| refuse(&error))
+        let answer = match self.registry.as_ref() {
+            None => Err(RemoteError::new(ErrorCode::UnknownService, NOT_SERVED)),
+            Some(registry) if responder.admit_short() => answer(registry),
+            Some(_) => Err(RemoteError::new(ErrorCode::Busy, UNREAD)),
+        };
+        responder.answer(answer);
     }
 
     /// Keeps, takes back and finds names for another node.
@@ -277,10 +291,7 @@ impl Server {
             Some(registry) if responder.admit_short() => {
                 self.answer_on_names(registry, remote, payload)
             }
-            Some(_) => {
-                let message = "too many answers wait to be read";
-                Err(RemoteError::new(ErrorCode::Busy, message))
-            }
+            Some(_) => Err(RemoteError::new(ErrorCode::Busy, UNREAD)),
         };
         responder.answer(answer);
     }
@@ -445,7 +456,7 @@ fn dispatch(
         );
     }
     match request.service {
-        wire::REGISTRY => return responder.answer(server.on_batch(remote, request.payload)),
+        wire::REGISTRY => return server.on_batch(remote, request.payload, responder),
         wire::NAMES => return server.on_names(remote, request.payload, responder),
         _ => {}
     }
@@ -477,6 +488,7 @@ mod tests {
     use tokio_util::compat::TokioAsyncReadCompatExt;
 
     use super::*;
+    use crate::limits::{Bounds, LEASE};
     use crate::proto::frame::append_frame_with;
     use crate::proto::wire::Reply;
 
@@ -488,8 +500,16 @@ mod tests {
 
     impl Client {
         fn new(limits: &Limits, name: &str) -> (Self, mpsc::Receiver<Inbound>) {
+            Self::with(limits, None, name)
+        }
+
+        fn with(
+            limits: &Limits,
+            registry: Option<Arc<Registry>>,
+            name: &str,
+        ) -> (Self, mpsc::Receiver<Inbound>) {
             let (near, far) = duplex(1 << 20);
-            let server = Server::new(limits, None, Arc::default());
+            let server = Server::new(limits, registry, Arc::default());
             let (handler, requests) = mpsc::channel(100);
             server.serve(name.parse().unwrap(), handler);
             let remote = Remote {
@@ -527,6 +547,43 @@ mod tests {
 
     fn code(reply: &Reply) -> &ErrorCode {
         &reply.outcome.as_ref().unwrap_err().code
+    }
+
+    #[tokio::test]
+    async fn answers_on_workers_that_nobody_reads_hold_their_part_of_the_budget() {
+        let limits = Limits {
+            inbound_bytes: 100_000,
+            ..Limits::default()
+        };
+        let now = Instant::now();
+        let registry = Registry::new(PeerId::random(), Bounds::default(), LEASE, now);
+        let find: Vec<_> = (0..16).map(|n| [n; 32]).collect();
+        for service in &find {
+            for port in 1..=100 {
+                let at = ([127, 0, 0, 1], port).into();
+                let announced = registry.workers().announce(service, at, LEASE, now);
+                announced.unwrap();
+            }
+        }
+        let (mut client, mut requests) = Client::with(&limits, Some(registry), "client1");
+        let changes = Vec::new();
+        let batch = Batch { changes, find }.encode().unwrap();
+        let asked = 200;
+        for id in 1..=asked {
+            client.ask(id, wire::REGISTRY, &batch).await;
+        }
+        // It has handled all of them once this one has arrived.
+        client.ask(asked + 1, "client1", b"").await;
+        requests.recv().await.unwrap();
+        let mut replies = FrameReader::new(client.stream.compat(), Vec::new());
+        let mut answered = 0;
+        for _ in 1..=asked {
+            let frame = replies.next(wire::MAX_FRAME, FRAME_DEADLINE, FRAME_DEADLINE);
+            let reply = Reply::decode(frame.await.unwrap().unwrap()).unwrap();
+            answered += usize::from(reply.outcome.is_ok());
+        }
+        // The stream holds 93 of them, the budget eleven.
+        assert!((1..=110).contains(&answered), "{answered}");
     }
 
     #[tokio::test]

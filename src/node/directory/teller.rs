@@ -1,6 +1,6 @@
 //! Tells the other grapes what changes of this one's workers.
 //!
-//! In a network of up to [`K`](kad::K_VALUE) grapes each one is responsible for every name, and is
+//! In a network of up to [`K`](libp2p::kad::K_VALUE) grapes each one is responsible for every name, and is
 //! told of every worker. In a larger one the grape provides its workers' names in Kademlia, which
 //! finds the grapes that are responsible; who looks a name up asks the grape for the workers.
 
@@ -16,17 +16,15 @@ use tokio::time::sleep_until;
 
 use super::carrying::Carrying;
 use super::is_small;
+use super::told::{News, Sent, Told};
 use crate::name;
 use crate::net::{Command, KnownGrape, Outcome};
 use crate::node::{Node, Shared, call};
-use crate::proto::wire::{Batch, Digest, ErrorCode, MAX_CHANGES, REGISTRY};
+use crate::proto::wire::{Digest, REGISTRY};
 use crate::store::Registry;
 
 /// How long a grape may take to confirm a batch.
 const BATCH_DEADLINE: Duration = Duration::from_secs(5);
-
-/// The pause before a grape that did not take a batch is told again.
-const RETRY: Duration = Duration::from_secs(1);
 
 /// The task that tells the other grapes.
 pub(super) struct Teller {
@@ -36,40 +34,22 @@ pub(super) struct Teller {
     carrying: Carrying,
 }
 
-/// What a grape has been told.
-#[derive(Debug, Default)]
-struct Told {
-    /// The connection over which. After another one the grape may have forgotten everything.
-    connected: Option<u64>,
-    /// The number of the last change it has confirmed.
-    up_to: u64,
-    /// It is being told.
-    busy: bool,
-    /// It did not take the last batch and is told again then.
-    retry: Option<Instant>,
-    /// It is another implementation, which has no registry.
-    is_deaf: bool,
-}
-
-/// The changes up to a number, for a grape.
+/// What a grape is told.
 struct Outgoing {
     grape: PeerId,
-    connected: Option<u64>,
-    up_to: u64,
-    batch: Batch,
+    news: News,
 }
 
-/// A grape's answer to them.
+/// A grape's answer to it.
 struct Answer {
     grape: PeerId,
-    connected: Option<u64>,
-    up_to: u64,
+    sent: Sent,
     outcome: Outcome,
 }
 
 impl Outgoing {
     async fn send(self, node: Node) -> Answer {
-        let outcome = match self.batch.encode() {
+        let outcome = match self.news.batch.encode() {
             Ok(payload) => {
                 call::call_peer(&node, self.grape, REGISTRY, payload, BATCH_DEADLINE).await
             }
@@ -78,8 +58,7 @@ impl Outgoing {
         };
         Answer {
             grape: self.grape,
-            connected: self.connected,
-            up_to: self.up_to,
+            sent: self.news.sent,
             outcome,
         }
     }
@@ -128,11 +107,12 @@ impl Teller {
             };
             let node = Node { shared };
             let due = if is_small(&known) {
-                self.on_grapes(&known);
-                for batch in self.batches(now) {
-                    telling.push(Either::Left(batch.send(node.clone()).map(Ended::Batch)));
+                self.on_grapes(&known, now);
+                let (outgoing, due) = self.poll(now);
+                for news in outgoing {
+                    telling.push(Either::Left(news.send(node.clone()).map(Ended::Batch)));
                 }
-                self.grapes.values().filter_map(|told| told.retry).min()
+                due
             } else {
                 self.carrying.learn(&self.registry.workers(), now);
                 while let Some(service) = self.carrying.poll(now) {
@@ -159,73 +139,34 @@ impl Teller {
         }
     }
 
-    fn on_grapes(&mut self, known: &[KnownGrape]) {
+    fn on_grapes(&mut self, known: &[KnownGrape], now: Instant) {
         self.grapes
-            .retain(|peer, told| told.busy || known.iter().any(|grape| grape.peer == *peer));
+            .retain(|peer, told| told.is_busy() || known.iter().any(|grape| grape.peer == *peer));
         for grape in known {
             let told = self.grapes.entry(grape.peer).or_default();
-            if told.connected != grape.connected {
-                *told = Told {
-                    connected: grape.connected,
-                    busy: told.busy,
-                    ..Told::default()
-                };
-            }
+            told.on_connected(grape.connected, now);
         }
     }
 
-    /// What to tell which grapes now.
-    fn batches(&mut self, now: Instant) -> Vec<Outgoing> {
+    /// What to tell which grapes now, and when to look again.
+    fn poll(&mut self, now: Instant) -> (Vec<Outgoing>, Option<Instant>) {
         let workers = self.registry.workers();
-        let mut batches = Vec::new();
-        for (grape, told) in &mut self.grapes {
-            let waits = told.retry.is_some_and(|at| at > now);
-            if told.busy || told.is_deaf || waits || told.up_to >= workers.last_change() {
-                continue;
-            }
-            let (batch, up_to) = match told.connected {
-                Some(_) => {
-                    let (changes, up_to) = workers.changes(told.up_to, MAX_CHANGES, now);
-                    let find = Vec::new();
-                    (Batch { changes, find }, up_to)
-                }
-                // Asking it anything connects to it.
-                None => (Batch::default(), told.up_to),
-            };
-            if batch.changes.is_empty() && told.connected.is_some() {
-                told.up_to = up_to;
-                continue;
-            }
-            told.busy = true;
-            told.retry = None;
-            batches.push(Outgoing {
-                grape: *grape,
-                connected: told.connected,
-                up_to,
-                batch,
-            });
-        }
-        batches
+        let next = |(grape, told): (&PeerId, &mut Told)| {
+            let grape = *grape;
+            let news = told.next(&workers, now)?;
+            Some(Outgoing { grape, news })
+        };
+        let outgoing = self.grapes.iter_mut().filter_map(next).collect();
+        let due = self.grapes.values().filter_map(|told| told.due(&workers));
+        (outgoing, due.min())
     }
 
     fn on_answer(&mut self, answer: Answer) {
-        let Some(told) = self.grapes.get_mut(&answer.grape) else {
-            return;
-        };
-        told.busy = false;
-        match answer.outcome {
-            Outcome::Answered(Ok(_)) if told.connected == answer.connected => {
-                told.up_to = told.up_to.max(answer.up_to);
-            }
-            // Connected anew: it is told everything.
-            Outcome::Answered(Ok(_)) => {}
-            Outcome::Answered(Err(error)) if error.code == ErrorCode::UnknownService => {
-                told.is_deaf = true;
-            }
-            outcome => {
-                tracing::debug!(grape = %answer.grape, ?outcome, "a grape took no batch");
-                told.retry = Some(Instant::now() + RETRY);
-            }
+        if !matches!(answer.outcome, Outcome::Answered(Ok(_))) {
+            tracing::debug!(grape = %answer.grape, outcome = ?answer.outcome, "a grape took no batch");
+        }
+        if let Some(told) = self.grapes.get_mut(&answer.grape) {
+            told.on_outcome(answer.sent, &answer.outcome, Instant::now());
         }
     }
 }

@@ -53,6 +53,30 @@ impl Worker {
     }
 }
 
+/// The port of a host that is gone: who connects gets no answer at all.
+#[cfg(target_os = "linux")]
+pub(super) struct BlackHole {
+    pub(super) at: SocketAddr,
+    _listener: TcpListener,
+    _waiting: TcpStream,
+}
+
+#[cfg(target_os = "linux")]
+impl BlackHole {
+    pub(super) async fn new() -> Self {
+        let socket = tokio::net::TcpSocket::new_v4().unwrap();
+        socket.bind("127.0.0.1:0".parse().unwrap()).unwrap();
+        // The system drops what comes after the one connection that may wait to be accepted.
+        let listener = socket.listen(0).unwrap();
+        let at = listener.local_addr().unwrap();
+        Self {
+            at,
+            _waiting: TcpStream::connect(at).await.unwrap(),
+            _listener: listener,
+        }
+    }
+}
+
 /// What it answers; `None` is nothing, ever.
 fn answer(question: &str) -> Option<String> {
     let question: Value = serde_json::from_str(question).unwrap();
