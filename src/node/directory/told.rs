@@ -25,7 +25,7 @@ pub(super) struct Told {
     /// How many batches it did not take, one after the other.
     failures: u32,
     /// It is another implementation, which has no registry.
-    is_deaf: bool,
+    lacks_registry: bool,
 }
 
 /// The changes up to a number, for a grape.
@@ -111,7 +111,7 @@ impl Told {
                 }
             }
             Outcome::Answered(Err(error)) if error.code == ErrorCode::UnknownService => {
-                self.is_deaf = true;
+                self.lacks_registry = true;
             }
             _ => {
                 let pause = RETRY.saturating_mul(1 << self.failures.min(8));
@@ -122,7 +122,7 @@ impl Told {
     }
 
     fn has_news(&self, workers: &Workers) -> bool {
-        !self.busy && !self.is_deaf && self.up_to < workers.last_change()
+        !self.busy && !self.lacks_registry && self.up_to < workers.last_change()
     }
 }
 
