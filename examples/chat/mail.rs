@@ -1,7 +1,7 @@
 //! Sends a message and shows what is answered; says with which exit code a failure ends the program.
 
 use std::pin::pin;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use futures::StreamExt;
 use grapevine::chat::{ChatMessage, ChatReply, sanitise};
@@ -74,6 +74,10 @@ impl Mail {
             return self.send_to_all(to, payload).await;
         }
         let reply = self.send_to_one(to, payload, partner.peer).await;
+        if let Err(RequestError::TimedOut(_) | RequestError::Busy(_)) = &reply {
+            // Another one may have the next message.
+            *partner = Partner::of(2);
+        }
         let reply = reply.map_err(|error| self.failure(&error))?;
         let before = partner.peer.replace(reply.provider);
         let has_changed = before.is_some_and(|before| before != reply.provider);
@@ -91,20 +95,24 @@ impl Mail {
         payload: Vec<u8>,
         partner: Option<PeerId>,
     ) -> Result<Reply, RequestError> {
+        let mut options = self.options();
         if let Some(partner) = partner {
-            let (again, options) = (payload.clone(), self.options());
-            let reply = self.node.request_to(partner, to, again, options).await;
+            let end = Instant::now() + options.deadline;
+            let (again, once) = (payload.clone(), options.clone());
+            let reply = self.node.request_to(partner, to, again, once).await;
             let is_gone = |error: &RequestError| {
                 matches!(
                     error,
                     RequestError::Lookup(_) | RequestError::Unreachable { .. }
                 )
             };
-            if !reply.as_ref().is_err_and(is_gone) {
+            // What is left of the time.
+            options.deadline = end.saturating_duration_since(Instant::now());
+            if !reply.as_ref().is_err_and(is_gone) || options.deadline.is_zero() {
                 return reply;
             }
         }
-        self.node.request_with(to, payload, self.options()).await
+        self.node.request_with(to, payload, options).await
     }
 
     /// Who keeps a message to this name waiting.

@@ -257,9 +257,10 @@ impl Connectivity {
         if !known.connections.is_empty() {
             return Change::default();
         }
+        let has_spoken = known.is_identified;
         self.peers.remove(&peer);
         let bootstrap = self.bootstraps.connected().contains(&peer);
-        self.bootstraps.on_disconnected(&peer, now);
+        self.bootstraps.on_disconnected(&peer, has_spoken, now);
         self.publish();
         Change {
             peer: true,

@@ -5,10 +5,12 @@
 use std::collections::HashMap;
 use std::time::Instant;
 
+use libp2p::core::Endpoint;
 use libp2p::kad::{
     self, GetClosestPeersError, GetProvidersError, GetProvidersOk, InboundRequest, ProgressStep,
     QueryId, QueryResult, RecordKey,
 };
+use libp2p::swarm::{ConnectionId, NetworkBehaviour};
 use libp2p::{Multiaddr, PeerId};
 use tokio::sync::oneshot;
 
@@ -276,9 +278,15 @@ impl Discovery {
         kad.kbuckets().next().is_some()
     }
 
-    /// The addresses at which this node's own store has a provider.
-    pub(crate) fn stored_addresses(kad: &mut Kademlia, peer: &PeerId) -> Vec<Multiaddr> {
-        let mut addresses = kad.store_mut().0.providers().addresses(peer);
+    /// Where a provider that a query has just named can be dialled, as far as this node's own store and
+    /// Kademlia know.
+    pub(crate) fn addresses(kad: &mut Kademlia, peer: PeerId) -> Vec<Multiaddr> {
+        let mut addresses = kad.store_mut().0.providers().addresses(&peer);
+        // What it would add to a dial. It keeps most of that only while its query runs, and one that has
+        // to wait for its turn is dialled later.
+        let (any, dialer) = (ConnectionId::new_unchecked(0), Endpoint::Dialer);
+        let known = kad.handle_pending_outbound_connection(any, Some(peer), &[], dialer);
+        addresses.extend(known.unwrap_or_default());
         addresses.truncate(MAX_ADDRESSES);
         addresses
     }

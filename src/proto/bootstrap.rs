@@ -144,8 +144,8 @@ impl<C: Copy + Eq> Bootstraps<C> {
         was_taken
     }
 
-    /// The last connection to a peer has closed.
-    pub(crate) fn on_disconnected(&mut self, peer: &PeerId, now: Instant) {
+    /// The last connection to a peer has closed; `has_spoken` tells whether it had said what it is.
+    pub(crate) fn on_disconnected(&mut self, peer: &PeerId, has_spoken: bool, now: Instant) {
         for entry in &mut self.entries {
             let since = match entry.state {
                 State::Connected(connected, since) if connected == *peer => since,
@@ -157,6 +157,10 @@ impl<C: Copy + Eq> Bootstraps<C> {
             };
             if now < since + LASTING {
                 let reason = "it closes the connection at once; it may not let this node in";
+                entry.last_failure = Some(DialFailure::Unreachable(reason.into()));
+                entry.state = State::Due(now + entry.backoff.next().unwrap_or(REDIAL_MAX));
+            } else if !has_spoken {
+                let reason = "it accepts connections and says nothing; restart it";
                 entry.last_failure = Some(DialFailure::Unreachable(reason.into()));
                 entry.state = State::Due(now + entry.backoff.next().unwrap_or(REDIAL_MAX));
             } else {
@@ -395,7 +399,7 @@ mod tests {
         );
         assert!(bootstraps.is_hopeless());
         assert_eq!(bootstraps.failures().tried[0].1, DialFailure::NotAGrape);
-        bootstraps.on_disconnected(&peer, now + LASTING);
+        bootstraps.on_disconnected(&peer, true, now + LASTING);
         assert!(bootstraps.next_due().is_some());
         assert!(bootstraps.is_hopeless(), "while nobody else answers there");
         bootstraps.on_dialling(0, 2);
@@ -422,7 +426,7 @@ mod tests {
         let mut bootstraps = Bootstraps::new([address], start);
         bootstraps.on_dialling(0, 1);
         assert!(bootstraps.on_connected(1, grape, start));
-        bootstraps.on_disconnected(&grape, start + lasted);
+        bootstraps.on_disconnected(&grape, true, start + lasted);
         bootstraps.next_due().unwrap() - (start + lasted)
     }
 

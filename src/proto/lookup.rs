@@ -294,10 +294,14 @@ impl<Q: Copy + Eq + Hash> Lookups<Q> {
     /// Whether a bootstrap grape may be about to be connected: meanwhile nobody is said to be not
     /// found, for as long as slow providers are waited for.
     pub(crate) fn expect(&mut self, expecting: bool, now: Instant) {
-        if std::mem::replace(&mut self.expecting, expecting) && !expecting {
-            let names: Vec<_> = self.running.keys().cloned().collect();
-            for name in names {
-                self.settle(&name, now);
+        if std::mem::replace(&mut self.expecting, expecting) == expecting {
+            return;
+        }
+        let started = |(name, lookup): (&ServiceName, &Lookup<Q>)| (name.clone(), lookup.started);
+        for (name, started) in self.running.iter().map(started).collect::<Vec<_>>() {
+            match expecting {
+                true => self.wake(&name, started + LOOKUP_SETTLE),
+                false => self.settle(&name, now),
             }
         }
     }
@@ -454,12 +458,23 @@ impl<Q: Copy + Eq + Hash> Lookups<Q> {
             }
             Some(candidate) => {
                 candidate.add(addresses, max_addresses);
-                // Beside a dial that is under way: the addresses that came first may be wrong ones.
-                let may_dial = matches!(candidate.state, State::Unreachable | State::Dialling(_));
-                if may_dial && !candidate.untried.is_empty() {
-                    let until = candidate.dial(peer, now, &mut self.steps);
-                    self.wake(name, until);
-                }
+                let until = match candidate.state {
+                    // This source has room for it.
+                    State::Waiting if may_dial && connected => {
+                        candidate.source = source;
+                        candidate.ask(name, peer, now, &mut self.steps)
+                    }
+                    State::Waiting if may_dial => {
+                        candidate.source = source;
+                        candidate.dial(peer, now, &mut self.steps)
+                    }
+                    // Beside a dial that is under way: the addresses that came first may be wrong ones.
+                    State::Unreachable | State::Dialling(_) if !candidate.untried.is_empty() => {
+                        candidate.dial(peer, now, &mut self.steps)
+                    }
+                    _ => return,
+                };
+                self.wake(name, until);
             }
         }
     }
@@ -490,7 +505,7 @@ impl<Q: Copy + Eq + Hash> Lookups<Q> {
             let Some(candidate) = lookup.candidates.get_mut(peer) else {
                 continue;
             };
-            if !matches!(candidate.state, State::Dialling(_)) {
+            if !matches!(candidate.state, State::Dialling(_) | State::Unreachable) {
                 continue;
             }
             if !candidate.untried.is_empty() {
@@ -644,22 +659,38 @@ impl<Q> Lookup<Q> {
         let mut waiting = self
             .candidates
             .iter()
-            .filter(|(_, candidate)| candidate.state == State::Waiting);
-        let next = waiting.find(|(_, candidate)| self.may_dial(candidate.source));
+            .filter(|(_, candidate)| candidate.state == State::Waiting)
+            .peekable();
+        waiting.peek()?;
+        let taken = self.count(Candidate::takes_place);
+        let next = waiting.find(|(_, candidate)| self.has_room(candidate.source, &taken, 1));
         next.map(|(peer, _)| *peer)
     }
 
-    /// Whether a source has room for one more candidate, where those that are `counted` may be so many
-    /// times its share. One grape that answers Kademlia has a part of Kademlia's share.
-    fn has_room(&self, source: Source, counted: fn(&Candidate) -> bool, times: usize) -> bool {
+    /// How many candidates of each source are `counted`.
+    fn count(&self, counted: fn(&Candidate) -> bool) -> HashMap<Source, usize> {
+        let mut counts = HashMap::new();
+        for candidate in self.candidates.values().filter(|named| counted(named)) {
+            *counts.entry(candidate.source).or_default() += 1;
+        }
+        counts
+    }
+
+    /// Whether a source has room for one more candidate beside those that count, where they may be so
+    /// many times its share. One grape that answers Kademlia has a part of Kademlia's share.
+    fn has_room(&self, source: Source, counts: &HashMap<Source, usize>, times: usize) -> bool {
         let share = times * (MAX_CANDIDATES / self.sources).max(1);
-        let counted = || self.candidates.values().filter(|named| counted(named));
-        let of_one = counted().filter(|named| named.source == source).count();
+        let of_one = counts.get(&source).copied().unwrap_or_default();
         match source {
             Source::Point(_) => of_one < share,
             Source::Kademlia(_) => {
-                let by_kademlia = |named: &&Candidate| matches!(named.source, Source::Kademlia(_));
-                let of_all = counted().filter(by_kademlia).count();
+                let by_kademlia =
+                    |(source, _): &(&Source, _)| matches!(source, Source::Kademlia(_));
+                let of_all: usize = counts
+                    .iter()
+                    .filter(by_kademlia)
+                    .map(|(_, count)| count)
+                    .sum();
                 of_one < (share / KADEMLIA_ANSWERS).max(1) && of_all < share
             }
         }
@@ -667,12 +698,12 @@ impl<Q> Lookup<Q> {
 
     /// Whether another candidate of a source may be dialled now.
     fn may_dial(&self, source: Source) -> bool {
-        self.has_room(source, Candidate::takes_place, 1)
+        self.has_room(source, &self.count(Candidate::takes_place), 1)
     }
 
     /// Whether a source may name another candidate, now or for later.
     fn may_name(&self, source: Source) -> bool {
-        self.has_room(source, |_| true, NAMED)
+        self.has_room(source, &self.count(|_| true), NAMED)
     }
 
     fn outcome(&self, expecting: bool, now: Instant) -> Option<Outcome> {
@@ -1111,6 +1142,20 @@ mod tests {
         scene.named_by(Source::Point(point), named, &[B], false);
         assert_eq!(scene.dials_of(named), [[B]]);
         assert_eq!(scene.dialled(), share + 1);
+    }
+
+    #[test]
+    fn one_that_waits_for_a_source_is_dialled_for_another_that_has_room() {
+        let points = [PeerId::random(), PeerId::random()];
+        let mut scene = Scene::new(&points);
+        let share = MAX_CANDIDATES / 3;
+        let peers: Vec<_> = (0..2 * share).map(|_| PeerId::random()).collect();
+        for (count, point) in (1..).zip(points) {
+            for peer in &peers {
+                scene.named_by(Source::Point(point), *peer, &[A], false);
+            }
+            assert_eq!(scene.dialled(), count * share);
+        }
     }
 
     #[test]

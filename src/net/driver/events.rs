@@ -197,7 +197,7 @@ impl Driver {
             Some(discovery::Learned::Providers(name, answer, providers)) => {
                 for peer in providers {
                     let kad = &mut self.swarm.behaviour_mut().kad;
-                    let addresses = Discovery::stored_addresses(kad, &peer);
+                    let addresses = Discovery::addresses(kad, peer);
                     self.on_candidate(&name, Source::Kademlia(answer), peer, addresses, now);
                 }
             }
