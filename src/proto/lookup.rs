@@ -574,12 +574,21 @@ impl<Q: Copy + Eq + Hash> Lookups<Q> {
         let Some(lookup) = self.running.get_mut(name) else {
             return;
         };
-        for candidate in lookup.candidates.values_mut() {
-            if let State::Dialling(until) | State::Asked(until) = candidate.state
-                && now >= until
-            {
-                candidate.state = State::Unreachable;
+        let mut dialled = Vec::new();
+        for (peer, candidate) in &mut lookup.candidates {
+            match candidate.state {
+                // These were put back; a dial that has hung so long may be given up meanwhile.
+                State::Dialling(until) if now >= until && !candidate.untried.is_empty() => {
+                    dialled.push(candidate.dial(*peer, now, &mut self.steps));
+                }
+                State::Dialling(until) | State::Asked(until) if now >= until => {
+                    candidate.state = State::Unreachable;
+                }
+                _ => {}
             }
+        }
+        for until in dialled {
+            self.wake(name, until);
         }
         self.settle(name, now);
     }
@@ -1048,6 +1057,13 @@ mod tests {
         scene.lookups.on_dial_failed(&peer, true, scene.now);
         scene.collect();
         assert_eq!(scene.dials_of(peer), [vec![A, B], vec![B]]);
+        // Or when it has had its time.
+        scene.lookups.put_back(&peer, &[B.parse().unwrap()]);
+        scene.passes(DIAL_DEADLINE);
+        assert_eq!(scene.dials_of(peer).len(), 3);
+        scene.query_ends(1);
+        scene.passes(DIAL_DEADLINE);
+        assert_eq!(scene.outcome(), Some(&Outcome::Unreachable(1)));
     }
 
     #[test]
