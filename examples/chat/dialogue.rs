@@ -68,10 +68,7 @@ impl Dialogue {
         let mut partner = Partner::of(providers);
         loop {
             let sent = match self.read("").await {
-                Line::Text(text) => {
-                    let sent = self.mail.send(name, &text, &mut partner);
-                    self.patiently(name, sent).await
-                }
+                Line::Text(text) => self.send(name, &text, &mut partner).await,
                 Line::Wrong(failure) => Err(failure),
                 Line::Empty => continue,
                 Line::Leave => return,
@@ -141,10 +138,7 @@ impl Dialogue {
         let mut partner = Partner::of(providers);
         loop {
             let sent = match self.ask("Message: ").await {
-                Line::Text(text) => {
-                    let sent = self.mail.send(name, &text, &mut partner);
-                    self.patiently(name, sent).await
-                }
+                Line::Text(text) => self.send(name, &text, &mut partner).await,
                 Line::Wrong(failure) => Err(failure),
                 end => return end,
             };
@@ -194,6 +188,16 @@ impl Dialogue {
                 None
             }
         }
+    }
+
+    async fn send(
+        &self,
+        name: &ServiceName,
+        text: &str,
+        partner: &mut Partner,
+    ) -> Result<(), Failure> {
+        let sent = self.mail.send(name, text, partner);
+        self.patiently(name, sent).await
     }
 
     async fn patiently<T>(&self, name: &ServiceName, work: impl Future<Output = T>) -> T {

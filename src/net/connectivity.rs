@@ -140,8 +140,8 @@ impl Connectivity {
     /// Whether a grape is connected that has said that it is one.
     pub(crate) fn knows_grape(&self) -> bool {
         let grapes = self.grapes();
-        let known = grapes.iter().filter_map(|grape| self.peers.get(grape));
-        known.into_iter().any(|grape| grape.keeps_names)
+        let mut known = grapes.iter().filter_map(|grape| self.peers.get(grape));
+        known.any(|grape| grape.keeps_names)
     }
 
     /// Whether a connected peer is taken for a grape.
@@ -273,10 +273,9 @@ impl Connectivity {
         &mut self,
         connection: ConnectionId,
         peer: Option<PeerId>,
-        error: &DialError,
+        failure: DialFailure,
         now: Instant,
     ) -> Option<PeerId> {
-        let failure = describe(error, peer);
         if self.bootstraps.on_failed(connection, failure, now) {
             self.publish();
         }

@@ -42,8 +42,8 @@ impl Driver {
                 peer_id,
                 error,
             } => {
-                let reason = describe(&error, peer_id);
-                tracing::debug!(?peer_id, %reason, "a dial has failed");
+                let failure = describe(&error, peer_id);
+                tracing::debug!(?peer_id, reason = %failure, "a dial has failed");
                 if let (Some(peer), DialError::Transport(_)) = (peer_id, &error)
                     && !self.connectivity.is_connected(&peer)
                 {
@@ -54,7 +54,7 @@ impl Driver {
                 }
                 let failed = self
                     .connectivity
-                    .on_dial_failed(connection_id, peer_id, &error, now);
+                    .on_dial_failed(connection_id, peer_id, failure, now);
                 if let Some(peer) = failed {
                     let others = self.connectivity.dials(&peer) > 0;
                     self.discovery.lookups.on_dial_failed(&peer, others, now);

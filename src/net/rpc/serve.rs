@@ -262,10 +262,24 @@ impl Server {
         has_own.then(|| carrier.clone())
     }
 
+    /// Answers at once what a grape alone serves, unless the answer would wait to be read.
+    fn answer_short(
+        &self,
+        mut responder: Responder,
+        answer: impl FnOnce(&Registry) -> Result<Vec<u8>, RemoteError>,
+    ) {
+        let answer = match self.registry.as_ref() {
+            None => Err(RemoteError::new(ErrorCode::UnknownService, NOT_SERVED)),
+            Some(registry) if responder.admit_short() => answer(registry),
+            Some(_) => Err(RemoteError::new(ErrorCode::Busy, UNREAD)),
+        };
+        responder.answer(answer);
+    }
+
     /// Takes what another grape tells of its workers.
-    fn on_batch(&self, remote: Remote, payload: &[u8], mut responder: Responder) {
+    fn on_batch(&self, remote: Remote, payload: &[u8], responder: Responder) {
         let refuse = |code, error: &dyn Error| RemoteError::new(code, error.to_string());
-        let answer = |registry: &Registry| {
+        self.answer_short(responder, |registry| {
             let batch = Batch::decode(payload);
             let batch = batch.map_err(|error| refuse(ErrorCode::BadRequest, &error))?;
             let reply = registry.on_batch(remote.peer, remote.host, &batch, Instant::now());
@@ -275,25 +289,14 @@ impl Server {
             })?;
             let encoded = reply.encode();
             encoded.map_err(|error| refuse(ErrorCode::HandlerFailed, &error))
-        };
-        let answer = match self.registry.as_ref() {
-            None => Err(RemoteError::new(ErrorCode::UnknownService, NOT_SERVED)),
-            Some(registry) if responder.admit_short() => answer(registry),
-            Some(_) => Err(RemoteError::new(ErrorCode::Busy, UNREAD)),
-        };
-        responder.answer(answer);
+        });
     }
 
     /// Keeps, takes back and finds names for another node.
-    fn on_names(&self, remote: Remote, payload: &[u8], mut responder: Responder) {
-        let answer = match self.registry.as_ref() {
-            None => Err(RemoteError::new(ErrorCode::UnknownService, NOT_SERVED)),
-            Some(registry) if responder.admit_short() => {
-                self.answer_on_names(registry, remote, payload)
-            }
-            Some(_) => Err(RemoteError::new(ErrorCode::Busy, UNREAD)),
-        };
-        responder.answer(answer);
+    fn on_names(&self, remote: Remote, payload: &[u8], responder: Responder) {
+        self.answer_short(responder, |registry| {
+            self.answer_on_names(registry, remote, payload)
+        });
     }
 
     fn answer_on_names(
