@@ -150,6 +150,14 @@ pub enum RequestError {
         /// Why the last provider could not be reached.
         reason: String,
     },
+    /// A provider is named for the name and could not be reached in time; nothing was sent to it.
+    #[error("{provider} is named for {name}, and does not answer")]
+    Unreached {
+        /// The name that was called.
+        name: ServiceName,
+        /// The provider that was named. Nobody has proved that it is one.
+        provider: PeerId,
+    },
     /// Every provider has its hands full; none has run the request.
     #[error("every provider of {0} is busy")]
     Busy(ServiceName),
@@ -190,7 +198,7 @@ impl RequestError {
     pub fn is_retryable(&self) -> bool {
         match self {
             Self::Lookup(error) => error.is_retryable(),
-            Self::Unreachable { .. } | Self::Busy(_) => true,
+            Self::Unreachable { .. } | Self::Unreached { .. } | Self::Busy(_) => true,
             Self::Remote { .. }
             | Self::Interrupted { .. }
             | Self::TimedOut(_)

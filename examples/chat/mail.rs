@@ -241,6 +241,7 @@ fn failure(error: &RequestError) -> Failure {
         RequestError::Lookup(LookupError::TimedOut(_)) | RequestError::TimedOut(_) => TIMED_OUT,
         RequestError::Lookup(LookupError::Unreachable { .. } | LookupError::NoGrape(_))
         | RequestError::Unreachable { .. }
+        | RequestError::Unreached { .. }
         | RequestError::Interrupted { .. } => UNREACHABLE,
         RequestError::Busy(_) | RequestError::Remote { .. } => REFUSED,
         RequestError::TooLarge { .. } => USAGE,
@@ -261,6 +262,7 @@ fn remedy(error: &RequestError) -> &'static str {
         RequestError::TimedOut(_) | RequestError::Lookup(LookupError::TimedOut(_)) => {
             "; --timeout waits longer"
         }
+        RequestError::Unreached { .. } => ": it may have just stopped; --timeout waits longer",
         RequestError::Busy(_) => "; try again in a moment",
         _ => "",
     }

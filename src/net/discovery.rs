@@ -12,7 +12,7 @@ use libp2p::kad::{
 };
 use libp2p::swarm::{ConnectionId, NetworkBehaviour};
 use libp2p::{Multiaddr, PeerId};
-use tokio::sync::oneshot;
+use tokio::sync::{mpsc, oneshot};
 
 use crate::error::LookupError;
 use crate::limits::MAX_ADDRESSES;
@@ -31,6 +31,20 @@ pub(crate) enum Waiter {
     All(oneshot::Sender<Result<Vec<PeerId>, LookupError>>),
     /// For the first one.
     First(oneshot::Sender<Result<PeerId, LookupError>>),
+    /// For every provider that is named, for no longer than until then.
+    Every {
+        until: Instant,
+        told: mpsc::Sender<Sought>,
+    },
+}
+
+/// What a caller that waits for every provider is told, for each one and at the end.
+#[derive(Debug)]
+pub(crate) enum Sought {
+    /// A provider is live.
+    Live(PeerId),
+    /// The lookup is over; these were named and not reached.
+    Over(Result<Vec<PeerId>, LookupError>),
 }
 
 /// What the driver must know of an event of Kademlia.
@@ -112,6 +126,28 @@ impl Discovery {
         self.waiters.keys().cloned().collect()
     }
 
+    /// The lookup of a name runs: it goes on for as long as a caller wants all who are named.
+    pub(crate) fn on_started(&mut self, name: &ServiceName) {
+        for waiter in self.waiters.get(name).into_iter().flatten() {
+            if let Waiter::Every { until, .. } = waiter {
+                self.lookups.want_all(name, *until);
+            }
+        }
+    }
+
+    /// Somebody waits for a lookup that runs already.
+    pub(crate) fn join(&mut self, name: ServiceName, waiter: Waiter) {
+        match &waiter {
+            Waiter::Every { until, told } => {
+                for provider in self.lookups.want_all(&name, *until) {
+                    tell(told, Sought::Live(provider));
+                }
+            }
+            _ => self.lookups.want_some(&name),
+        }
+        self.wait(name, waiter);
+    }
+
     /// A provider is live: who waits for the first one has it.
     pub(crate) fn on_found(&mut self, name: &ServiceName, provider: PeerId) {
         let Some(waiters) = self.waiters.get_mut(name) else {
@@ -121,24 +157,49 @@ impl Discovery {
         for waiter in firsts {
             waiter.answer(Ok(vec![provider]));
         }
+        for waiter in &*waiters {
+            if let Waiter::Every { told, .. } = waiter {
+                tell(told, Sought::Live(provider));
+            }
+        }
         if waiters.is_empty() {
             // The lookup goes on for the routes, though nobody waits for it.
             self.waiters.remove(name);
         }
     }
 
+    /// Who wants some of those that a lookup finds has waited long enough.
+    pub(crate) fn on_settled(&mut self, name: &ServiceName, outcome: &Outcome) {
+        let Some(waiters) = self.waiters.get_mut(name) else {
+            return;
+        };
+        let result = result_of(name, outcome);
+        let wants_some = |waiter: &mut Waiter| !matches!(waiter, Waiter::Every { .. });
+        for waiter in waiters.extract_if(.., wants_some) {
+            waiter.answer(result.clone());
+        }
+    }
+
+    /// Who wants all that are named, until then or earlier, has waited long enough.
+    pub(crate) fn on_whole(
+        &mut self,
+        name: &ServiceName,
+        last: Instant,
+        unreached: Result<&[PeerId], LookupError>,
+    ) {
+        let Some(waiters) = self.waiters.get_mut(name) else {
+            return;
+        };
+        let is_meant =
+            |waiter: &mut Waiter| matches!(waiter, Waiter::Every { until, .. } if *until <= last);
+        for waiter in waiters.extract_if(.., is_meant) {
+            waiter.answer(unreached.clone().map(<[PeerId]>::to_vec));
+        }
+    }
+
     /// A lookup is over: everybody who waits is answered.
     pub(crate) fn on_done(&mut self, name: &ServiceName, outcome: &Outcome) {
-        let result = match outcome {
-            Outcome::Live(providers) => Ok(providers.clone()),
-            Outcome::NotFound | Outcome::Unanswered => Err(LookupError::NotFound(name.clone())),
-            Outcome::Unreachable(providers) => Err(LookupError::Unreachable {
-                name: name.clone(),
-                providers: *providers,
-            }),
-            Outcome::TimedOut => Err(LookupError::TimedOut(name.clone())),
-        };
-        self.answer(name, &result);
+        self.answer(name, &result_of(name, outcome));
     }
 
     /// Nothing can be looked up: everybody who waits for the name is told why.
@@ -292,15 +353,35 @@ impl Discovery {
     }
 }
 
+fn result_of(name: &ServiceName, outcome: &Outcome) -> Result<Vec<PeerId>, LookupError> {
+    match outcome {
+        Outcome::Live(providers) => Ok(providers.clone()),
+        Outcome::NotFound | Outcome::Unanswered => Err(LookupError::NotFound(name.clone())),
+        Outcome::Unreachable(providers) => Err(LookupError::Unreachable {
+            name: name.clone(),
+            providers: *providers,
+        }),
+        Outcome::TimedOut => Err(LookupError::TimedOut(name.clone())),
+    }
+}
+
+/// Tells a caller, whose channel has room for all that one lookup finds.
+fn tell(told: &mpsc::Sender<Sought>, sought: Sought) {
+    // A caller that went away does not want to know.
+    let _ = told.try_send(sought);
+}
+
 impl Waiter {
     fn is_gone(&self) -> bool {
         match self {
             Self::All(sender) => sender.is_closed(),
             Self::First(sender) => sender.is_closed(),
+            Self::Every { told, .. } => told.is_closed(),
         }
     }
 
-    /// A caller that went away does not want to know.
+    /// Answers with the providers, or to who wants every one with those that were not reached. A
+    /// caller that went away does not want to know.
     fn answer(self, result: Result<Vec<PeerId>, LookupError>) {
         match self {
             Self::All(sender) => drop(sender.send(result)),
@@ -310,6 +391,7 @@ impl Waiter {
                     drop(sender.send(result));
                 }
             }
+            Self::Every { told, .. } => tell(&told, Sought::Over(result)),
         }
     }
 }

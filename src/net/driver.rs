@@ -353,11 +353,12 @@ impl Driver {
     }
 
     fn on_lookup(&mut self, name: ServiceName, waiter: Waiter) {
-        self.discovery.wait(name.clone(), waiter);
-        if !self.discovery.lookups.is_running(&name) {
-            self.held.insert(name);
-            self.release_held();
+        if self.discovery.lookups.is_running(&name) {
+            return self.discovery.join(name, waiter);
         }
+        self.discovery.wait(name.clone(), waiter);
+        self.held.insert(name);
+        self.release_held();
     }
 
     /// Starts the lookups that waited for a grape, or tells why there is none.
@@ -390,6 +391,7 @@ impl Driver {
             tracing::debug!(%name, "a lookup begins");
             let plan = Plan::draw(&grapes);
             self.discovery.lookups.start(&name, &plan, Instant::now());
+            self.discovery.on_started(&name);
         }
     }
 

@@ -26,7 +26,7 @@ use tokio::sync::{mpsc, oneshot, watch};
 
 pub(crate) use connectivity::KnownGrape;
 pub use connectivity::Status;
-pub(crate) use discovery::Waiter;
+pub(crate) use discovery::{Sought, Waiter};
 pub(crate) use rpc::Outcome;
 pub(crate) use rpc::kept::Question;
 pub(crate) use rpc::link::{Lane, Link};

@@ -8,16 +8,18 @@ use std::task::{Context, Poll};
 use std::time::Duration;
 
 use bytes::Bytes;
+use futures::future::{BoxFuture, FutureExt};
 use futures::stream::{self, BoxStream, FuturesUnordered, Stream, StreamExt};
 use libp2p::PeerId;
 use tokio::sync::oneshot;
 use tokio::time::{Instant, timeout_at};
 
+use super::seeking::Seeking;
 use super::{Closed, Node};
 use crate::error::{LookupError, RequestError};
 use crate::limits::{MAX_REQUEST_TIME, REQUEST_DEADLINE};
 use crate::name::ServiceName;
-use crate::net::{Command, Lane, Link, Outbound, Outcome, Question, Waiter};
+use crate::net::{Command, Lane, Link, Outbound, Outcome, Question, Sought, Waiter};
 use crate::proto::routes::Pick;
 use crate::proto::wire::{ErrorCode, MAX_PAYLOAD, RemoteError};
 
@@ -72,7 +74,8 @@ impl Reply {
 
 /// The replies to a [broadcast](Node::broadcast), each as it comes.
 ///
-/// Ends after the last one; a failed lookup is its only item. Dropping it drops the requests that are
+/// Ends after the last one; a failed lookup is its only item. A provider that was named and could not be
+/// reached is an item too, [`RequestError::Unreached`], so that who has collected no error has asked all. Dropping it drops the requests that are
 /// not answered; they may still run.
 #[must_use = "nothing is sent before it is polled"]
 pub struct Replies(BoxStream<'static, Result<Reply, RequestError>>);
@@ -160,7 +163,7 @@ pub(super) async fn request_to(
     let mut call = Call::new(name, message, options.delivery);
     if !node.routes().is_connected(&provider) {
         // Dials it, if it still announces the name.
-        call.look_up(Waiter::All).await?;
+        call.find(provider).await?;
     }
     let link = node.routes().link(provider);
     match call.attempt(provider, &link).await {
@@ -175,26 +178,82 @@ pub(super) fn broadcast(
     payload: Bytes,
     options: RequestOptions,
 ) -> impl Stream<Item = Result<Reply, RequestError>> + Send + 'static {
-    let replies = async move {
+    let begin = async move {
         let end = Instant::now() + options.deadline.min(MAX_REQUEST_TIME);
-        let found = timeout_at(end, node.lookup(&name)).await;
-        let found = found.unwrap_or_else(|_| Err(LookupError::TimedOut(name.clone())));
-        let providers = match found {
-            Ok(providers) => providers,
-            Err(error) => return stream::iter([Err(error.into())]).left_stream(),
+        let sought = Seeking::new(&node, &name, end);
+        let broadcast = Broadcast {
+            sought: Some(sought),
+            message: (node, name, payload),
+            options,
+            end,
+            asked: FuturesUnordered::new(),
+            failures: Vec::new(),
         };
-        let options = RequestOptions {
-            deadline: end - Instant::now(),
-            ..options
-        };
-        let requests = providers.into_iter().map(|provider| {
-            let (node, name, payload) = (node.clone(), name.clone(), payload.clone());
-            let options = options.clone();
-            async move { request_to(&node, provider.peer, &name, payload, options).await }
-        });
-        requests.collect::<FuturesUnordered<_>>().right_stream()
+        stream::unfold(broadcast, Broadcast::next)
     };
-    stream::once(replies).flatten()
+    stream::once(begin).flatten()
+}
+
+/// A request to all providers of a name, each of which is asked as soon as it is found.
+struct Broadcast {
+    /// What the lookup finds, until it is over.
+    sought: Option<Seeking>,
+    message: (Node, ServiceName, Bytes),
+    options: RequestOptions,
+    end: Instant,
+    asked: FuturesUnordered<BoxFuture<'static, Result<Reply, RequestError>>>,
+    /// What the lookup had to say at its end.
+    failures: Vec<RequestError>,
+}
+
+impl Broadcast {
+    async fn next(mut self) -> Option<(Result<Reply, RequestError>, Self)> {
+        loop {
+            if let Some(failure) = self.failures.pop() {
+                return Some((Err(failure), self));
+            }
+            tokio::select! {
+                biased;
+                Some(found) = next_of(&mut self.sought) => self.on_found(found),
+                Some(reply) = self.asked.next() => return Some((reply, self)),
+                else => return None,
+            }
+        }
+    }
+
+    fn on_found(&mut self, found: Sought) {
+        match found {
+            Sought::Live(provider) => self.ask(provider),
+            Sought::Over(Ok(unreached)) => {
+                let name = &self.message.1;
+                let failure = |provider| RequestError::Unreached {
+                    name: name.clone(),
+                    provider,
+                };
+                self.failures.extend(unreached.into_iter().map(failure));
+                self.sought = None;
+            }
+            Sought::Over(Err(error)) => {
+                self.failures.push(error.into());
+                self.sought = None;
+            }
+        }
+    }
+
+    fn ask(&mut self, provider: PeerId) {
+        let (node, name, payload) = self.message.clone();
+        let options = RequestOptions {
+            deadline: self.end.saturating_duration_since(Instant::now()),
+            ..self.options.clone()
+        };
+        let asked = async move { request_to(&node, provider, &name, payload, options).await };
+        self.asked.push(asked.boxed());
+    }
+}
+
+/// What a lookup that is not over finds next.
+async fn next_of(sought: &mut Option<Seeking>) -> Option<Sought> {
+    Some(sought.as_mut()?.next().await)
 }
 
 /// Calls a service of one peer that is no name: one of the protocol's own.
@@ -430,6 +489,24 @@ impl<'a> Call<'a> {
             // Nothing was sent.
             None => Err(LookupError::TimedOut(self.name.clone()).into()),
         }
+    }
+
+    /// Looks the name up until this provider of it is found: no other one will do, however early it
+    /// answers.
+    async fn find(&self, provider: PeerId) -> Result<(), RequestError> {
+        let mut seeking = Seeking::new(self.message.node, self.name, self.message.deadline);
+        let found = async {
+            loop {
+                match seeking.next().await {
+                    Sought::Live(found) if found != provider => {}
+                    // One that was not found may be connected all the same.
+                    Sought::Live(_) | Sought::Over(Ok(_)) => return Ok(()),
+                    Sought::Over(Err(error)) => return Err(error),
+                }
+            }
+        };
+        let found = self.message.wait(found).await;
+        Ok(found.unwrap_or_else(|| Err(LookupError::TimedOut(self.name.clone())))?)
     }
 
     async fn attempt(&mut self, provider: PeerId, link: &Link) -> Verdict {

@@ -4,6 +4,7 @@ mod builder;
 mod call;
 #[cfg(feature = "gateway")]
 mod directory;
+mod seeking;
 mod service;
 
 use std::sync::Arc;
@@ -44,7 +45,7 @@ pub struct Node {
 pub(crate) struct Shared {
     peer: PeerId,
     handle: Handle,
-    lookups: Semaphore,
+    lookups: Arc<Semaphore>,
     #[cfg(feature = "gateway")]
     directory: directory::Shared,
 }
@@ -67,7 +68,7 @@ impl Node {
         let shared = Shared {
             peer,
             handle,
-            lookups: Semaphore::new(MAX_LOOKUPS),
+            lookups: Arc::new(Semaphore::new(MAX_LOOKUPS)),
             #[cfg(feature = "gateway")]
             directory: directory::Shared::default(),
         };
@@ -209,16 +210,22 @@ impl Node {
         call::request_to(self, provider, name, payload.into().into(), options).await
     }
 
-    /// Sends a request to every live provider of the name, and yields each one's reply as it comes.
+    /// Sends a request to every provider of the name, and yields each one's reply as it comes.
     ///
     /// As [`broadcast_with`](Self::broadcast_with) with the default [`RequestOptions`].
     pub fn broadcast(&self, name: &ServiceName, payload: impl Into<Vec<u8>>) -> Replies {
         self.broadcast_with(name, payload, RequestOptions::default())
     }
 
-    /// Sends a request to every live provider of the name, and yields each one's reply as it comes.
+    /// Sends a request to every provider of the name, and yields each one's reply as it comes.
     ///
-    /// The deadline is that of the whole, from the first poll on.
+    /// Each is asked as soon as it is found live; all who are named are waited for, as long as the
+    /// deadline allows, and those that were not reached by then are yielded as
+    /// [`RequestError::Unreached`]. At most [`MAX_CANDIDATES`](crate::limits::MAX_CANDIDATES) are
+    /// dialled. The deadline is that of the whole, from the first poll on.
+    ///
+    /// A lookup that a dead provider keeps waiting counts among the
+    /// [`MAX_LOOKUPS`](crate::limits::MAX_LOOKUPS) until its end.
     pub fn broadcast_with(
         &self,
         name: &ServiceName,

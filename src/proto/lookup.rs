@@ -13,6 +13,9 @@
 //! * A lookup ends when every source and every candidate has answered, or
 //!   [`LOOKUP_SETTLE`] after the first live provider, or at [`LOOKUP_DEADLINE`]. So "nobody" is
 //!   known as soon as the last source has said so, never by waiting.
+//! * Who wants *all* that are named, not just some, has a deadline of their own: the lookup goes on up to
+//!   it for as long as a candidate may still answer ([`Lookups::want_all`]), and then says who was named
+//!   and not reached. Who wants some is not kept waiting for that.
 //! * An empty answer of Kademlia is asked again once: its queries can end empty although the key
 //!   exists.
 //! * At most [`MAX_CANDIDATES`] are dialled for a lookup, an equal part of them for each source, so
@@ -119,6 +122,12 @@ pub(crate) enum Step<Q> {
     Ask(PeerId, ServiceName),
     /// A provider is live. More may come until [`Step::Done`].
     Found(ServiceName, PeerId),
+    /// This is the outcome for who wants some; the lookup goes on for who wants all.
+    Settled(ServiceName, Outcome),
+    /// Who wants all, until then or earlier, has all that are live: these were named and not reached.
+    Unreached(ServiceName, Instant, Vec<PeerId>),
+    /// Who wants all, until then or earlier, has waited for nobody, and it is too late.
+    TooLate(ServiceName, Instant),
     /// The lookup is over.
     Done(ServiceName, Outcome),
 }
@@ -191,6 +200,10 @@ struct Lookup<Q> {
     sources: usize,
     candidates: HashMap<PeerId, Candidate>,
     live: Vec<PeerId>,
+    /// Until when somebody wants all who are named.
+    wanted: BTreeSet<Instant>,
+    /// Who wants some has the outcome.
+    is_settled: bool,
     /// Its entries in [`Lookups::deadlines`].
     deadlines: Vec<Instant>,
 }
@@ -269,6 +282,8 @@ impl<Q: Copy + Eq + Hash> Lookups<Q> {
             all_asked: plan.all_asked,
             candidates: HashMap::new(),
             live: Vec::new(),
+            wanted: BTreeSet::new(),
+            is_settled: false,
             deadlines: Vec::new(),
         };
         self.running.insert(name.clone(), lookup);
@@ -324,6 +339,27 @@ impl<Q: Copy + Eq + Hash> Lookups<Q> {
     pub(crate) fn on_more_grapes(&mut self) {
         for lookup in self.running.values_mut() {
             lookup.all_asked = false;
+        }
+    }
+
+    /// Somebody wants all who are named for a running lookup, and waits for them until then. Returns
+    /// those that are live already.
+    pub(crate) fn want_all(&mut self, name: &ServiceName, until: Instant) -> Vec<PeerId> {
+        let Some(lookup) = self.running.get_mut(name) else {
+            return Vec::new();
+        };
+        let live = lookup.live.clone();
+        if lookup.wanted.insert(until) {
+            self.wake(name, until);
+        }
+        live
+    }
+
+    /// Somebody wants some of a running lookup, which may go on for others only.
+    pub(crate) fn want_some(&mut self, name: &ServiceName) {
+        if let Some(lookup) = self.running.get(name).filter(|lookup| lookup.is_settled) {
+            let step = Step::Settled(name.clone(), lookup.verdict(false));
+            self.steps.push_back(step);
         }
     }
 
@@ -502,13 +538,20 @@ impl<Q: Copy + Eq + Hash> Lookups<Q> {
     pub(crate) fn on_dial_failed(&mut self, peer: &PeerId, others: bool, now: Instant) {
         let (mut given_up, mut dialled) = (Vec::new(), Vec::new());
         for (name, lookup) in &mut self.running {
+            let wants_all = lookup.wants_all(now);
             let Some(candidate) = lookup.candidates.get_mut(peer) else {
                 continue;
             };
             if !matches!(candidate.state, State::Dialling(_) | State::Unreachable) {
                 continue;
             }
-            if !candidate.untried.is_empty() {
+            // Nobody has refused, so that it may only stand still: who wants all has it dialled again.
+            let is_late = matches!(candidate.state, State::Dialling(until) if now >= until);
+            let again = is_late && !others && wants_all;
+            if again {
+                candidate.untried.append(&mut candidate.tried);
+            }
+            if again || !candidate.untried.is_empty() {
                 let until = candidate.dial(*peer, now, &mut self.steps);
                 dialled.push((name.clone(), until));
             } else if !others {
@@ -535,11 +578,17 @@ impl<Q: Copy + Eq + Hash> Lookups<Q> {
         let Some(lookup) = self.running.get_mut(name) else {
             return;
         };
+        let wants_all = lookup.wants_all(now);
         let Some(candidate) = lookup.candidates.get_mut(peer) else {
             return;
         };
-        if !matches!(candidate.state, State::Asked(_)) {
+        let State::Asked(until) = candidate.state else {
             return;
+        };
+        // It took the question and is slow, or stands still for a while.
+        if serves.is_none() && now >= until && wants_all {
+            let until = candidate.ask(name, *peer, now, &mut self.steps);
+            return self.wake(name, until);
         }
         candidate.state = match serves {
             Some(true) => State::Live,
@@ -574,6 +623,7 @@ impl<Q: Copy + Eq + Hash> Lookups<Q> {
         let Some(lookup) = self.running.get_mut(name) else {
             return;
         };
+        let wants_all = lookup.wants_all(now);
         let mut dialled = Vec::new();
         for (peer, candidate) in &mut lookup.candidates {
             match candidate.state {
@@ -581,7 +631,8 @@ impl<Q: Copy + Eq + Hash> Lookups<Q> {
                 State::Dialling(until) if now >= until && !candidate.untried.is_empty() => {
                     dialled.push(candidate.dial(*peer, now, &mut self.steps));
                 }
-                State::Dialling(until) | State::Asked(until) if now >= until => {
+                // Who wants all waits for the end of a dial and of a question, however long that takes.
+                State::Dialling(until) | State::Asked(until) if now >= until && !wants_all => {
                     candidate.state = State::Unreachable;
                 }
                 _ => {}
@@ -620,11 +671,40 @@ impl<Q: Copy + Eq + Hash> Lookups<Q> {
         let Some(lookup) = self.running.get(name) else {
             return;
         };
-        let Some(outcome) = lookup.outcome(self.expecting, now) else {
+        let complete = lookup.is_complete(self.expecting, now);
+        self.tell_unreached(name, complete, now);
+        let Some(lookup) = self.running.get_mut(name) else {
             return;
         };
-        self.remove(name);
-        self.steps.push_back(Step::Done(name.clone(), outcome));
+        if !complete && !lookup.is_due(now) {
+            return;
+        }
+        let outcome = lookup.verdict(complete);
+        if lookup.wanted.is_empty() {
+            self.remove(name);
+            self.steps.push_back(Step::Done(name.clone(), outcome));
+        } else if !lookup.is_settled {
+            lookup.is_settled = true;
+            self.steps.push_back(Step::Settled(name.clone(), outcome));
+        }
+    }
+
+    /// Tells those who want all and need not, or do not, wait any longer.
+    fn tell_unreached(&mut self, name: &ServiceName, complete: bool, now: Instant) {
+        let Some(lookup) = self.running.get_mut(name) else {
+            return;
+        };
+        let told = |until: &Instant| complete || *until <= now;
+        let Some(last) = lookup.wanted.iter().rfind(|until| told(until)).copied() else {
+            return;
+        };
+        lookup.wanted.retain(|until| !told(until));
+        if !lookup.live.is_empty() {
+            let step = Step::Unreached(name.clone(), last, lookup.unreached());
+            self.steps.push_back(step);
+        } else if !complete {
+            self.steps.push_back(Step::TooLate(name.clone(), last));
+        }
     }
 
     fn remove(&mut self, name: &ServiceName) {
@@ -715,23 +795,30 @@ impl<Q> Lookup<Q> {
         self.has_room(source, &self.count(|_| true), NAMED)
     }
 
-    fn outcome(&self, expecting: bool, now: Instant) -> Option<Outcome> {
+    /// Whether somebody waits for all who are named.
+    fn wants_all(&self, now: Instant) -> bool {
+        self.wanted.last().is_some_and(|until| *until > now)
+    }
+
+    /// Whether nothing can be learned any more.
+    fn is_complete(&self, expecting: bool, now: Instant) -> bool {
         let may_learn = expecting && self.live.is_empty() && now < self.started + LOOKUP_SETTLE;
         let sources_done = self.query_done() && self.points.is_empty() && !may_learn;
-        let complete = sources_done && !self.candidates.values().any(Candidate::is_open);
+        sources_done && !self.candidates.values().any(Candidate::is_open)
+    }
+
+    /// Whether who wants some has waited long enough.
+    fn is_due(&self, now: Instant) -> bool {
         let settled = self
             .first_live
             .is_some_and(|first| now >= first + LOOKUP_SETTLE);
-        let late = now >= self.started + LOOKUP_DEADLINE;
-        if !(complete || settled || late) {
-            return None;
-        }
-        let unanswered = self
-            .candidates
-            .values()
-            .filter(|candidate| candidate.state != State::Withdrawn)
-            .count();
-        Some(if !self.live.is_empty() {
+        settled || now >= self.started + LOOKUP_DEADLINE
+    }
+
+    /// The outcome as things stand.
+    fn verdict(&self, complete: bool) -> Outcome {
+        let unanswered = self.unreached().len();
+        if !self.live.is_empty() {
             Outcome::Live(self.live.clone())
         } else if unanswered > 0 {
             Outcome::Unreachable(unanswered)
@@ -741,7 +828,16 @@ impl<Q> Lookup<Q> {
             Outcome::NotFound
         } else {
             Outcome::TimedOut
-        })
+        }
+    }
+
+    /// Those that were named, have not said that they do not serve the name, and have not answered.
+    fn unreached(&self) -> Vec<PeerId> {
+        let unreached = self
+            .candidates
+            .iter()
+            .filter(|(_, named)| !matches!(named.state, State::Live | State::Withdrawn));
+        unreached.map(|(peer, _)| *peer).collect()
     }
 
     fn query_done(&self) -> bool {
@@ -905,6 +1001,15 @@ mod tests {
             })
         }
 
+        /// Until when all were wanted, and who was not reached.
+        fn unreached(&self) -> Vec<(Instant, Vec<PeerId>)> {
+            let told = |step: &Step<u32>| match step {
+                Step::Unreached(_, until, peers) => Some((*until, sorted(peers.iter().copied()))),
+                _ => None,
+            };
+            self.steps.iter().filter_map(told).collect()
+        }
+
         fn dials_of(&self, peer: PeerId) -> Vec<Vec<String>> {
             let text =
                 |addresses: &Vec<Multiaddr>| addresses.iter().map(ToString::to_string).collect();
@@ -914,6 +1019,12 @@ mod tests {
             };
             self.steps.iter().filter_map(dial).collect()
         }
+    }
+
+    fn sorted(peers: impl IntoIterator<Item = PeerId>) -> Vec<PeerId> {
+        let mut peers: Vec<_> = peers.into_iter().collect();
+        peers.sort();
+        peers
     }
 
     const A: &str = "/ip4/10.0.0.1/tcp/1";
@@ -992,6 +1103,88 @@ mod tests {
         scene.passes(LOOKUP_SETTLE / 2);
         assert_eq!(scene.outcome(), Some(&Outcome::Live(vec![fast])));
         assert!(scene.steps.contains(&Step::FinishQuery(1)));
+    }
+
+    #[test]
+    fn who_wants_all_waits_for_slow_ones_and_who_wants_some_does_not() {
+        let (fast, slow) = (PeerId::random(), PeerId::random());
+        let mut scene = Scene::new(&[]);
+        let until = scene.now + LOOKUP_DEADLINE;
+        assert_eq!(scene.lookups.want_all(&scene.name, until), []);
+        scene.candidate(fast, &[], true);
+        scene.candidate(slow, &[], true);
+        scene.answer(fast, Some(true));
+        scene.query_ends(1);
+        scene.passes(LOOKUP_SETTLE);
+        let some = Step::Settled(scene.name.clone(), Outcome::Live(vec![fast]));
+        assert!(scene.steps.contains(&some));
+        assert_eq!(scene.outcome(), None);
+        // Who comes later and wants some has it too, and who wants all has the first.
+        scene.steps.clear();
+        scene.lookups.want_some(&scene.name.clone());
+        assert_eq!(scene.lookups.want_all(&scene.name, until), [fast]);
+        scene.collect();
+        assert_eq!(scene.steps, [some]);
+        // Longer than a question may take: it is asked once more.
+        scene.passes(SERVES_DEADLINE);
+        scene.answer(slow, None);
+        scene.passes(SERVES_DEADLINE);
+        scene.answer(slow, Some(true));
+        let whole = Step::Unreached(scene.name.clone(), until, Vec::new());
+        assert!(scene.steps.contains(&whole));
+        assert_eq!(scene.outcome(), Some(&Outcome::Live(vec![fast, slow])));
+    }
+
+    #[test]
+    fn who_wants_all_is_told_whom_a_lookup_did_not_reach() {
+        let (fast, refusing, silent) = (PeerId::random(), PeerId::random(), PeerId::random());
+        for is_silent in [false, true] {
+            let mut scene = Scene::new(&[]);
+            let soon = scene.now + Duration::from_secs(5);
+            let later = scene.now + Duration::from_secs(8);
+            scene.lookups.want_all(&scene.name, soon);
+            scene.lookups.want_all(&scene.name, later);
+            for peer in [fast, refusing, silent] {
+                scene.candidate(peer, &[A], false);
+            }
+            scene.query_ends(1);
+            scene.connects(fast);
+            scene.answer(fast, Some(true));
+            scene.dial_fails(refusing);
+            assert_eq!(scene.outcome(), None);
+            if !is_silent {
+                scene.dial_fails(silent);
+                assert_eq!(scene.outcome(), Some(&Outcome::Live(vec![fast])));
+                let told = scene.unreached();
+                assert_eq!(told.len(), 1, "both at once");
+                assert_eq!(told[0], (later, sorted([refusing, silent])));
+                continue;
+            }
+            // A dial that nobody answers is tried again as long as there is time.
+            scene.passes(Duration::from_secs(4));
+            scene.dial_fails(silent);
+            assert_eq!(scene.dials_of(silent), [[A], [A]]);
+            scene.passes(Duration::from_secs(1));
+            assert_eq!(scene.unreached(), [(soon, sorted([refusing, silent]))]);
+            assert_eq!(scene.outcome(), None);
+            scene.passes(Duration::from_secs(3));
+            assert_eq!(scene.unreached().len(), 2);
+            assert_eq!(scene.outcome(), Some(&Outcome::Live(vec![fast])));
+        }
+    }
+
+    #[test]
+    fn who_wants_all_and_has_nobody_in_time_is_told_so() {
+        let silent = PeerId::random();
+        let mut scene = Scene::new(&[]);
+        let until = scene.now + Duration::from_secs(2);
+        scene.lookups.want_all(&scene.name, until);
+        scene.candidate(silent, &[A], false);
+        scene.passes(Duration::from_secs(2));
+        assert_eq!(scene.unreached(), []);
+        let late = Step::TooLate(scene.name.clone(), until);
+        assert!(scene.steps.contains(&late));
+        assert_eq!(scene.outcome(), None, "who wants some waits on");
     }
 
     #[test]

@@ -523,6 +523,52 @@ async fn a_provider_that_fails_to_answer_is_not_left_out_in_silence() {
     .await;
 }
 
+/// A peer's process stands still, as one that is swapped out or behind a bad line: its connections
+/// open and nothing answers.
+#[tokio::test]
+async fn all_providers_that_are_named_are_waited_for() {
+    in_time(async {
+        let grape = grape(&[]).await;
+        let _one = peer("client1", &grape).await;
+        let slow = peer("client1", &grape).await;
+        let all = ["--to", "client1", "--all", "--timeout", "30", "hello"];
+        slow.signal(Signal::STOP);
+        let by = ["--bootstrap", &grape.address];
+        let mut chat = Program::start("chat", &[&by[..], &all].concat());
+        assert_eq!(chat.line().await, "Echo: hello");
+        // Longer than a lookup waits for who wants some.
+        chat.says("no answer from client1 yet").await;
+        slow.signal(Signal::CONT);
+        assert_eq!(chat.output().await, "Echo: hello\n");
+        assert_eq!(chat.end().await.code(), Some(0));
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn a_provider_that_is_named_and_not_reached_is_reported_as_a_failure() {
+    in_time(async {
+        let grape = grape(&[]).await;
+        let _one = peer("client1", &grape).await;
+        let mut gone = peer("client1", &grape).await;
+        let all = ["--to", "client1", "--all", "--timeout", "2", "hello"];
+        let by = ["--bootstrap", &grape.address];
+        for signal in [Signal::STOP, Signal::KILL] {
+            gone.signal(signal);
+            if signal == Signal::KILL {
+                gone.end().await;
+            }
+            let chat = run("chat", &[&by[..], &all].concat()).await;
+            let done = (chat.code, &*chat.stdout);
+            assert_eq!(done, (Some(4), "Echo: hello\n"), "{signal:?}: {chat:?}");
+            let says = "is named for client1, and does not answer: it may have just stopped; \
+                        --timeout waits longer\nerror: 1 of 2 providers of client1 failed\n";
+            assert!(chat.stderr.ends_with(says), "{signal:?}: {chat:?}");
+        }
+    })
+    .await;
+}
+
 #[tokio::test]
 async fn the_id_of_a_grape_is_learned_or_checked() {
     in_time(async {

@@ -179,6 +179,14 @@ impl Driver {
                 self.routes.found(&name, provider, now);
                 self.discovery.on_found(&name, provider);
             }
+            Step::Settled(name, outcome) => self.discovery.on_settled(&name, &outcome),
+            Step::Unreached(name, last, unreached) => {
+                self.discovery.on_whole(&name, last, Ok(&unreached));
+            }
+            Step::TooLate(name, last) => {
+                let late = Err(LookupError::TimedOut(name.clone()));
+                self.discovery.on_whole(&name, last, late);
+            }
             Step::Done(name, outcome) => {
                 tracing::debug!(%name, ?outcome, "a lookup is over");
                 let live: &[PeerId] = match &outcome {
