@@ -95,7 +95,9 @@ fn behaviour(
             .map(memory_connection_limits::Behaviour::with_max_bytes)
             .into(),
         identify: identify::Behaviour::new(
-            identify::Config::new_with_signed_peer_record(IDENTIFY_VERSION.into(), keypair)
+            // Without a signed record: libp2p would make one in a form of its own, for which
+            // js-libp2p throws the whole message away and go-libp2p all addresses.
+            identify::Config::new(IDENTIFY_VERSION.into(), keypair.public())
                 .with_agent_version(AGENT_VERSION.into())
                 // A peer that begins to listen must be told of to those it is connected to.
                 .with_push_listen_addr_updates(true)
