@@ -17,6 +17,7 @@ use tokio::sync::{mpsc, oneshot};
 use crate::error::LookupError;
 use crate::limits::MAX_ADDRESSES;
 use crate::name::{Key, ServiceName};
+use crate::proto::addresses;
 use crate::proto::announce::{Announcements, Place};
 use crate::proto::lookup::{Lookups, Outcome};
 use crate::store::Records;
@@ -348,8 +349,9 @@ impl Discovery {
         let (any, dialer) = (ConnectionId::new_unchecked(0), Endpoint::Dialer);
         let known = kad.handle_pending_outbound_connection(any, Some(peer), &[], dialer);
         addresses.extend(known.unwrap_or_default());
-        addresses.truncate(MAX_ADDRESSES);
-        addresses
+        addresses::plain(&peer, &addresses)
+            .take(MAX_ADDRESSES)
+            .collect()
     }
 }
 

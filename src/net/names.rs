@@ -14,7 +14,7 @@ use tokio::sync::oneshot;
 use tokio::time::{Instant, timeout_at};
 
 use super::rpc::Outcome;
-use crate::limits::{MAX_ADDRESSES, SERVES_DEADLINE};
+use crate::limits::SERVES_DEADLINE;
 use crate::name::ServiceName;
 use crate::proto::grapes::Grapes;
 use crate::proto::registrations::{Answer, Registrations, Update};
@@ -263,11 +263,9 @@ impl Names {
             }
         };
         let providers = found.into_iter().map(|of_name| {
-            let provider = of_name.into_iter().map(|provided| {
-                let mut addresses = provided.addresses;
-                addresses.truncate(MAX_ADDRESSES);
-                (provided.peer, addresses)
-            });
+            let provider = of_name
+                .into_iter()
+                .map(|provided| (provided.peer, provided.addresses));
             Some(provider.collect())
         });
         Learned::Found(grape, names.into_iter().zip(providers).collect())

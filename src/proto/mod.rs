@@ -11,7 +11,7 @@
 //! | calls | `/grapevine/rpc/1.0.0` | this page |
 //! | values of Grenache's users | `/grapevine/kad/1.0.0` | Kademlia's PUT_VALUE and GET_VALUE, see [below](#values) |
 //! | rendezvous | `/rendezvous/1.0.0` | the standard protocol, unchanged; the namespace is the name |
-//! | identify | `/ipfs/id/1.0.0` | with protocol version `/grapevine/1.0.0`, agent `grapevine/<version>` and signed peer records |
+//! | identify | `/ipfs/id/1.0.0` | with protocol version `/grapevine/1.0.0`, agent `grapevine/<version>` and no signed peer record |
 //!
 //! # Names
 //!
@@ -208,6 +208,7 @@
 //! | `lease` of a worker | 3,600,000; more is cut |
 //! | a value's `v` and `salt` | 999, 64 |
 
+pub(crate) mod addresses;
 pub(crate) mod announce;
 pub(crate) mod bencode;
 pub(crate) mod bep44;

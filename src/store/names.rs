@@ -202,7 +202,6 @@ impl Registry {
         let key = name.key();
         let mut provided = self.announced(&key, now);
         for carrier in self.carriers(&RecordKey::new(&key), MAX_PROVIDERS) {
-            // Where it is, who asks knows from Kademlia.
             let is_known = |known: &Provided| known.peer == carrier.provider;
             if !provided.iter().any(is_known) {
                 let lease = millis(self.granted());
@@ -213,10 +212,11 @@ impl Registry {
     }
 
     fn announced(&self, key: &[u8], now: Instant) -> Vec<Provided> {
+        let places = self.places(&self.local());
         let store = self.providers();
         let own = store.own(key).map(|own| {
             let lease = millis(store.lease());
-            Provided::new(own.provider, own.addresses.clone(), lease)
+            Provided::new(own.provider, places, lease)
         });
         let sample = store.sample(key, MAX_PROVIDERS, now);
         let others = sample.into_iter().map(|provider| {

@@ -35,6 +35,7 @@ use libp2p::{
 
 use crate::limits::{Bounds, MAX_ADDRESSES, MAX_ANNOUNCED};
 use crate::name;
+use crate::proto::addresses;
 use crate::proto::wire::{MAX_ADDRESS, MAX_RECORD};
 
 use super::heap::{Heap, Order};
@@ -581,12 +582,9 @@ impl Providers {
             Origin::Rendezvous { envelope, .. } => Some(Arc::clone(envelope)),
             Origin::Kademlia => known.and_then(|known| known.envelope.clone()),
         };
-        let addresses: Box<[_]> = new
-            .addresses
-            .iter()
+        let addresses: Box<[_]> = addresses::plain(&new.peer, new.addresses)
             .filter(|address| address.len() <= MAX_ADDRESS)
             .take(MAX_ADDRESSES)
-            .cloned()
             .collect();
         let addresses = match known {
             // Kademlia announces external addresses only, often none, while the same peer's

@@ -2,15 +2,16 @@
 //! beside it.
 
 use std::borrow::Cow;
+use std::collections::HashMap;
 use std::iter;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant, SystemTime};
 use std::vec;
 
-use libp2p::PeerId;
 use libp2p::kad::store::{self, RecordStore};
 use libp2p::kad::{ProviderRecord, Record, RecordKey};
+use libp2p::{Multiaddr, PeerId};
 use tokio::sync::Notify;
 
 use super::batches;
@@ -19,8 +20,9 @@ use super::providers::KADEMLIA_ANSWER;
 use super::values::{NotKept, Values};
 use super::workers::Workers;
 use super::{Prefix, Providers};
-use crate::limits::Bounds;
+use crate::limits::{Bounds, MAX_ADDRESSES};
 use crate::name::SHA2_256;
+use crate::proto::addresses;
 use crate::proto::bep44::{DecodeError, Value};
 use crate::proto::wire::Digest;
 
@@ -45,6 +47,8 @@ pub(crate) struct Registry {
     values: Mutex<Values>,
     rates: Mutex<Rates>,
     batch_rates: Mutex<batches::Rates>,
+    /// Where this node and the grapes of its routing table can be dialled.
+    places: Mutex<HashMap<PeerId, Vec<Multiaddr>>>,
     /// How many grapes this one knows, itself included.
     grapes: AtomicU64,
     /// This grape's workers have changed.
@@ -65,6 +69,7 @@ impl Registry {
             values: Mutex::new(Values::new(now)),
             rates: Mutex::default(),
             batch_rates: Mutex::default(),
+            places: Mutex::default(),
             grapes: AtomicU64::new(1),
             changed: Notify::new(),
         })
@@ -104,6 +109,37 @@ impl Registry {
     /// This grape knows so many others.
     pub(crate) fn on_grapes(&self, others: usize) {
         self.grapes.store(others as u64 + 1, Ordering::Relaxed);
+    }
+
+    /// This node.
+    pub(super) fn local(&self) -> PeerId {
+        self.local
+    }
+
+    /// This node can be dialled at these addresses.
+    pub(crate) fn on_addresses(&self, addresses: &[Multiaddr]) {
+        let addresses = addresses::plain(&self.local, addresses).take(MAX_ADDRESSES);
+        self.all_places().insert(self.local, addresses.collect());
+    }
+
+    /// The routing table holds these grapes, at these addresses.
+    pub(crate) fn on_routed(&self, grapes: impl IntoIterator<Item = (PeerId, Vec<Multiaddr>)>) {
+        let mut places = self.all_places();
+        places.retain(|peer, _| *peer == self.local);
+        for (peer, addresses) in grapes {
+            let addresses = addresses::plain(&peer, &addresses).take(MAX_ADDRESSES);
+            let addresses = addresses.collect();
+            places.insert(peer, addresses);
+        }
+    }
+
+    /// Where this node or a grape of the routing table can be dialled; none of anybody else.
+    pub(super) fn places(&self, peer: &PeerId) -> Vec<Multiaddr> {
+        self.all_places().get(peer).cloned().unwrap_or_default()
+    }
+
+    fn all_places(&self) -> MutexGuard<'_, HashMap<PeerId, Vec<Multiaddr>>> {
+        self.places.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Keeps a value that came from a host of that prefix to be stored under that key, if it is
@@ -150,18 +186,20 @@ impl Registry {
         let Some(digest) = digest.and_then(|digest| <&Digest>::try_from(digest).ok()) else {
             return Vec::new();
         };
-        let (workers, now) = (self.workers(), Instant::now());
-        let own = workers.has_own(digest, now).then_some(self.local);
-        let others = workers.grapes(digest, limit, now);
+        let now = Instant::now();
+        let (own, others) = {
+            let workers = self.workers();
+            let own = workers.has_own(digest, now).then_some(self.local);
+            (own, workers.grapes(digest, limit, now))
+        };
         own.into_iter()
             .chain(others)
             .take(limit)
             .map(|provider| ProviderRecord {
                 key: key.clone(),
+                addresses: self.places(&provider),
                 provider,
                 expires: None,
-                // Kademlia takes those of its routing table.
-                addresses: Vec::new(),
             })
             .collect()
     }
@@ -209,6 +247,13 @@ impl RecordStore for Records {
             if !providers.iter().any(is_known) {
                 providers.push(carrier);
             }
+        }
+        for own in providers
+            .iter_mut()
+            .filter(|own| own.provider == self.0.local)
+        {
+            // Kademlia would name each address twice: it listens there, and tells others of it.
+            own.addresses = self.0.places(&own.provider);
         }
         providers
     }

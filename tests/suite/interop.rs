@@ -15,6 +15,7 @@ use libp2p::swarm::{NetworkBehaviour, SwarmEvent};
 use libp2p::{
     StreamProtocol, Swarm, SwarmBuilder, identify, identity, kad, noise, rendezvous, tcp, yamux,
 };
+use prost::Message as _;
 use tokio::time::timeout;
 
 const DEADLINE: Duration = Duration::from_secs(30);
@@ -362,6 +363,105 @@ mod stock_kademlia {
         .await;
     }
 
+    #[derive(Clone, PartialEq, prost::Message)]
+    struct KadMessage {
+        #[prost(int32, tag = "1")]
+        kind: i32,
+        #[prost(bytes = "vec", tag = "2")]
+        key: Vec<u8>,
+        #[prost(message, repeated, tag = "9")]
+        providers: Vec<KadPeer>,
+        #[prost(int32, tag = "10")]
+        cluster_level: i32,
+    }
+
+    #[derive(Clone, PartialEq, prost::Message)]
+    struct KadPeer {
+        #[prost(bytes = "vec", tag = "1")]
+        id: Vec<u8>,
+        #[prost(bytes = "vec", repeated, tag = "2")]
+        addresses: Vec<Vec<u8>>,
+    }
+
+    /// The addresses of each provider of `client1`, as they are on the wire: stock Kademlia puts an id
+    /// behind what it reads.
+    async fn providers_on_the_wire(grape: &Node) -> Vec<(PeerId, Vec<Multiaddr>)> {
+        let protocol = StreamProtocol::new("/grapevine/kad/1.0.0");
+        let mut client = stock(|_| by_hand::behaviour_of(protocol));
+        connect(&mut client, grape).await;
+        let get_providers = KadMessage {
+            kind: 3,
+            key: client1_key().to_vec(),
+            cluster_level: 10,
+            ..KadMessage::default()
+        };
+        let request = get_providers.encode_to_vec();
+        client
+            .behaviour_mut()
+            .send_request(&grape.peer_id(), request);
+        let reply = until(&mut client, |event| match event {
+            SwarmEvent::Behaviour(request_response::Event::Message {
+                message: Message::Response { response, .. },
+                ..
+            }) => Some(response),
+            SwarmEvent::Behaviour(request_response::Event::OutboundFailure { error, .. }) => {
+                panic!("{error}")
+            }
+            _ => None,
+        })
+        .await;
+        let reply = KadMessage::decode(reply.as_slice()).unwrap();
+        let provider = |provider: KadPeer| {
+            let addresses = provider.addresses.into_iter().map(Multiaddr::try_from);
+            let addresses = addresses.collect::<Result<Vec<_>, _>>().unwrap();
+            (PeerId::from_bytes(&provider.id).unwrap(), addresses)
+        };
+        reply.providers.into_iter().map(provider).collect()
+    }
+
+    fn without_id(node: &Node) -> Vec<Multiaddr> {
+        let addresses = node.addresses().into_iter().map(|mut address| {
+            assert!(matches!(address.pop(), Some(Protocol::P2p(_))));
+            address
+        });
+        addresses.collect()
+    }
+
+    #[tokio::test]
+    async fn addresses_come_back_once_and_without_an_id() {
+        in_time(async {
+            // Of the grape itself, of a node of ours, and of a stock provider that tells its addresses
+            // with and without its id.
+            let grape = grape().await;
+            let _service = grape.announce(&client1()).await.unwrap();
+            let node = echo(&grape).await;
+            let mut provider = stock(kademlia);
+            let address = listen(&mut provider).await;
+            let id = *provider.local_peer_id();
+            let with_id = address.clone().with_p2p(id).unwrap();
+            provider.add_external_address(with_id);
+            know(provider.behaviour_mut(), &grape);
+            let kad = provider.behaviour_mut();
+            kad.start_providing(client1_key()).unwrap();
+            run(provider);
+            let mut providers = loop {
+                let providers = providers_on_the_wire(&grape).await;
+                if providers.len() == 3 {
+                    break providers;
+                }
+            };
+            providers.sort_unstable();
+            let mut expected = [
+                (grape.peer_id(), without_id(&grape)),
+                (node.peer_id(), without_id(&node)),
+                (id, vec![address]),
+            ];
+            expected.sort_unstable();
+            assert_eq!(providers, expected);
+        })
+        .await;
+    }
+
     #[derive(NetworkBehaviour)]
     struct Provider {
         kad: Kademlia,
@@ -435,6 +535,25 @@ mod stock_kademlia {
         })
         .await;
     }
+}
+
+#[tokio::test]
+async fn identify_carries_no_signed_record() {
+    in_time(async {
+        // libp2p signs one in a form of its own, which others refuse with all that comes with it.
+        let (grape, mut client) = (grape().await, stock(identify));
+        connect(&mut client, &grape).await;
+        let info = until(&mut client, |event| match event {
+            SwarmEvent::Behaviour(identify::Event::Received { info, .. }) => Some(info),
+            _ => None,
+        })
+        .await;
+        assert!(info.signed_peer_record.is_none());
+        let kad = StreamProtocol::new("/grapevine/kad/1.0.0");
+        assert!(info.protocols.contains(&kad));
+        assert!(!info.listen_addrs.is_empty());
+    })
+    .await;
 }
 
 /// Says that it serves Kademlia, and cannot be dialled.
@@ -632,7 +751,11 @@ mod by_hand {
     pub(super) struct Codec;
 
     pub(super) fn behaviour() -> request_response::Behaviour<Codec> {
-        let protocols = [(PROTOCOL, ProtocolSupport::Full)];
+        behaviour_of(PROTOCOL)
+    }
+
+    pub(super) fn behaviour_of(protocol: StreamProtocol) -> request_response::Behaviour<Codec> {
+        let protocols = [(protocol, ProtocolSupport::Full)];
         request_response::Behaviour::new(protocols, request_response::Config::default())
     }
 

@@ -15,6 +15,7 @@ use crate::net::names;
 use crate::net::rpc::kept::Question;
 use crate::net::rpc::link::Lane;
 use crate::net::rpc::single::Outbound;
+use crate::proto::addresses;
 use crate::proto::announce::Place;
 use crate::proto::lookup::{Outcome, Step};
 use crate::proto::registrations::Known;
@@ -109,10 +110,19 @@ impl Driver {
     fn look_at_grapes(&mut self, now: Instant) {
         let kad = &mut self.swarm.behaviour_mut().kad;
         let routed = kad.kbuckets().flat_map(|bucket| {
-            let peers = bucket.iter().map(|entry| *entry.node.key.preimage());
-            peers.collect::<Vec<_>>()
+            let grapes = bucket.iter().map(|entry| {
+                let addresses = entry.node.value.clone().into_vec();
+                (*entry.node.key.preimage(), addresses)
+            });
+            grapes.collect::<Vec<_>>()
         });
-        let known = self.connectivity.known_grapes(routed);
+        let routed: Vec<_> = routed.collect();
+        let known = self
+            .connectivity
+            .known_grapes(routed.iter().map(|(peer, _)| *peer));
+        if self.registrar {
+            self.registry.on_routed(routed);
+        }
         let peer = |grape: &KnownGrape| grape.peer;
         let others = {
             let before = self.known_grapes.borrow();
@@ -338,6 +348,10 @@ impl Driver {
     }
 
     pub(super) fn on_address(&mut self, address: Multiaddr) {
+        let local = *self.swarm.local_peer_id();
+        let Some(address) = addresses::plain(&local, [&address]).next() else {
+            return tracing::warn!(%address, "an address of another node is not told to others");
+        };
         // Kademlia and rendezvous tell others of external addresses only.
         self.swarm.add_external_address(address.clone());
         self.on_addresses();
@@ -345,7 +359,8 @@ impl Driver {
     }
 
     pub(super) fn on_addresses(&mut self) {
-        let addresses = self.swarm.external_addresses().cloned().collect();
+        let addresses: Vec<_> = self.swarm.external_addresses().cloned().collect();
+        self.registry.on_addresses(&addresses);
         self.rendezvous.on_addresses(addresses);
     }
 }

@@ -17,6 +17,7 @@ use crate::net::rendezvous;
 use crate::net::rpc::link::Lane;
 use crate::net::rpc::single::Serves;
 use crate::net::swarm::BehaviourEvent;
+use crate::proto::addresses;
 use crate::proto::announce::Place;
 use crate::proto::lookup::Source;
 use crate::store::{NewRecord, Origin, Prefix};
@@ -339,10 +340,12 @@ impl Driver {
         name: &ServiceName,
         source: Source,
         peer: PeerId,
-        mut addresses: Vec<Multiaddr>,
+        addresses: Vec<Multiaddr>,
         now: Instant,
     ) {
-        addresses.truncate(MAX_ADDRESSES);
+        let addresses: Vec<_> = addresses::plain(&peer, &addresses)
+            .take(MAX_ADDRESSES)
+            .collect();
         let connected = self.connectivity.is_connected(&peer);
         tracing::trace!(%name, %peer, ?source, ?addresses, connected, "a provider is named");
         self.discovery

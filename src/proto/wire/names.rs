@@ -10,6 +10,7 @@ use super::{
 };
 use crate::limits::MAX_ADDRESSES;
 use crate::name::ServiceName;
+use crate::proto::addresses;
 
 /// The reserved service by which a grape keeps, takes back and finds names.
 pub const NAMES: &str = "grapevine/names";
@@ -181,13 +182,14 @@ impl Provided {
         72 + addresses.sum::<usize>()
     }
 
-    /// Without the addresses that find no place in an answer.
-    pub(crate) fn new(peer: PeerId, mut addresses: Vec<Multiaddr>, lease: u64) -> Self {
-        addresses.retain(|address| address.len() <= MAX_ADDRESS);
-        addresses.truncate(MAX_ADDRESSES);
+    /// With each address once, and without those that find no place in an answer.
+    pub(crate) fn new(peer: PeerId, addresses: Vec<Multiaddr>, lease: u64) -> Self {
+        let addresses = addresses::plain(&peer, &addresses)
+            .filter(|address| address.len() <= MAX_ADDRESS)
+            .take(MAX_ADDRESSES);
         Self {
             peer,
-            addresses,
+            addresses: addresses.collect(),
             lease,
         }
     }
