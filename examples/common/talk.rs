@@ -81,14 +81,10 @@ pub(crate) enum Answer {
 /// Shows what came in, and answers it.
 pub(crate) async fn attend(request: Request, answer: Answer, output: Option<Output>) {
     let peer = request.peer();
-    let incoming = match Incoming::parse(request.payload()) {
-        Ok(Incoming::Echo(text)) => Ok((None, text.to_owned())),
-        Ok(Incoming::Chat(message)) => Ok((Some(message.clone()), message.text)),
-        Err(error) => Err(error.to_string()),
-    };
-    let (message, text) = match incoming {
-        Ok(incoming) => incoming,
-        Err(error) => return request.refuse(error),
+    let (message, text) = match Incoming::parse(request.payload()) {
+        Ok(Incoming::Echo(text)) => (None, text.to_owned()),
+        Ok(Incoming::Chat(message)) => (Some(message.clone()), message.text),
+        Err(error) => return request.unread(&error),
     };
     if let Some(output) = output {
         let from = message.as_ref().map_or("", |message| &message.from);
@@ -105,7 +101,7 @@ fn receipt(request: Request, message: &ChatMessage, answer: Answer) {
     match message.receipt(reply).encode() {
         Ok(payload) => request.reply(payload),
         // An echo is longer than its message, which may be as long as a message can be.
-        Err(error) => request.refuse(error.to_string()),
+        Err(error) => request.too_large(error.to_string()),
     }
 }
 

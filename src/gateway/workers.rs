@@ -28,7 +28,7 @@ use super::rpc::Answer;
 use crate::http::DRAIN;
 use crate::name::ServiceName;
 use crate::node::{Carried, Directory, Request, ServesQuestion};
-use crate::proto::wire::{ErrorCode, RemoteError};
+use crate::proto::wire::{EncodeError, ErrorCode, RemoteError};
 use questions::Questions;
 use worker::{Failed, Worker};
 
@@ -125,7 +125,7 @@ impl Workers {
     async fn call(&self, name: &ServiceName, request: Request) {
         let (question, form) = match payload::question(request.payload()) {
             Ok(question) => question,
-            Err(error) => return request.refuse(error.to_string()),
+            Err(error) => return request.unread(&error),
         };
         let attempts = self.attempts(name, &question);
         let Ok(outcome) = timeout(self.deadline, attempts).await else {
@@ -196,6 +196,7 @@ fn pass_on(request: Request, form: &Form, answer: Answer) {
     match answer {
         Ok(result) => match form.answer(&result) {
             Ok(payload) => request.reply(payload),
+            Err(error @ EncodeError::TooLarge { .. }) => request.too_large(error.to_string()),
             Err(error) => request.fail(error.to_string()),
         },
         Err(message) => request.fail(message),

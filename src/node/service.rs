@@ -13,7 +13,7 @@ use tokio::task::JoinSet;
 use super::Node;
 use crate::name::ServiceName;
 use crate::net::{Command, Inbound, Responder};
-use crate::proto::wire::{ErrorCode, RemoteError};
+use crate::proto::wire::{DecodeError, ErrorCode, MAX_PAYLOAD, RemoteError};
 use turns::Turns;
 
 /// The requests that wait in a channel for a handler, where one more is answered `busy`, and about
@@ -149,7 +149,7 @@ impl Request {
         self.responder.peer()
     }
 
-    /// What was sent, at most [`MAX_PAYLOAD`](crate::proto::wire::MAX_PAYLOAD) bytes.
+    /// What was sent, at most [`MAX_PAYLOAD`] bytes.
     pub fn payload(&self) -> &[u8] {
         &self.payload
     }
@@ -167,12 +167,13 @@ impl Request {
         std::str::from_utf8(&self.payload)
     }
 
-    /// Answers. More than [`MAX_PAYLOAD`](crate::proto::wire::MAX_PAYLOAD) bytes cannot be sent;
-    /// the caller then gets `handler-failed`.
+    /// Answers. More than [`MAX_PAYLOAD`] bytes cannot be sent; the caller then gets `too-large`.
     pub fn reply(self, payload: impl Into<Vec<u8>>) {
         let payload = payload.into();
-        if payload.len() > crate::proto::wire::MAX_PAYLOAD {
-            return self.fail("the reply is larger than a frame carries");
+        let len = payload.len();
+        if len > MAX_PAYLOAD {
+            let message = format!("the reply has {len} bytes; at most {MAX_PAYLOAD} are carried");
+            return self.too_large(message);
         }
         self.answer(Ok(payload));
     }
@@ -180,6 +181,17 @@ impl Request {
     /// Answers `handler-failed` with a message for the caller.
     pub fn fail(self, message: impl Into<String>) {
         self.answer(Err(RemoteError::new(ErrorCode::HandlerFailed, message)));
+    }
+
+    /// Answers `too-large` with a message for the caller: the reply would be over a limit.
+    pub fn too_large(self, message: impl Into<String>) {
+        self.answer(Err(RemoteError::new(ErrorCode::TooLarge, message)));
+    }
+
+    /// Answers a payload that cannot be read: `too-large` if a part of it is over its limit, otherwise
+    /// `bad-request`.
+    pub fn unread(self, error: &DecodeError) {
+        self.answer(Err(error.into()));
     }
 
     /// Answers `bad-request` with a message for the caller.

@@ -745,12 +745,11 @@ async fn payloads_up_to_the_limit_are_carried_and_larger_ones_refused() {
             .unwrap_err();
         let (len, max) = (MAX_PAYLOAD + 1, MAX_PAYLOAD);
         assert_eq!(error, RequestError::TooLarge { len, max });
-        // A reply that does not fit is the handler's failure.
         let error = client
             .request(&name("client1"), vec![1; MAX_PAYLOAD - 1])
             .await
             .unwrap_err();
-        let code = ErrorCode::HandlerFailed;
+        let code = ErrorCode::TooLarge;
         assert!(matches!(&error, RequestError::Remote { error, .. } if error.code == code));
     })
     .await;

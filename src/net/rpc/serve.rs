@@ -26,9 +26,7 @@ use crate::limits::{FRAME_DEADLINE, Limits, MAX_SERVED_STREAMS};
 use crate::metrics::Metrics;
 use crate::name::ServiceName;
 use crate::proto::frame::{FrameError, FrameReader};
-use crate::proto::wire::{
-    self, Batch, DecodeError, ErrorCode, NamesRequest, RemoteError, Request, RequestRef,
-};
+use crate::proto::wire::{self, Batch, ErrorCode, NamesRequest, RemoteError, Request, RequestRef};
 use crate::store::{BatchRefused, NotTaken, Registry};
 
 /// What is said to whoever calls a name that nobody serves here.
@@ -281,7 +279,7 @@ impl Server {
         let refuse = |code, error: &dyn Error| RemoteError::new(code, error.to_string());
         self.answer_short(responder, |registry| {
             let batch = Batch::decode(payload);
-            let batch = batch.map_err(|error| refuse(ErrorCode::BadRequest, &error))?;
+            let batch = batch.map_err(|error| RemoteError::from(&error))?;
             let reply = registry.on_batch(remote.peer, remote.host, &batch, Instant::now());
             let reply = reply.map_err(|error| match error {
                 BatchRefused::TooFast => refuse(ErrorCode::Busy, &error),
@@ -305,12 +303,7 @@ impl Server {
         remote: Remote,
         payload: &[u8],
     ) -> Result<Vec<u8>, RemoteError> {
-        let request = NamesRequest::decode(payload).map_err(|error| match error {
-            DecodeError::TooLarge { .. } => {
-                RemoteError::new(ErrorCode::TooLarge, error.to_string())
-            }
-            error => RemoteError::new(ErrorCode::BadRequest, error.to_string()),
-        })?;
+        let request = NamesRequest::decode(payload).map_err(|error| RemoteError::from(&error))?;
         let reply = registry.on_names(remote.peer, remote.host, &request, Instant::now());
         let reply = reply.map_err(|error| match error {
             NotTaken::TooFast => RemoteError::new(ErrorCode::Busy, error.to_string()),
@@ -412,12 +405,8 @@ async fn read<R: AsyncRead + Unpin>(
             decoded = match Request::decode_any(frame) {
                 Ok(request) => request,
                 Err(error) => {
-                    let code = match error {
-                        DecodeError::TooLarge { .. } => ErrorCode::TooLarge,
-                        _ => ErrorCode::BadRequest,
-                    };
                     let id = wire::salvage_id(frame).unwrap_or_default();
-                    refuse(id, code, &error);
+                    refuse(id, ErrorCode::of(&error), &error);
                     // Who sends what is no request is not listened to any further.
                     return Ok(());
                 }

@@ -280,7 +280,22 @@ impl fmt::Display for RemoteError {
 
 impl std::error::Error for RemoteError {}
 
+impl From<&DecodeError> for RemoteError {
+    /// What is answered to what cannot be read.
+    fn from(error: &DecodeError) -> Self {
+        Self::new(ErrorCode::of(error), error.to_string())
+    }
+}
+
 impl ErrorCode {
+    /// How what cannot be read is answered: by its size, or by its form.
+    pub(crate) fn of(error: &DecodeError) -> Self {
+        match error {
+            DecodeError::TooLarge { .. } => Self::TooLarge,
+            DecodeError::Malformed(_) | DecodeError::TrailingBytes => Self::BadRequest,
+        }
+    }
+
     /// The code as it is on the wire.
     pub fn as_str(&self) -> &str {
         match self {
