@@ -12,9 +12,10 @@ use libp2p::core::ConnectedPoint;
 use libp2p::core::transport::timeout::TransportTimeoutError;
 use libp2p::multiaddr::Protocol;
 use libp2p::swarm::{ConnectionId, DialError};
-use libp2p::{Multiaddr, PeerId, StreamProtocol, dns, identify};
+use libp2p::{Multiaddr, PeerId, StreamProtocol, identify};
 use tokio::sync::watch;
 
+use super::dns::Unresolved;
 use super::host;
 use crate::error::{DialFailure, causes, innermost, system_error};
 use crate::limits::{AGENT, KAD_PROTOCOL, MAX_ADDRESSES, RENDEZVOUS_PROTOCOL};
@@ -402,12 +403,9 @@ pub(crate) fn describe(error: &DialError, expected: Option<PeerId>) -> DialFailu
 
 /// The cause that says most, for a person.
 fn reason(error: &(dyn std::error::Error + 'static)) -> String {
-    let unresolved = causes(error).find_map(|cause| cause.downcast_ref::<dns::ResolveError>());
-    if let Some(unresolved) = unresolved {
-        return match unresolved.is_no_records_found() {
-            true => "DNS knows no such host; correct its name or give its IP address".into(),
-            false => "DNS does not answer; give the host's IP address".into(),
-        };
+    let mut causes = causes(error);
+    if let Some(unresolved) = causes.find_map(|cause| cause.downcast_ref::<Unresolved>()) {
+        return unresolved.to_string();
     }
     let reason = innermost(error).to_string();
     if system_error(error) == Some(io::ErrorKind::ConnectionRefused) {

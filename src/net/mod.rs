@@ -8,6 +8,7 @@
 mod admission;
 pub(crate) mod connectivity;
 pub(crate) mod discovery;
+mod dns;
 mod driver;
 mod names;
 mod rendezvous;

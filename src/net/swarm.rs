@@ -14,15 +14,15 @@ use libp2p::request_response::{self, ProtocolSupport};
 use libp2p::swarm::NetworkBehaviour;
 use libp2p::swarm::behaviour::toggle::Toggle;
 use libp2p::{
-    PeerId, Swarm, Transport as _, dns, identify, identity, kad, memory_connection_limits, noise,
-    ping, quic, swarm, tcp,
+    PeerId, Swarm, Transport as _, identify, identity, kad, memory_connection_limits, noise, ping,
+    quic, swarm, tcp,
 };
 
-use super::admission;
 use super::rpc::serve::Server;
 use super::rpc::{single, streams};
 use super::yamux::Yamux;
 use super::{Settings, Transport};
+use super::{admission, dns};
 use crate::limits::{
     AGENT_VERSION, CONNECT_TIMEOUT, FRAME_DEADLINE, IDENTIFY_VERSION, KAD_PROTOCOL,
     LOOKUP_DEADLINE, Limits, MAX_RENDEZVOUS_STREAMS, MAX_REQUEST_TIME, MAX_RPC_STREAMS,
@@ -182,15 +182,7 @@ fn kademlia(settings: &Settings, registry: Arc<Registry>) -> kad::Behaviour<Reco
 }
 
 fn network(keypair: &identity::Keypair) -> io::Result<Boxed<(PeerId, StreamMuxerBox)>> {
-    // A machine without a resolver's configuration can still dial addresses that are no names.
-    let transport = match dns::tokio::Transport::system(tcp_and_quic(keypair)?) {
-        Ok(transport) => transport,
-        Err(error) => {
-            tracing::warn!(%error, "no DNS: /dns addresses cannot be dialled");
-            let (config, options) = Default::default();
-            dns::tokio::Transport::custom(tcp_and_quic(keypair)?, config, options)
-        }
-    };
+    let transport = dns::Transport::new(tcp_and_quic(keypair)?);
     Ok(TransportTimeout::new(transport, CONNECT_TIMEOUT).boxed())
 }
 

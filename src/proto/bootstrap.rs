@@ -252,7 +252,7 @@ impl<C: Copy + Eq> Bootstraps<C> {
 }
 
 /// Whether DNS says where an address leads.
-fn is_named(address: &Multiaddr) -> bool {
+pub(crate) fn is_named(address: &Multiaddr) -> bool {
     use Protocol::{Dns, Dns4, Dns6, Dnsaddr};
     address
         .iter()

@@ -8,8 +8,12 @@ mod grenache;
 // What it measures is read from Linux's /proc.
 #[cfg(target_os = "linux")]
 mod hostile;
+#[cfg(target_os = "linux")]
+mod hosts;
 mod http;
 mod interop;
+#[cfg(target_os = "linux")]
+mod namespace;
 mod network;
 mod process;
 mod programs;
