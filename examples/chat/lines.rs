@@ -3,14 +3,14 @@
 
 use std::io;
 
-use grapevine::proto::wire::MAX_PAYLOAD;
+use grapevine::proto::wire::MAX_TEXT;
 use tokio::io::{AsyncBufReadExt, AsyncReadExt, BufReader, Stdin};
 
 use crate::common::{Failure, RUNTIME, USAGE};
 use crate::prompt::NoLine;
 
 /// As many bytes as a message may have, and the end of its line.
-const MAX_LINE: usize = MAX_PAYLOAD + b"\r\n".len();
+const MAX_LINE: usize = MAX_TEXT + b"\r\n".len();
 
 pub(crate) struct Lines {
     input: BufReader<Stdin>,
@@ -84,9 +84,9 @@ impl Lines {
 
 fn text_of(line: Vec<u8>) -> Result<String, NoLine> {
     let wrong = |what: String| NoLine::Wrong(Failure::new(USAGE, what));
-    if line.len() > MAX_PAYLOAD {
+    if line.len() > MAX_TEXT {
         let what = format!(
-            "left out a line of more than {MAX_PAYLOAD} bytes, the most that a message may have: \
+            "left out a line of more than {MAX_TEXT} bytes, the most that a message may have: \
              split it"
         );
         return Err(wrong(what));

@@ -193,12 +193,10 @@ impl Mail {
         }
     }
 
-    /// Plain text from nobody in particular, a chat message from somebody.
+    /// A chat message, from nobody in particular where no name is given.
     fn payload(&self, text: &str) -> Result<Vec<u8>, Failure> {
-        let Some(from) = &self.from else {
-            return Ok(text.into());
-        };
-        ChatMessage::new(from.as_ref(), text)
+        let from = self.from.as_ref().map_or("", |from| from.as_ref());
+        ChatMessage::new(from, text)
             .encode()
             .map_err(|error| Failure::new(USAGE, error))
     }

@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use grapevine::chat::{ChatMessage, Incoming, echo_reply, sanitise_line};
 use grapevine::error::AnnounceError;
+use grapevine::proto::wire::MAX_TEXT;
 use grapevine::{Multiaddr, Node, PeerId, Request, Service, ServiceName, Status};
 use tokio::time::sleep;
 
@@ -98,9 +99,10 @@ pub(crate) async fn attend(request: Request, answer: Answer, output: Option<Outp
 
 fn receipt(request: Request, message: &ChatMessage, answer: Answer) {
     let reply = (answer == Answer::Echo).then(|| echo_reply(&message.text));
+    // An echo is longer than its message, which may be as long as a message can be.
+    let reply = reply.filter(|reply| reply.len() <= MAX_TEXT);
     match message.receipt(reply).encode() {
         Ok(payload) => request.reply(payload),
-        // An echo is longer than its message, which may be as long as a message can be.
         Err(error) => request.too_large(error.to_string()),
     }
 }

@@ -21,6 +21,7 @@ use flate2::read::GzDecoder;
 use flate2::write::GzEncoder;
 use futures::stream::FuturesUnordered;
 use futures::{FutureExt, SinkExt, Stream, StreamExt};
+use serde_json::value::RawValue;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, watch};
 use tokio::time::{Instant, sleep_until, timeout};
 
@@ -142,17 +143,16 @@ impl Carrier {
         let Ok(_room) = self.carried.try_acquire_many(kilobytes(len)) else {
             return Err("this grape is busy".into());
         };
-        let payload = question.payload.map_or("null".into(), payload::from_json);
+        let payload = question.payload.unwrap_or(RawValue::NULL);
+        let (payload, form) = payload::request(payload);
         let options = RequestOptions {
             deadline: self.deadline,
             ..RequestOptions::default()
         };
         let reply = self.node.request_with(&name, payload, options).await;
         let reply = reply.map_err(explain)?;
-        match reply.text() {
-            Ok(text) => Ok(payload::to_json(text)),
-            Err(_) => Err(format!("{name} answered something else than text")),
-        }
+        let json = form.json(&reply.payload);
+        json.ok_or_else(|| format!("{name} answered something else than text"))
     }
 }
 

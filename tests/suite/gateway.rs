@@ -852,6 +852,10 @@ async fn grenaches_callers_reach_a_peer() {
                 r#"[7,"client1",{"m":"h"}]"#,
                 r#"[7,null,"Echo: {\"m\":\"h\"}"]"#,
             ),
+            (
+                r#"["m","client1",{"message":"hi"}]"#,
+                r#"["m",null,"Echo: hi"]"#,
+            ),
             (r#"["c","client1"]"#, r#"["c",null,"Echo: null"]"#),
             (
                 r#"["d","absent","x"]"#,
@@ -875,6 +879,26 @@ async fn grenaches_callers_reach_a_peer() {
         assert_eq!(streamed.text(), r#"["s",null,"Echo: x"]"#);
         let refused = send(at, "POST", "/", "_gr: \u{7f}\r\n", b"[]").await;
         assert_eq!(refused.status, 400, "{refused:?}");
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn a_chat_message_of_grenaches_caller_gets_the_answer_of_its_receipt() {
+    in_time(async {
+        let net = Net::start().await;
+        let handler = |request: Request| async move {
+            let message = ChatMessage::decode(request.payload()).unwrap();
+            let reply = (message.text != "nothing").then(|| format!("{}: [1]", message.from));
+            request.reply(message.receipt(reply).encode().unwrap());
+        };
+        let _peer = net.serve("client1", handler).await;
+        let at = net.found("client1").await;
+        for (text, answer) in [("hello", json!("ann: [1]")), ("nothing", Value::Null)] {
+            let call = json!(["r", "client1", {"message": text, "from": "ann"}]);
+            let expected = json!(["r", null, answer]).to_string();
+            assert_eq!(post(at, "/", &call.to_string()).await.text(), expected);
+        }
     })
     .await;
 }

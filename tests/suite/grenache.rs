@@ -13,6 +13,7 @@ use std::time::{Duration, Instant};
 use grapes::{Grape, Maker, network};
 use grapevine::{Node, Role, Service};
 use http::Connection;
+use node::Form;
 use rustix::process::Signal;
 use serde_json::{Value, json};
 
@@ -93,7 +94,7 @@ async fn a_node_client_calls_a_node_server_at_the_other_grape() {
         for transport in node::TRANSPORTS {
             for (here, there) in [(&one, &two), (&two, &one)] {
                 let name = format!("{transport}-{}", here.url());
-                let mut server = node::server(&name, here, transport).await;
+                let mut server = node::server(&name, here, transport, Form::Text).await;
                 let outcomes = node::call(&name, there, transport, &["hello", "boom"]).await;
                 assert_eq!(outcomes[0], echo("hello"));
                 assert_eq!(error(&outcomes[1]), "something went wrong");
@@ -115,7 +116,7 @@ async fn a_node_client_waits_no_longer_for_a_node_server_than_it_wants_to() {
         let [one, two] = network(maker, &[]).await;
         for transport in node::TRANSPORTS {
             let name = format!("{transport}-server");
-            let _server = node::server(&name, &one, transport).await;
+            let _server = node::server(&name, &one, transport, Form::Text).await;
             let late = node::call(&name, &two, transport, &["hang"]).await;
             assert!(is_timeout(&late[0]), "{late:?}");
         }
@@ -143,21 +144,100 @@ async fn a_node_client_calls_a_rust_peer_at_the_other_grape() {
     .await;
 }
 
+/// One message by the program `chat`, signed.
+async fn send_signed(grape: &Grape, name: &str, text: &str) -> Run {
+    let by = ["--bootstrap", &grape.address(), "--timeout", "1"];
+    run(
+        "chat",
+        &[&by[..], &["--name", "ann", "--to", name, text]].concat(),
+    )
+    .await
+}
+
 #[tokio::test]
-async fn chat_reaches_a_node_server_at_the_other_grape() {
+async fn chat_reaches_a_node_chat_at_the_other_grape() {
     with_node(async || {
         let [one, two] = network(Maker::Ours, &[]).await;
         for transport in node::TRANSPORTS {
             for (here, there) in [(&one, &two), (&two, &one)] {
                 let name = format!("{transport}-{}", here.url());
-                let mut server = node::server(&name, here, transport).await;
+                let mut server = node::server(&name, here, transport, Form::Chat).await;
                 for text in ["hello", "grüß dich \u{1f347}", "two\nlines"] {
-                    let chat = send(there, &name, text).await;
-                    assert_eq!(chat.stdout, format!("Echo: {text}\n"), "{chat:?}");
-                    assert_eq!(chat.code, Some(0));
-                    let printed = server.program.line().await;
-                    assert_eq!(printed, json!({ "payload": text }).to_string());
+                    let chats = [
+                        ("", send(there, &name, text).await),
+                        ("ann", send_signed(there, &name, text).await),
+                    ];
+                    for (from, chat) in chats {
+                        assert_eq!(chat.stdout, format!("Echo: {text}\n"), "{chat:?}");
+                        assert_eq!(chat.code, Some(0));
+                        let printed = server.program.line().await;
+                        let printed: Value = serde_json::from_str(&printed).unwrap();
+                        let message = &printed["payload"];
+                        assert_eq!(
+                            (&message["message"], &message["from"]),
+                            (&json!(text), &json!(from))
+                        );
+                        let id = message["id"].as_str().unwrap();
+                        assert!(
+                            id.len() == 32 && u128::from_str_radix(id, 16).is_ok(),
+                            "{id}"
+                        );
+                        assert!(message["sent_at"].as_u64().is_some(), "{message}");
+                        assert_eq!(message.as_object().unwrap().len(), 4);
+                    }
                 }
+            }
+        }
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn a_node_chat_reaches_people_and_peers_at_the_other_grape() {
+    with_node(async || {
+        let [one, two] = network(Maker::Ours, &[]).await;
+        let mut peer = peer("client1", &one).await;
+        let given = [
+            "--name",
+            "ann",
+            "--listen",
+            "/ip4/127.0.0.1/tcp/0",
+            "--bootstrap",
+        ];
+        let mut ann = Program::start("chat", &[&given[..], &[&one.address()]].concat());
+        ann.says("announced ann").await;
+        for transport in node::TRANSPORTS {
+            let texts = ["hello", "grüß dich \u{1f347}"];
+            let outcomes = node::call_in(Form::Chat, "client1", &two, transport, &texts).await;
+            assert_eq!(outcomes, texts.map(echo), "{transport}");
+            let outcomes = node::call_in(Form::Chat, "ann", &two, transport, &texts).await;
+            for outcome in outcomes {
+                assert_eq!(outcome["error"], Value::Null, "{outcome}");
+            }
+            for text in texts {
+                for program in [&mut peer, &mut ann] {
+                    let printed = program.line().await;
+                    assert!(printed.ends_with(&format!(": {text}")), "{printed}");
+                }
+            }
+        }
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn requests_in_rust_reach_a_node_server_as_strings() {
+    with_node(async || {
+        let [one, two] = network(Maker::Ours, &[]).await;
+        let client = rust_node(&two).await;
+        for transport in node::TRANSPORTS {
+            let mut server = node::server(transport, &one, transport, Form::Text).await;
+            let name = transport.parse().unwrap();
+            for text in ["hello", "two\nlines"] {
+                let reply = client.request(&name, text).await.unwrap();
+                assert_eq!(reply.text().unwrap(), format!("Echo: {text}"));
+                let printed = server.program.line().await;
+                assert_eq!(printed, json!({ "payload": text }).to_string());
             }
         }
     })
@@ -170,7 +250,7 @@ async fn errors_and_time_outs_of_node_servers_are_told_by_chat() {
         let [one, two] = network(Maker::Ours, &[]).await;
         for transport in node::TRANSPORTS {
             let name = format!("{transport}-server");
-            let _server = node::server(&name, &one, transport).await;
+            let _server = node::server(&name, &one, transport, Form::Chat).await;
             let failed = send(&two, &name, "boom").await;
             assert_eq!(failed.code, Some(7), "{failed:?}");
             assert!(failed.stderr.contains("something went wrong"), "{failed:?}");
@@ -214,7 +294,7 @@ async fn a_killed_node_server_is_never_reached_and_forgotten_within_its_lease() 
     with_node(async || {
         let lease = Duration::from_secs(3);
         let [one, two] = network(Maker::Ours, &["--dht_peer_maxAge", "3000"]).await;
-        let mut server = node::server("client1", &one, "ws").await;
+        let mut server = node::server("client1", &one, "ws", Form::Chat).await;
         let address = format!("127.0.0.1:{}", server.port);
         let mut apis = [one.http().await, two.http().await];
         for api in &mut apis {
@@ -266,7 +346,11 @@ async fn both_kinds_of_clients_spread_over_both_kinds_of_providers() {
         let [one, two] = network(Maker::Ours, &[]).await;
         let mut providers = vec![peer("client1", &one).await, peer("client1", &two).await];
         for (grape, transport) in [(&one, "ws"), (&two, "ws")] {
-            providers.push(node::server("client1", grape, transport).await.program);
+            providers.push(
+                node::server("client1", grape, transport, Form::Text)
+                    .await
+                    .program,
+            );
         }
         let mut api = two.http().await;
         while api.lookup("client1").await.len() < 3 {}

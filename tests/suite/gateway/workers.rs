@@ -81,7 +81,9 @@ impl BlackHole {
 fn answer(question: &str) -> Option<String> {
     let question: Value = serde_json::from_str(question).unwrap();
     let (rid, payload) = (&question[0], &question[2]);
-    Some(match payload.as_str() {
+    // Of a chat message, its text.
+    let text = payload.as_str().or(payload["message"].as_str());
+    Some(match text {
         Some("fail") => json!([rid, "something went wrong", null]).to_string(),
         Some("both") => json!([rid, "e", "data"]).to_string(),
         Some("nothing") => json!([rid, null, null]).to_string(),

@@ -76,9 +76,28 @@ pub(super) struct Server {
     pub(super) port: u64,
 }
 
+/// What the payloads of a service or a client are.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Form {
+    /// A string.
+    Text,
+    /// The object of a chat message.
+    Chat,
+}
+
+impl Form {
+    fn flag(self) -> &'static [&'static str] {
+        match self {
+            Self::Text => &[],
+            Self::Chat => &["--chat"],
+        }
+    }
+}
+
 /// Starts a service, and returns when its grape has taken its name.
-pub(super) async fn server(name: &str, grape: &Grape, transport: &str) -> Server {
-    let mut program = start("server.js", &[name, "0", &grape.url(), transport]);
+pub(super) async fn server(name: &str, grape: &Grape, transport: &str, form: Form) -> Server {
+    let flags = [name, "0", &grape.url(), transport];
+    let mut program = start("server.js", &[&flags, form.flag()].concat());
     let announced: Value = serde_json::from_str(&program.line().await).unwrap();
     assert_eq!(announced["announced"], name);
     let port = announced["port"].as_u64().unwrap();
@@ -92,8 +111,20 @@ pub(super) async fn call(
     transport: &str,
     payloads: &[&str],
 ) -> Vec<Value> {
+    call_in(Form::Text, name, grape, transport, payloads).await
+}
+
+/// As [`call`], with payloads of this form.
+pub(super) async fn call_in(
+    form: Form,
+    name: &str,
+    grape: &Grape,
+    transport: &str,
+    payloads: &[&str],
+) -> Vec<Value> {
     let given = [name, &grape.url(), transport, "--timeout", "1000"];
-    let run = run_other(command("client.js", &[&given, payloads].concat())).await;
+    let given = [&given, form.flag(), payloads].concat();
+    let run = run_other(command("client.js", &given)).await;
     let lines = run.stdout.lines();
     let outcomes: Vec<_> = lines
         .map(|line| serde_json::from_str(line).unwrap())

@@ -8,6 +8,7 @@ use std::time::Duration;
 use expectrl::process::unix::WaitStatus;
 use expectrl::session::OsSession;
 use expectrl::{ControlCode, Eof, Expect, Session};
+use grapevine::chat::ChatMessage;
 use rustix::process::{Pid, Signal, kill_process};
 use rustix::termios::LocalModes;
 
@@ -197,7 +198,8 @@ async fn ctrl_c_clears_a_line_that_is_begun_and_leaves_an_empty_one() {
         see(&mut chat, "Message: ");
         chat.send_line("whole").unwrap();
         let request = service.next().await.unwrap();
-        assert_eq!(request.text().unwrap(), "whole");
+        let message = ChatMessage::decode(request.payload()).unwrap();
+        assert_eq!(message.text, "whole");
         request.reply("yes");
         see(&mut chat, "yes");
         see(&mut chat, "Message: ");
