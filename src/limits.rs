@@ -19,13 +19,20 @@ pub const RENDEZVOUS_PROTOCOL: StreamProtocol = StreamProtocol::new("/rendezvous
 /// Requests and replies.
 pub const RPC_PROTOCOL: StreamProtocol = StreamProtocol::new("/grapevine/rpc/1.0.0");
 
+/// The same on streams that stay open and carry many requests. Its own id, because other
+/// implementations of requests and replies take one request on a stream.
+pub const KEPT_PROTOCOL: StreamProtocol = StreamProtocol::new("/grapevine/rpc/kept/1.0.0");
+
+/// Told by who keeps names and answers for them by the RPC: a grape.
+pub const NAMES_PROTOCOL: StreamProtocol = StreamProtocol::new("/grapevine/names/1.0.0");
+
+/// Told by who keeps other grapes' workers by the RPC.
+pub const REGISTRY_PROTOCOL: StreamProtocol = StreamProtocol::new("/grapevine/registry/1.0.0");
+
 /// The protocol version that identify tells.
 pub const IDENTIFY_VERSION: &str = "/grapevine/1.0.0";
 
-/// The agent that identify tells, without its version: such a peer serves kept streams.
-pub const AGENT: &str = "grapevine/";
-
-/// The agent that identify tells.
+/// The agent that identify tells, for people: what a node can do is told by its protocols.
 pub const AGENT_VERSION: &str = concat!("grapevine/", env!("CARGO_PKG_VERSION"));
 
 /// How long a grape keeps an announcement that is not renewed, at most: a killed peer's name is gone

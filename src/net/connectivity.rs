@@ -12,14 +12,19 @@ use libp2p::core::ConnectedPoint;
 use libp2p::core::transport::timeout::TransportTimeoutError;
 use libp2p::multiaddr::Protocol;
 use libp2p::swarm::{ConnectionId, DialError};
-use libp2p::{Multiaddr, PeerId, StreamProtocol, identify};
+use libp2p::{Multiaddr, PeerId, identify};
 use tokio::sync::watch;
 
 use super::dns::Unresolved;
 use super::host;
 use crate::error::{DialFailure, causes, innermost, system_error};
-use crate::limits::{AGENT, KAD_PROTOCOL, MAX_ADDRESSES, RENDEZVOUS_PROTOCOL};
+use crate::limits::MAX_ADDRESSES;
 use crate::proto::bootstrap::{BootstrapStatus, Bootstraps};
+use crate::proto::capabilities::{Capabilities, Capability};
+
+/// The nodes that are not connected of which it is remembered what they can do: as many as a routing
+/// table may hold.
+const MAX_REMEMBERED: usize = 20 * 256;
 
 /// What a node knows of its own place in the network.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -46,8 +51,20 @@ impl Status {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct KnownGrape {
     pub(crate) peer: PeerId,
+    /// It is told of workers, as far as it has said what it can do.
+    pub(crate) takes_workers: bool,
     /// A number that no earlier connection with any peer has had; none if it is not connected.
     pub(crate) connected: Option<u64>,
+}
+
+/// The other nodes that keep what is announced, as far as a node knows them.
+#[derive(Debug, Default, PartialEq, Eq)]
+pub(crate) struct Keepers {
+    pub(crate) grapes: Vec<KnownGrape>,
+    /// Those that keep it for Kademlia or as a rendezvous point only.
+    pub(crate) foreign: Vec<PeerId>,
+    /// How many more are in the routing table and have not told what they can do.
+    pub(crate) untold: usize,
 }
 
 /// The connections of a node.
@@ -56,6 +73,8 @@ pub(crate) struct Connectivity {
     local: PeerId,
     pub(crate) bootstraps: Bootstraps<ConnectionId>,
     peers: HashMap<PeerId, Peer>,
+    /// What those of the routing table told that are not connected any more.
+    remembered: HashMap<PeerId, Capabilities>,
     /// How many peers have connected so far.
     connected: u64,
     /// Dials to a candidate of a lookup, or back to a grape.
@@ -70,15 +89,8 @@ struct Peer {
     connections: HashMap<ConnectionId, Multiaddr>,
     /// The number of this connection of all that were made.
     number: u64,
-    /// It has told what it runs.
-    is_identified: bool,
-    /// It says that it serves Kademlia, as grapes do.
-    is_grape: bool,
-    /// It says that it serves Kademlia or is a rendezvous point: what another implementation's
-    /// bootstrap node may be.
-    keeps_names: bool,
-    /// Runs this implementation, which serves many requests on one stream.
-    is_ours: bool,
+    /// What it can do, once it has told.
+    told: Option<Capabilities>,
     /// A dial of this node's has led to it.
     is_reached: bool,
     /// This node has tried to dial it back.
@@ -86,9 +98,17 @@ struct Peer {
 }
 
 impl Peer {
+    fn can(&self, capability: Capability) -> bool {
+        self.told.is_some_and(|told| told.has(capability))
+    }
+
+    fn keeps_announcements(&self) -> bool {
+        self.told.is_some_and(Capabilities::keeps_announcements)
+    }
+
     /// It says that it is one, and this node has reason to know it: anybody may connect and say so.
     fn is_taken_for_grape(&self) -> bool {
-        self.is_grape && self.is_reached
+        self.can(Capability::Names) && self.is_reached
     }
 }
 
@@ -112,6 +132,7 @@ impl Connectivity {
             local,
             bootstraps: Bootstraps::new(bootstrap, now),
             peers: HashMap::new(),
+            remembered: HashMap::new(),
             connected: 0,
             dials: HashMap::new(),
             addresses: Vec::new(),
@@ -138,41 +159,66 @@ impl Connectivity {
         grapes
     }
 
-    /// Whether a grape is connected that has said that it is one.
-    pub(crate) fn knows_grape(&self) -> bool {
-        let grapes = self.grapes();
-        let mut known = grapes.iter().filter_map(|grape| self.peers.get(grape));
-        known.any(|grape| grape.keeps_names)
+    /// Whether somebody is connected that has said that it keeps what is announced.
+    pub(crate) fn knows_keeper(&self) -> bool {
+        let mut reached = self.peers.values().filter(|peer| peer.is_reached);
+        let bootstraps = || self.bootstraps.connected();
+        reached.any(Peer::keeps_announcements)
+            || bootstraps().iter().any(|grape| self.is_keeper(grape))
     }
 
-    /// Whether a connected peer is taken for a grape.
-    pub(crate) fn is_grape(&self, peer: &PeerId) -> bool {
+    /// Whether a connected peer is taken for one that keeps what is announced.
+    pub(crate) fn is_keeper(&self, peer: &PeerId) -> bool {
         let known = self.peers.get(peer);
-        known.is_some_and(Peer::is_taken_for_grape)
+        let keeps_announcements = known.is_some_and(Peer::keeps_announcements);
+        let is_reached = known.is_some_and(|known| known.is_reached);
+        keeps_announcements && (is_reached || self.bootstraps.connected().contains(peer))
     }
 
-    /// The grapes that are connected and those of the routing table, each once.
-    pub(crate) fn known_grapes(&self, routed: impl Iterator<Item = PeerId>) -> Vec<KnownGrape> {
-        let mut grapes = self.grapes();
-        grapes.extend(routed);
-        grapes.sort_unstable();
-        grapes.dedup();
-        let known = grapes.into_iter().map(|peer| KnownGrape {
-            connected: self.peers.get(&peer).map(|known| known.number),
-            peer,
-        });
-        known.collect()
+    /// Those that are connected and those of the routing table that keep what is announced, each once.
+    pub(crate) fn keepers(&mut self, routed: HashSet<PeerId>) -> Keepers {
+        self.remembered.retain(|peer, _| routed.contains(peer));
+        let bootstraps = self.bootstraps.connected();
+        let mut peers: Vec<_> = bootstraps.iter().copied().chain(routed).collect();
+        let reached = self.peers.iter().filter(|(_, known)| known.is_reached);
+        peers.extend(reached.map(|(peer, _)| *peer));
+        peers.sort_unstable();
+        peers.dedup();
+        let mut keepers = Keepers::default();
+        for peer in peers {
+            let known = self.peers.get(&peer);
+            let connected = known.map(|known| known.number);
+            let told = match known {
+                Some(known) => known.told,
+                None => self.remembered.get(&peer).copied(),
+            };
+            match told {
+                Some(told) if told.has(Capability::Names) => {
+                    let takes_workers = told.has(Capability::Registry);
+                    keepers.grapes.push(KnownGrape {
+                        peer,
+                        connected,
+                        takes_workers,
+                    });
+                }
+                Some(told) if told.keeps_announcements() => keepers.foreign.push(peer),
+                // One that the user has named is taken for a grape until it says otherwise.
+                None if bootstraps.contains(&peer) => keepers.grapes.push(KnownGrape {
+                    peer,
+                    connected,
+                    takes_workers: false,
+                }),
+                None if known.is_none() => keepers.untold += 1,
+                _ => {}
+            }
+        }
+        keepers
     }
 
-    /// Whether a peer is known to run this implementation.
-    pub(crate) fn is_ours(&self, peer: &PeerId) -> bool {
-        self.peers.get(peer).is_some_and(|peer| peer.is_ours)
-    }
-
-    /// Whether a peer is known to run another implementation.
-    pub(crate) fn is_foreign(&self, peer: &PeerId) -> bool {
+    /// Whether a connected peer has told that it can do something.
+    pub(crate) fn can(&self, peer: &PeerId, capability: Capability) -> bool {
         let known = self.peers.get(peer);
-        known.is_some_and(|peer| peer.is_identified && !peer.is_ours)
+        known.is_some_and(|known| known.can(capability))
     }
 
     /// The address a peer is connected from, for its prefix.
@@ -258,8 +304,16 @@ impl Connectivity {
         if !known.connections.is_empty() {
             return Change::default();
         }
-        let has_spoken = known.is_identified;
+        let (told, is_reached) = (known.told, known.is_reached);
         self.peers.remove(&peer);
+        if let Some(told) = told
+            && is_reached
+            && told.has(Capability::Kademlia)
+            && self.remembered.len() < MAX_REMEMBERED
+        {
+            self.remembered.insert(peer, told);
+        }
+        let has_spoken = told.is_some();
         let bootstrap = self.bootstraps.connected().contains(&peer);
         self.bootstraps.on_disconnected(&peer, has_spoken, now);
         self.publish();
@@ -296,19 +350,17 @@ impl Connectivity {
         let Some(known) = self.peers.get_mut(&peer) else {
             return false;
         };
-        let speaks = |protocol: StreamProtocol| info.protocols.contains(&protocol);
-        known.is_identified = true;
-        known.is_grape = speaks(KAD_PROTOCOL);
-        known.keeps_names = known.is_grape || speaks(RENDEZVOUS_PROTOCOL);
-        known.is_ours = info.agent_version.starts_with(AGENT);
-        let was_taken = !known.keeps_names && self.bootstraps.on_no_grape(&peer);
+        let told = Capabilities::told(&info.protocols);
+        known.told = Some(told);
+        let was_taken = !told.keeps_announcements() && self.bootstraps.on_no_grape(&peer);
         self.publish();
         was_taken
     }
 
     /// Where to dial a grape back that has dialled this one, once.
     pub(crate) fn dial_back(&mut self, peer: &PeerId, tells: &[Multiaddr]) -> Vec<Multiaddr> {
-        let known = self.peers.get_mut(peer).filter(|known| known.is_grape);
+        let known = self.peers.get_mut(peer);
+        let known = known.filter(|known| known.can(Capability::Kademlia));
         let Some(known) = known.filter(|known| !known.is_reached && !known.dialled_back) else {
             return Vec::new();
         };
@@ -322,7 +374,7 @@ impl Connectivity {
     /// Whether a peer has said what it speaks, and is no grape by that.
     pub(crate) fn is_no_grape(&self, peer: &PeerId) -> bool {
         let known = self.peers.get(peer);
-        known.is_some_and(|known| known.is_identified && !known.keeps_names)
+        known.is_some_and(|known| known.told.is_some() && !known.keeps_announcements())
     }
 
     /// This node has asked its way through the whole network.
@@ -337,8 +389,10 @@ impl Connectivity {
         let mut bootstrap = self.bootstraps.status();
         for entry in &mut bootstrap {
             // Until it has said what it is, it may be no grape.
-            let is_known =
-                |peer: &PeerId| self.peers.get(peer).is_some_and(|peer| peer.keeps_names);
+            let is_known = |peer: &PeerId| {
+                let known = self.peers.get(peer);
+                known.is_some_and(Peer::keeps_announcements)
+            };
             entry.connected = entry.connected.filter(is_known);
         }
         let status = Status {

@@ -31,6 +31,7 @@ use crate::error::{AnnounceError, LookupError, SpawnError};
 use crate::limits::{KEEP_ALIVE_INTERVAL, MAX_ANNOUNCED, MAX_LOOKUPS, SHUTDOWN_DEADLINE};
 use crate::metrics::Metrics;
 use crate::name::ServiceName;
+use crate::proto::capabilities::Capability;
 use crate::proto::grapes::Grapes;
 use crate::proto::lookup::{Connected, Plan};
 use crate::proto::rate::RateLimit;
@@ -491,5 +492,5 @@ fn has_registry(
     registrations: &Registrations,
     grape: &PeerId,
 ) -> bool {
-    connectivity.is_ours(grape) && !registrations.lacks_registry(grape)
+    connectivity.can(grape, Capability::Names) && !registrations.lacks_registry(grape)
 }

@@ -29,8 +29,9 @@ const MAX_PAUSE: Duration = Duration::from_secs(1);
 /// What is made of the other grapes.
 #[derive(Debug)]
 pub(crate) struct Grapes {
-    /// How many were known at the last look.
+    /// How many were known at the last look, and how many other nodes that keep Kademlia's records.
     known: usize,
+    strangers: usize,
     /// How many there are by each grape's word, itself included.
     said: HashMap<PeerId, u64>,
     /// When the last look was, and when the next is.
@@ -45,6 +46,7 @@ impl Grapes {
     pub(crate) fn new(now: Instant) -> Self {
         Self {
             known: 0,
+            strangers: 0,
             said: HashMap::new(),
             looked: now,
             due: None,
@@ -67,16 +69,18 @@ impl Grapes {
         self.due.is_some_and(|due| due <= now)
     }
 
-    /// So many others are known now, and perhaps not the same as before. What was said by those that
-    /// are not connected any more is forgotten.
+    /// So many others are known now, and perhaps not the same as before, and so many other nodes that
+    /// keep Kademlia's records. What was said by those that are not connected any more is forgotten.
     pub(crate) fn on_known(
         &mut self,
         known: usize,
+        strangers: usize,
         others: bool,
         is_connected: impl Fn(&PeerId) -> bool,
         now: Instant,
     ) {
-        (self.known, self.looked, self.due) = (known, now, None);
+        (self.known, self.strangers) = (known, strangers);
+        (self.looked, self.due) = (now, None);
         self.said.retain(|grape, _| is_connected(grape));
         if others {
             self.exploration.on_grapes(self.knows_few(), now);
@@ -126,10 +130,11 @@ impl Grapes {
         }
     }
 
-    /// How many others there are; `None` while this node has not looked around, or somebody says that
-    /// there are more.
+    /// How many others keep what is announced, grapes or not; `None` while this node has not looked
+    /// around, or somebody says that there are more grapes.
     pub(crate) fn count(&self) -> Option<usize> {
-        (self.looked_around && !self.are_more()).then_some(self.known)
+        let all = self.known + self.strangers;
+        (self.looked_around && !self.are_more()).then_some(all)
     }
 
     /// Whether somebody says that there are more than are known.
@@ -156,7 +161,7 @@ mod tests {
     /// A node that has just looked, and knows so many others.
     fn knowing(known: usize, now: Instant) -> Grapes {
         let mut grapes = Grapes::new(now);
-        grapes.on_known(known, true, |_| true, now);
+        grapes.on_known(known, 0, true, |_| true, now);
         grapes
     }
 
@@ -175,7 +180,7 @@ mod tests {
             grapes.on_changed();
             assert_eq!(grapes.due, Some(now + pause), "{known}");
             assert!(grapes.is_look_due(now + pause));
-            grapes.on_known(known, false, |_| true, now + pause);
+            grapes.on_known(known, 0, false, |_| true, now + pause);
             assert!(!grapes.is_look_due(now + LONG));
         }
     }
@@ -212,7 +217,7 @@ mod tests {
         grapes.on_disconnected(&other);
         assert_eq!(grapes.count(), Some(3));
         grapes.on_said(other, 4, now);
-        grapes.on_known(3, false, |grape| *grape == one, now);
+        grapes.on_known(3, 0, false, |grape| *grape == one, now);
         assert_eq!(grapes.count(), Some(3));
     }
 
@@ -226,13 +231,13 @@ mod tests {
             (SMALL, 99, false),
         ] {
             let mut grapes = Grapes::new(now);
-            grapes.on_known(known, false, |_| true, now);
+            grapes.on_known(known, 0, false, |_| true, now);
             assert!(!grapes.poll_exploration(now + LONG));
             grapes.on_said(grape, said, now);
             assert!(grapes.is_look_due(now + MAX_PAUSE));
             assert_eq!(grapes.poll_exploration(now + LONG), asks, "{known}, {said}");
             // The same again is nothing new.
-            grapes.on_known(known, false, |_| true, now);
+            grapes.on_known(known, 0, false, |_| true, now);
             grapes.on_said(grape, said, now);
             assert!(!grapes.is_look_due(now + LONG));
         }

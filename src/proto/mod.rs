@@ -8,10 +8,17 @@
 //! | for | id | what it is |
 //! | --- | --- | --- |
 //! | announce, lookup | `/grapevine/kad/1.0.0` | Kademlia as libp2p specifies it: ADD_PROVIDER and GET_PROVIDERS |
-//! | calls | `/grapevine/rpc/1.0.0` | this page |
+//! | calls | `/grapevine/rpc/1.0.0` | this page: what every node serves, at least one request on a stream |
+//! | many calls on one stream | `/grapevine/rpc/kept/1.0.0` | the same frames, on streams that stay open |
+//! | names at grapes | `/grapevine/names/1.0.0` | told by a grape: it answers requests on [names](#names-at-grapes) |
+//! | workers at grapes | `/grapevine/registry/1.0.0` | told by a grape: it answers requests to the [registry](#the-registry-of-grapes) |
 //! | values of Grenache's users | `/grapevine/kad/1.0.0` | Kademlia's PUT_VALUE and GET_VALUE, see [below](#values) |
 //! | rendezvous | `/rendezvous/1.0.0` | the standard protocol, unchanged; the namespace is the name |
 //! | identify | `/ipfs/id/1.0.0` | with protocol version `/grapevine/1.0.0`, agent `grapevine/<version>` and no signed peer record |
+//!
+//! What a node can do is told by the ids that identify lists, and by nothing else: the agent is for
+//! people, and a node that serves Kademlia need be no grape. An id that is not there means no. What
+//! `/grapevine/names/1.0.0` and `/grapevine/registry/1.0.0` tell is asked over streams of calls.
 //!
 //! # Names
 //!
@@ -36,8 +43,9 @@
 //!
 //! A stream of `/grapevine/rpc/1.0.0` carries frames: the length of the content as an unsigned varint
 //! (LEB128, as in multiformats), then the content, one CBOR map (RFC 8949). The side that opened the
-//! stream sends requests, the other side replies. A client may send one request and close its side, or
-//! keep the stream and send many; replies carry the id of their request and may come in any order.
+//! stream sends requests, the other side replies. A client sends one request and closes its side, or, to
+//! a node that tells `/grapevine/rpc/kept/1.0.0`, opens the stream under that id and sends many; replies
+//! carry the id of their request and may come in any order.
 //!
 //! | map | keys |
 //! | --- | --- |
@@ -213,6 +221,7 @@ pub(crate) mod announce;
 pub(crate) mod bencode;
 pub(crate) mod bep44;
 pub(crate) mod bootstrap;
+pub(crate) mod capabilities;
 pub(crate) mod exploration;
 #[doc(hidden)]
 pub mod frame;

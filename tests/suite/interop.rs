@@ -136,7 +136,45 @@ async fn listen<B: NetworkBehaviour>(swarm: &mut Swarm<B>) -> Multiaddr {
 
 fn identify(keypair: &identity::Keypair) -> identify::Behaviour {
     let config = identify::Config::new("/another/1.0.0".into(), keypair.public());
-    identify::Behaviour::new(config)
+    // An agent is for people: nobody takes this one for more than it can do.
+    identify::Behaviour::new(config.with_agent_version("grapevine/9.9.9".into()))
+}
+
+mod stock_identify {
+    use super::*;
+
+    /// The ids of ours that a node tells, in order.
+    async fn told(node: &Node) -> Vec<String> {
+        let mut client = stock(identify);
+        connect(&mut client, node).await;
+        let ids = until(&mut client, |event| match event {
+            SwarmEvent::Behaviour(identify::Event::Received { info, .. }) => Some(info.protocols),
+            _ => None,
+        })
+        .await;
+        let ids = ids.iter().map(ToString::to_string);
+        let mut ids: Vec<_> = ids.filter(|id| id.starts_with("/grapevine/")).collect();
+        ids.sort_unstable();
+        ids
+    }
+
+    #[tokio::test]
+    async fn what_a_node_can_do_is_told_by_ids_of_protocols() {
+        in_time(async {
+            let grape = grape().await;
+            let of_peer = ["/grapevine/rpc/1.0.0", "/grapevine/rpc/kept/1.0.0"];
+            assert_eq!(told(&peer(&grape).await).await, of_peer);
+            let of_grape = [
+                "/grapevine/kad/1.0.0",
+                "/grapevine/names/1.0.0",
+                "/grapevine/registry/1.0.0",
+                "/grapevine/rpc/1.0.0",
+                "/grapevine/rpc/kept/1.0.0",
+            ];
+            assert_eq!(told(&grape).await, of_grape);
+        })
+        .await;
+    }
 }
 
 mod stock_rendezvous {
@@ -387,7 +425,7 @@ mod stock_kademlia {
     /// behind what it reads.
     async fn providers_on_the_wire(grape: &Node) -> Vec<(PeerId, Vec<Multiaddr>)> {
         let protocol = StreamProtocol::new("/grapevine/kad/1.0.0");
-        let mut client = stock(|_| by_hand::behaviour_of(protocol));
+        let mut client = stock(|_| by_hand::behaviour_of(&[protocol]));
         connect(&mut client, grape).await;
         let get_providers = KadMessage {
             kind: 3,
@@ -466,45 +504,57 @@ mod stock_kademlia {
     struct Provider {
         kad: Kademlia,
         rpc: request_response::Behaviour<by_hand::Codec>,
+        identify: identify::Behaviour,
+    }
+
+    /// A stock provider that is about to announce `client1` to a grape.
+    async fn provider(grape: &Node) -> Swarm<Provider> {
+        let mut provider = stock(|keypair| Provider {
+            kad: kademlia(keypair),
+            rpc: by_hand::behaviour(),
+            identify: identify(keypair),
+        });
+        listen(&mut provider).await;
+        know(&mut provider.behaviour_mut().kad, grape);
+        let kad = &mut provider.behaviour_mut().kad;
+        kad.start_providing(client1_key()).unwrap();
+        provider
+    }
+
+    /// Answers every request with an echo.
+    async fn serve(mut provider: Swarm<Provider>) {
+        loop {
+            let event = provider.select_next_some().await;
+            let SwarmEvent::Behaviour(ProviderEvent::Rpc(request_response::Event::Message {
+                message:
+                    Message::Request {
+                        request, channel, ..
+                    },
+                ..
+            })) = event
+            else {
+                continue;
+            };
+            let reply = by_hand::serve("client1", &request);
+            let _ = provider.behaviour_mut().rpc.send_response(channel, reply);
+        }
     }
 
     #[tokio::test]
     async fn a_stock_provider_that_knows_no_reserved_service_is_live_and_can_be_called() {
         in_time(async {
             let grape = grape().await;
-            let mut provider = stock(|keypair| Provider {
-                kad: kademlia(keypair),
-                rpc: by_hand::behaviour(),
-            });
-            listen(&mut provider).await;
-            know(&mut provider.behaviour_mut().kad, &grape);
-            let kad = &mut provider.behaviour_mut().kad;
-            kad.start_providing(client1_key()).unwrap();
+            let provider = provider(&grape).await;
             let id = *provider.local_peer_id();
-            tokio::spawn(async move {
-                loop {
-                    let event = provider.select_next_some().await;
-                    let SwarmEvent::Behaviour(ProviderEvent::Rpc(
-                        request_response::Event::Message {
-                            message:
-                                Message::Request {
-                                    request, channel, ..
-                                },
-                            ..
-                        },
-                    )) = event
-                    else {
-                        continue;
-                    };
-                    let reply = by_hand::serve("client1", &request);
-                    let _ = provider.behaviour_mut().rpc.send_response(channel, reply);
-                }
-            });
+            tokio::spawn(serve(provider));
             let client = peer(&grape).await;
             assert_eq!(lookup(&client).await, Ok(vec![id]));
-            let reply = client.request(&client1(), "hello").await.unwrap();
-            assert_eq!(reply.text().unwrap(), "Echo: hello");
-            assert_eq!(reply.provider, id);
+            // Long enough for what a node learns of it meanwhile to be used.
+            for _ in 0..200 {
+                let reply = client.request(&client1(), "hello").await.unwrap();
+                assert_eq!(reply.text().unwrap(), "Echo: hello");
+                assert_eq!(reply.provider, id);
+            }
         })
         .await;
     }
@@ -554,6 +604,68 @@ async fn identify_carries_no_signed_record() {
         assert!(!info.listen_addrs.is_empty());
     })
     .await;
+}
+
+/// A Kademlia server of another implementation that is no grape.
+mod stock_server {
+    use super::*;
+
+    #[derive(NetworkBehaviour)]
+    struct Server {
+        kad: kad::Behaviour<MemoryStore>,
+        identify: identify::Behaviour,
+    }
+
+    fn kademlia(keypair: &identity::Keypair) -> kad::Behaviour<MemoryStore> {
+        let peer = keypair.public().to_peer_id();
+        let config = kad::Config::new(StreamProtocol::new("/grapevine/kad/1.0.0"));
+        kad::Behaviour::with_config(peer, MemoryStore::new(peer), config)
+    }
+
+    #[tokio::test]
+    async fn is_kept_in_the_routing_table_and_not_taken_for_a_grape() {
+        in_time(async {
+            let first = grape().await;
+            let mut server = stock(|keypair| Server {
+                kad: kademlia(keypair),
+                identify: identify(keypair),
+            });
+            server.behaviour_mut().kad.set_mode(Some(kad::Mode::Server));
+            listen(&mut server).await;
+            connect(&mut server, &first).await;
+            let id = *server.local_peer_id();
+            // Until it is dialled back.
+            until(&mut server, |event| match event {
+                SwarmEvent::ConnectionEstablished { endpoint, .. } => {
+                    endpoint.is_listener().then_some(())
+                }
+                _ => None,
+            })
+            .await;
+            run(server);
+            let mut client = stock(kademlia);
+            let mut address = first.addresses()[0].clone();
+            address.pop();
+            let kad = client.behaviour_mut();
+            kad.add_address(&first.peer_id(), address);
+            loop {
+                client.behaviour_mut().get_closest_peers(id);
+                let closest = until(&mut client, |event| match event {
+                    SwarmEvent::Behaviour(kad::Event::OutboundQueryProgressed {
+                        result: kad::QueryResult::GetClosestPeers(result),
+                        ..
+                    }) => Some(result.unwrap().peers),
+                    _ => None,
+                })
+                .await;
+                if closest.iter().any(|found| found.peer_id == id) {
+                    break;
+                }
+            }
+            assert_eq!(first.metrics().grapes, 0);
+        })
+        .await;
+    }
 }
 
 /// Says that it serves Kademlia, and cannot be dialled.
@@ -614,22 +726,24 @@ mod stock_grape {
         identify: identify::Behaviour,
     }
 
-    /// Serves calls of a name that nobody calls, and nothing of the protocol's own. Returns where.
-    async fn start(agent: &str) -> Multiaddr {
+    /// Serves calls of a name that nobody calls, and nothing of the protocol's own, whatever it says.
+    /// Returns where.
+    async fn start(says: &[&'static str]) -> Multiaddr {
+        let says = says.iter().map(|id| StreamProtocol::new(id));
+        let protocols: Vec<_> = [by_hand::PROTOCOL].into_iter().chain(says).collect();
         let mut point = stock(|keypair| {
             let peer = keypair.public().to_peer_id();
             let protocol = StreamProtocol::new("/grapevine/kad/1.0.0");
             let config = kad::Config::new(protocol);
             let mut kad = kad::Behaviour::with_config(peer, MemoryStore::new(peer), config);
             kad.set_mode(Some(kad::Mode::Server));
-            let config = identify::Config::new("/another/1.0.0".into(), keypair.public());
             // By default it takes nothing for less than two hours.
             let short = rendezvous::server::Config::default().with_min_ttl(1);
             Point {
                 rendezvous: rendezvous::server::Behaviour::new(short),
                 kad,
-                rpc: by_hand::behaviour(),
-                identify: identify::Behaviour::new(config.with_agent_version(agent.into())),
+                rpc: by_hand::behaviour_of(&protocols),
+                identify: identify(keypair),
             }
         });
         let address = listen(&mut point).await;
@@ -657,9 +771,9 @@ mod stock_grape {
     #[tokio::test]
     async fn a_point_without_a_registry_is_told_and_asked_the_standard_ways() {
         in_time(async {
-            // One says only when it is asked that it has none; of the other its agent tells it.
-            for agent in ["grapevine/0.0.0", "another/1.0.0"] {
-                let point = start(agent).await;
+            // One says only when it is asked that it has none; of the other it is known before.
+            for says in [&["/grapevine/names/1.0.0"] as &[_], &[]] {
+                let point = start(says).await;
                 let peer = || {
                     let peer = Node::builder(Role::Peer).listen([any_port()]);
                     peer.bootstrap([point.clone()]).spawn()
@@ -667,10 +781,10 @@ mod stock_grape {
                 let (server, client) = (peer().await.unwrap(), peer().await.unwrap());
                 let service = server.announce(&client1()).await.unwrap();
                 let live = client.lookup(&client1()).await.unwrap();
-                assert_eq!(live[0].peer, server.peer_id(), "{agent}");
+                assert_eq!(live[0].peer, server.peer_id(), "{says:?}");
                 service.withdraw().await;
                 let error = client.lookup(&client1()).await.unwrap_err();
-                assert_eq!(error, LookupError::NotFound(client1()), "{agent}");
+                assert_eq!(error, LookupError::NotFound(client1()), "{says:?}");
             }
         })
         .await;
@@ -679,7 +793,7 @@ mod stock_grape {
     #[tokio::test]
     async fn a_name_is_found_across_grapes_of_both_kinds() {
         in_time(async {
-            let (ours, point) = (grape().await, start("another/1.0.0").await);
+            let (ours, point) = (grape().await, start(&[]).await);
             let both = ours.addresses().into_iter().chain([point.clone()]);
             let server = Node::builder(Role::Peer).listen([any_port()]);
             let server = server.bootstrap(both).spawn().await.unwrap();
@@ -745,17 +859,19 @@ async fn a_stock_request_response_client_gets_an_echo() {
 mod by_hand {
     use super::*;
 
-    const PROTOCOL: StreamProtocol = StreamProtocol::new("/grapevine/rpc/1.0.0");
+    pub(super) const PROTOCOL: StreamProtocol = StreamProtocol::new("/grapevine/rpc/1.0.0");
 
     #[derive(Clone, Default)]
     pub(super) struct Codec;
 
     pub(super) fn behaviour() -> request_response::Behaviour<Codec> {
-        behaviour_of(PROTOCOL)
+        behaviour_of(&[PROTOCOL])
     }
 
-    pub(super) fn behaviour_of(protocol: StreamProtocol) -> request_response::Behaviour<Codec> {
-        let protocols = [(protocol, ProtocolSupport::Full)];
+    /// One that offers these protocols, and takes all their streams for the same.
+    pub(super) fn behaviour_of(protocols: &[StreamProtocol]) -> request_response::Behaviour<Codec> {
+        let protocols = protocols.iter().cloned();
+        let protocols = protocols.map(|id| (id, ProtocolSupport::Full));
         request_response::Behaviour::new(protocols, request_response::Config::default())
     }
 
@@ -858,25 +974,38 @@ mod by_hand {
     }
 
     pub(super) fn ok(id: u8, payload: &[u8]) -> Vec<u8> {
-        let entries = [text("id"), vec![id], text("ok"), bytes(payload)];
+        ok_to(&[id], payload)
+    }
+
+    fn ok_to(id: &[u8], payload: &[u8]) -> Vec<u8> {
+        let entries = [text("id"), id.to_vec(), text("ok"), bytes(payload)];
         [vec![0xa2], entries.concat()].concat()
     }
 
     pub(super) fn error(id: u8, code: &str, message: &str) -> Vec<u8> {
+        error_to(&[id], code, message)
+    }
+
+    fn error_to(id: &[u8], code: &str, message: &str) -> Vec<u8> {
         let error = [text("code"), text(code), text("message"), text(message)].concat();
-        let entries = [text("id"), vec![id], text("error"), vec![0xa2], error];
+        let entries = [text("id"), id.to_vec(), text("error"), vec![0xa2], error];
         [vec![0xa2], entries.concat()].concat()
     }
 
     /// A server of one echo, which knows no reserved service. It finds what it needs in a request at
     /// the places where the one writer it is tested with puts them: id, service, payload.
     pub(super) fn serve(name: &str, request: &[u8]) -> Vec<u8> {
-        let id = request[4];
-        let service = &request[5 + text("service").len()..];
+        let id_len = match request[4] {
+            0x18 => 2,
+            0x19 => 3,
+            _ => 1,
+        };
+        let (id, service) = request[4..].split_at(id_len);
+        let service = &service[text("service").len()..];
         let Some(payload) = service.strip_prefix(text(name).as_slice()) else {
-            return error(id, "unknown-service", "");
+            return error_to(id, "unknown-service", "");
         };
         let payload = &payload[text("payload").len() + 1..];
-        ok(id, &[b"Echo: ", payload].concat())
+        ok_to(id, &[b"Echo: ", payload].concat())
     }
 }

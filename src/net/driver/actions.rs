@@ -10,13 +10,14 @@ use libp2p::{Multiaddr, PeerId, kad};
 use super::Driver;
 use crate::error::{AnnounceError, LookupError};
 use crate::name::ServiceName;
-use crate::net::connectivity::{KnownGrape, describe};
+use crate::net::connectivity::{Keepers, KnownGrape, describe};
 use crate::net::names;
 use crate::net::rpc::kept::Question;
 use crate::net::rpc::link::Lane;
 use crate::net::rpc::single::Outbound;
 use crate::proto::addresses;
 use crate::proto::announce::Place;
+use crate::proto::capabilities::Capability;
 use crate::proto::lookup::{Outcome, Step};
 use crate::proto::registrations::Known;
 
@@ -66,9 +67,9 @@ impl Driver {
         }
     }
 
-    /// Keeps a stream to a peer, if it is one of ours.
+    /// Keeps a stream to a peer, if it is one that keeps them.
     pub(super) fn keep_stream(&mut self, peer: PeerId, lane: Lane) {
-        if self.connectivity.is_ours(&peer) {
+        if self.connectivity.can(&peer, Capability::KeptStreams) {
             let streams = &mut self.swarm.behaviour_mut().streams;
             let metrics = Arc::clone(&self.metrics);
             self.routes
@@ -117,9 +118,14 @@ impl Driver {
             grapes.collect::<Vec<_>>()
         });
         let routed: Vec<_> = routed.collect();
-        let known = self
-            .connectivity
-            .known_grapes(routed.iter().map(|(peer, _)| *peer));
+        let Keepers {
+            grapes: known,
+            foreign,
+            untold,
+        } = {
+            let routed = routed.iter().map(|(peer, _)| *peer);
+            self.connectivity.keepers(routed.collect())
+        };
         if self.registrar {
             self.registry.on_routed(routed);
         }
@@ -132,13 +138,17 @@ impl Driver {
             tracing::debug!(grapes = known.len(), "the known grapes have changed");
         }
         let is_connected = |grape: &PeerId| self.connectivity.is_connected(grape);
-        self.grapes.on_known(known.len(), others, is_connected, now);
+        let strangers = foreign.len() + untold;
+        self.grapes
+            .on_known(known.len(), strangers, others, is_connected, now);
         self.registry.on_grapes(known.len());
         let bootstraps = self.connectivity.bootstraps.connected();
-        let kinds = known.iter().map(|grape| Known {
-            peer: grape.peer,
-            is_bootstrap: bootstraps.contains(&grape.peer),
-            is_foreign: self.connectivity.is_foreign(&grape.peer),
+        let grapes = known.iter().map(|grape| (grape.peer, false));
+        let foreign = foreign.into_iter().map(|peer| (peer, true));
+        let kinds = grapes.chain(foreign).map(|(peer, is_foreign)| Known {
+            is_bootstrap: bootstraps.contains(&peer),
+            peer,
+            is_foreign,
         });
         let registrations = &mut self.names.registrations;
         registrations.on_grapes(&kinds.collect::<Vec<_>>(), self.grapes.scope(), now);

@@ -104,7 +104,7 @@ impl Driver {
     }
 
     pub(super) fn on_closed(&mut self, peer: PeerId, connection: ConnectionId, now: Instant) {
-        let was_grape = self.connectivity.is_grape(&peer);
+        let was_keeper = self.connectivity.is_keeper(&peer);
         let change = self.connectivity.on_closed(peer, connection, now);
         if change.peer {
             tracing::debug!(%peer, "a peer is gone");
@@ -117,7 +117,7 @@ impl Driver {
             self.grapes.on_disconnected(&peer);
             self.records.forget(&peer);
             self.puts.forget(&peer);
-            if was_grape || change.bootstrap {
+            if was_keeper || change.bootstrap {
                 self.grapes.on_changed();
             }
         }
@@ -205,7 +205,7 @@ impl Driver {
             Some(discovery::Learned::Record(record)) => self.on_record(&record, now),
             Some(discovery::Learned::Value(peer, record)) => self.on_value(peer, &record, now),
             // Kademlia reports success before delivery; with no grape connected there was none.
-            Some(discovery::Learned::Provided(name, true)) if self.connectivity.knows_grape() => {
+            Some(discovery::Learned::Provided(name, true)) if self.connectivity.knows_keeper() => {
                 let published = self.discovery.announcements.on_provided(&name, now);
                 self.on_published(published, &name);
             }
@@ -363,7 +363,7 @@ impl Driver {
             self.grapes.on_changed();
             self.after_bootstrap_change();
         }
-        if self.connectivity.is_grape(&peer) {
+        if self.connectivity.is_keeper(&peer) {
             self.grapes.on_changed();
         }
         if self.routes.link(peer).wants_kept() {

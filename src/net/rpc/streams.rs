@@ -1,16 +1,23 @@
 //! Opens and accepts RPC streams: a behaviour without any logic of its own.
 //!
 //! An accepted stream goes to a task that [serves](super::serve) it, at most [`MAX_RPC_STREAMS`] for
-//! each connection; one more is closed at once. An opened stream goes to whoever asked for it.
+//! each connection; one more is closed at once. An opened stream, one that is to be kept, goes to
+//! whoever asked for it.
+//!
+//! Streams of requests and replies are accepted under several ids, all served alike: what this node
+//! can do is told by them, see [`Capabilities`](crate::proto::capabilities::Capabilities).
 
 use std::collections::{HashMap, VecDeque};
 use std::convert::Infallible;
+use std::future::{self, Ready};
+use std::iter::Cloned;
+use std::slice;
 use std::sync::Arc;
 use std::task::{Context, Poll};
 
 use libp2p::core::Endpoint;
 use libp2p::core::transport::PortUse;
-use libp2p::core::upgrade::ReadyUpgrade;
+use libp2p::core::upgrade::{InboundUpgrade, ReadyUpgrade, UpgradeInfo};
 use libp2p::swarm::handler::{
     ConnectionEvent, DialUpgradeError, FullyNegotiatedInbound, FullyNegotiatedOutbound,
 };
@@ -23,8 +30,19 @@ use libp2p::{Multiaddr, PeerId, StreamProtocol};
 use tokio::sync::oneshot;
 
 use super::serve::{Remote, Server, serve};
-use crate::limits::{MAX_RPC_STREAMS, RPC_PROTOCOL};
+use crate::limits::{
+    KEPT_PROTOCOL, MAX_RPC_STREAMS, NAMES_PROTOCOL, REGISTRY_PROTOCOL, RPC_PROTOCOL,
+};
 use crate::net::host;
+
+/// The ids under which a peer and a grape accept streams.
+const OF_PEER: &[StreamProtocol] = &[RPC_PROTOCOL, KEPT_PROTOCOL];
+const OF_GRAPE: &[StreamProtocol] = &[
+    RPC_PROTOCOL,
+    KEPT_PROTOCOL,
+    NAMES_PROTOCOL,
+    REGISTRY_PROTOCOL,
+];
 
 /// Who waits for a stream; dropped when there will be none.
 type Asker = oneshot::Sender<Stream>;
@@ -44,7 +62,8 @@ impl Behaviour {
         }
     }
 
-    /// Opens a stream to a connected peer. The receiver fails if there is none to be had.
+    /// Opens a stream that is to be kept to a connected peer that keeps such. The receiver fails if
+    /// there is none to be had.
     pub(crate) fn open(&mut self, peer: PeerId) -> oneshot::Receiver<Stream> {
         let (asker, stream) = oneshot::channel();
         // The oldest: a later one may only be to prove an address.
@@ -128,6 +147,29 @@ impl NetworkBehaviour for Behaviour {
     }
 }
 
+/// Accepts a stream under any of these ids.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Accepted(&'static [StreamProtocol]);
+
+impl UpgradeInfo for Accepted {
+    type Info = StreamProtocol;
+    type InfoIter = Cloned<slice::Iter<'static, StreamProtocol>>;
+
+    fn protocol_info(&self) -> Self::InfoIter {
+        self.0.iter().cloned()
+    }
+}
+
+impl<C> InboundUpgrade<C> for Accepted {
+    type Output = C;
+    type Error = Infallible;
+    type Future = Ready<Result<C, Infallible>>;
+
+    fn upgrade_inbound(self, stream: C, _: StreamProtocol) -> Self::Future {
+        future::ready(Ok(stream))
+    }
+}
+
 pub(crate) struct Handler {
     remote: Remote,
     server: Arc<Server>,
@@ -139,13 +181,17 @@ pub(crate) struct Handler {
 impl ConnectionHandler for Handler {
     type FromBehaviour = Asker;
     type ToBehaviour = Infallible;
-    type InboundProtocol = ReadyUpgrade<StreamProtocol>;
+    type InboundProtocol = Accepted;
     type OutboundProtocol = ReadyUpgrade<StreamProtocol>;
     type InboundOpenInfo = ();
     type OutboundOpenInfo = Asker;
 
     fn listen_protocol(&self) -> SubstreamProtocol<Self::InboundProtocol, ()> {
-        SubstreamProtocol::new(ReadyUpgrade::new(RPC_PROTOCOL), ())
+        let ids = match self.server.registry() {
+            Some(_) => OF_GRAPE,
+            None => OF_PEER,
+        };
+        SubstreamProtocol::new(Accepted(ids), ())
     }
 
     fn on_behaviour_event(&mut self, asker: Asker) {
@@ -158,7 +204,7 @@ impl ConnectionHandler for Handler {
     ) -> Poll<ConnectionHandlerEvent<Self::OutboundProtocol, Asker, Infallible>> {
         match self.asked.pop_front() {
             Some(asker) => Poll::Ready(ConnectionHandlerEvent::OutboundSubstreamRequest {
-                protocol: SubstreamProtocol::new(ReadyUpgrade::new(RPC_PROTOCOL), asker),
+                protocol: SubstreamProtocol::new(ReadyUpgrade::new(KEPT_PROTOCOL), asker),
             }),
             None => Poll::Pending,
         }

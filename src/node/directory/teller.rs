@@ -142,7 +142,7 @@ impl Teller {
     fn on_grapes(&mut self, known: &[KnownGrape], now: Instant) {
         self.grapes
             .retain(|peer, told| told.is_busy() || known.iter().any(|grape| grape.peer == *peer));
-        for grape in known {
+        for grape in known.iter().filter(|grape| grape.takes_workers) {
             let told = self.grapes.entry(grape.peer).or_default();
             told.on_connected(grape.connected, now);
         }
