@@ -19,7 +19,7 @@ use super::dns::Unresolved;
 use super::host;
 use crate::error::{DialFailure, causes, innermost, system_error};
 use crate::limits::MAX_ADDRESSES;
-use crate::proto::bootstrap::{BootstrapStatus, Bootstraps};
+use crate::proto::bootstrap::{BootstrapStatus, Bootstraps, peer_of};
 use crate::proto::capabilities::{Capabilities, Capability};
 
 /// The nodes that are not connected of which it is remembered what they can do: as many as a routing
@@ -323,25 +323,25 @@ impl Connectivity {
         }
     }
 
-    /// A dial has failed. Returns the peer if the dial was begun for a lookup.
+    /// A dial has failed. Returns the peer and the addresses if the dial was begun for a lookup.
     pub(crate) fn on_dial_failed(
         &mut self,
         connection: ConnectionId,
         peer: Option<PeerId>,
         failure: DialFailure,
         now: Instant,
-    ) -> Option<PeerId> {
+    ) -> Option<(PeerId, Vec<Multiaddr>)> {
         if self.bootstraps.on_failed(connection, failure, now) {
             self.publish();
         }
         let peer = peer?;
         let dials = self.dials.get_mut(&peer)?;
         let index = dials.iter().position(|(dial, _)| *dial == connection)?;
-        dials.swap_remove(index);
+        let (_, addresses) = dials.swap_remove(index);
         if dials.is_empty() {
             self.dials.remove(&peer);
         }
-        Some(peer)
+        Some((peer, addresses))
     }
 
     /// A peer has told what it speaks. Returns whether it is no grape and was taken for one, because
@@ -411,7 +411,7 @@ impl Connectivity {
 
 /// Whether an address leads to the host that it begins with: transports dial the last one that it
 /// names.
-fn is_plain(address: &Multiaddr) -> bool {
+pub(super) fn is_plain(address: &Multiaddr) -> bool {
     let mut parts = address.iter().peekable();
     let host = parts.next();
     let leads_there = match (host, parts.next(), parts.peek()) {
@@ -432,6 +432,15 @@ fn is_plain(address: &Multiaddr) -> bool {
         (None | Some(Protocol::P2p(_)), None)
     );
     leads_there && ends_there
+}
+
+/// An address without the id that it may end in.
+pub(super) fn without_id(address: &Multiaddr) -> Multiaddr {
+    let mut address = address.clone();
+    if peer_of(&address).is_some() {
+        address.pop();
+    }
+    address
 }
 
 /// A dial error in words for a person.

@@ -14,6 +14,7 @@ use libp2p::swarm::{ConnectionId, NetworkBehaviour};
 use libp2p::{Multiaddr, PeerId};
 use tokio::sync::{mpsc, oneshot};
 
+use super::connectivity::{is_plain, without_id};
 use crate::error::LookupError;
 use crate::limits::MAX_ADDRESSES;
 use crate::name::{Key, ServiceName};
@@ -371,6 +372,32 @@ fn result_of(name: &ServiceName, outcome: &Outcome) -> Result<Vec<PeerId>, Looku
 fn tell(told: &mpsc::Sender<Sought>, sought: Sought) {
     // A caller that went away does not want to know.
     let _ = told.try_send(sought);
+}
+
+/// The grapes of the routing table and where each is.
+pub(crate) fn routed(kad: &mut Kademlia) -> Vec<(PeerId, Vec<Multiaddr>)> {
+    let mut grapes = Vec::new();
+    for bucket in kad.kbuckets() {
+        grapes.extend(bucket.iter().map(|entry| {
+            let addresses = entry.node.value.clone().into_vec();
+            (*entry.node.key.preimage(), addresses)
+        }));
+    }
+    grapes
+}
+
+/// The grapes that the routing table has at an address, but for one; none where a name stands for the
+/// host, which may stand for several.
+pub(crate) fn others_at(kad: &mut Kademlia, found: &PeerId, address: &Multiaddr) -> Vec<PeerId> {
+    let address = without_id(address);
+    if !is_plain(&address) {
+        return Vec::new();
+    }
+    let mut others = routed(kad);
+    others.retain(|(grape, known)| {
+        grape != found && known.iter().any(|known| without_id(known) == address)
+    });
+    others.into_iter().map(|(grape, _)| grape).collect()
 }
 
 impl Waiter {

@@ -18,7 +18,7 @@ use tokio::time::sleep_until;
 use void::Void;
 
 use super::connectivity::{Connectivity, KnownGrape};
-use super::discovery::{Discovery, Waiter};
+use super::discovery::{self, Discovery, Waiter};
 use super::names::Names;
 use super::rendezvous::Rendezvous;
 use super::rpc::link::{Lane, Link};
@@ -481,7 +481,26 @@ impl Driver {
             }
         }
         self.release_held();
+        self.check_a_grape(now);
         self.housekeeping = now + HOUSEKEEPING;
+    }
+
+    /// Sees whether a grape is there that has not been heard of for long, now and then.
+    fn check_a_grape(&mut self, now: Instant) {
+        if !self.needs_to_look() {
+            return;
+        }
+        let (connectivity, kad) = (&self.connectivity, &mut self.swarm.behaviour_mut().kad);
+        let apart = || {
+            let routed = discovery::routed(kad).into_iter();
+            let grapes = routed.map(|(grape, _)| grape);
+            grapes
+                .filter(|grape| !connectivity.is_connected(grape))
+                .collect()
+        };
+        if let Some(grape) = self.grapes.poll_check(apart, now) {
+            self.dial_known(grape);
+        }
     }
 }
 

@@ -5,6 +5,12 @@
 //! only their number counts here, and what grapes say of it themselves. Of two that disagree the
 //! higher one is believed: a grape that lies makes this node ask around, and nothing worse.
 //!
+//! Two nodes need not agree on the size of their network, and what is announced by one is found by the
+//! other: what holds for a small network only is done well below [`SMALL`], what is needed in a large one
+//! from there on, and what a small one suffices with goes on until [`SURELY_LARGE`].
+//!
+//! An id that nobody answers for is no grape. Those that are not connected are dialled in turn, one by one.
+//!
 //! Does no I/O: it takes what happened and `now`.
 
 use std::collections::HashMap;
@@ -19,12 +25,27 @@ use super::registrations::Scope;
 /// responsible for every name.
 pub(crate) const SMALL: usize = kad::K_VALUE.get();
 
+/// Who knows fewer than this takes it that each grape keeps every name, and asks a few instead of
+/// those that Kademlia finds: less than [`SMALL`] by more than two nodes are apart for long.
+pub(crate) const SURELY_SMALL: usize = SMALL - 4;
+
+/// Who knows at least as many leaves it to Kademlia alone to find out whom to tell.
+pub(crate) const SURELY_LARGE: usize = SMALL + 8;
+
 /// How long after one look at the known grapes the next is taken, for each grape of a large network:
 /// each is a look at all of them, and a grape that joins hundreds meets some in every moment.
 const PAUSE_PER_GRAPE: Duration = Duration::from_millis(2);
 
 /// The longest such pause.
 const MAX_PAUSE: Duration = Duration::from_secs(1);
+
+/// How often one grape that is not connected is dialled to see whether it is there, at least, and for each
+/// grape of a large network: every one within a quarter of an hour where nobody is missing.
+const CHECK: Duration = Duration::from_secs(10);
+const CHECK_PER_GRAPE: Duration = Duration::from_millis(100);
+
+/// How soon the next one is dialled if one was not there: many may have gone together.
+const CHECK_AGAIN: Duration = Duration::from_secs(1);
 
 /// What is made of the other grapes.
 #[derive(Debug)]
@@ -40,6 +61,9 @@ pub(crate) struct Grapes {
     /// Whether the grapes near this node have been asked for once.
     looked_around: bool,
     exploration: Exploration,
+    /// The grape that was dialled last to see whether it is there, and when the next one is.
+    checked: Option<PeerId>,
+    next_check: Instant,
 }
 
 impl Grapes {
@@ -52,6 +76,8 @@ impl Grapes {
             due: None,
             looked_around: false,
             exploration: Exploration::default(),
+            checked: None,
+            next_check: now + CHECK,
         }
     }
 
@@ -98,9 +124,15 @@ impl Grapes {
         }
     }
 
-    /// A grape has no connection any more.
-    pub(crate) fn on_disconnected(&mut self, grape: &PeerId) {
-        self.said.remove(grape);
+    /// A peer has no connection any more.
+    pub(crate) fn on_disconnected(&mut self, peer: &PeerId) {
+        self.said.remove(peer);
+    }
+
+    /// A grape has no connection any more: whoever asks around finds out whether it is gone.
+    pub(crate) fn on_lost(&mut self, now: Instant) {
+        self.exploration.on_grapes(self.knows_few(), now);
+        self.on_changed();
     }
 
     /// The grapes near this node were asked for, and somebody has answered.
@@ -111,6 +143,30 @@ impl Grapes {
     /// Whether it is time to ask for the grapes near this node again.
     pub(crate) fn poll_exploration(&mut self, now: Instant) -> bool {
         self.exploration.poll(now)
+    }
+
+    /// The next grape to dial to see whether it is there, of these that are not connected, if it is time:
+    /// each has its turn.
+    pub(crate) fn poll_check(
+        &mut self,
+        apart: impl FnOnce() -> Vec<PeerId>,
+        now: Instant,
+    ) -> Option<PeerId> {
+        if now < self.next_check {
+            return None;
+        }
+        self.next_check = now + CHECK.max(CHECK_PER_GRAPE * self.known as u32);
+        let apart = apart();
+        let after = |peer: &&PeerId| self.checked.is_none_or(|checked| **peer > checked);
+        let next = apart.iter().filter(after).min().or(apart.iter().min());
+        self.checked = next.copied();
+        self.checked
+    }
+
+    /// A grape is not where it was known to be, and is forgotten.
+    pub(crate) fn on_gone(&mut self, now: Instant) {
+        self.next_check = self.next_check.min(now + CHECK_AGAIN);
+        self.on_changed();
     }
 
     /// When time alone makes something due.
@@ -124,7 +180,7 @@ impl Grapes {
     /// Which grapes are responsible for a name. What a grape says is known sooner than what this node
     /// finds; to look for the closest ones is right in any case.
     pub(crate) fn scope(&self) -> Scope {
-        match self.known < SMALL && self.most_said() <= SMALL as u64 {
+        match self.known < SURELY_SMALL && self.most_said() <= SURELY_SMALL as u64 {
             true => Scope::All,
             false => Scope::Closest,
         }
@@ -186,13 +242,13 @@ mod tests {
     }
 
     #[test]
-    fn names_belong_to_all_grapes_while_nobody_knows_of_twenty() {
+    fn names_belong_to_all_grapes_while_nobody_knows_of_many() {
         let now = Instant::now();
-        let most = SMALL as u64;
+        let most = SURELY_SMALL as u64;
         for (known, said, scope) in [
             (0, 0, Scope::All),
-            (SMALL - 1, most, Scope::All),
-            (SMALL, 0, Scope::Closest),
+            (SURELY_SMALL - 1, most, Scope::All),
+            (SURELY_SMALL, 0, Scope::Closest),
             (3, most + 1, Scope::Closest),
             (3, u64::MAX, Scope::Closest),
         ] {
@@ -241,5 +297,22 @@ mod tests {
             grapes.on_said(grape, said, now);
             assert!(!grapes.is_look_due(now + LONG));
         }
+    }
+
+    #[test]
+    fn those_that_are_not_connected_are_dialled_in_turn_and_sooner_while_some_are_gone() {
+        let now = Instant::now();
+        let mut apart = [(); 3].map(|()| PeerId::random()).to_vec();
+        let mut grapes = knowing(3, now);
+        let check = |grapes: &mut Grapes, after| grapes.poll_check(|| apart.clone(), now + after);
+        assert_eq!(check(&mut grapes, Duration::ZERO), None);
+        let turns = (1..=4).map(|turn| check(&mut grapes, turn * CHECK).unwrap());
+        let turns: Vec<_> = turns.collect();
+        assert_eq!(check(&mut grapes, 4 * CHECK + CHECK_AGAIN), None);
+        grapes.on_gone(now + 4 * CHECK);
+        assert!(check(&mut grapes, 4 * CHECK + CHECK_AGAIN).is_some());
+        apart.sort_unstable();
+        assert_eq!((&turns[..3], turns[3]), (&apart[..], apart[0]));
+        assert_eq!(grapes.poll_check(Vec::new, now + 9 * CHECK), None);
     }
 }

@@ -35,7 +35,7 @@ use crate::limits::{
     DIAL_DEADLINE, LOOKUP_DEADLINE, LOOKUP_SETTLE, MAX_ADDRESSES, MAX_CANDIDATES, SERVES_DEADLINE,
 };
 use crate::name::ServiceName;
-use crate::proto::grapes::SMALL;
+use crate::proto::grapes::SURELY_SMALL;
 
 /// How long the grapes that were asked may take before Kademlia is asked as well: many round trips.
 const PATIENCE: Duration = Duration::from_millis(200);
@@ -81,7 +81,7 @@ impl Plan {
     /// Whom to ask, drawn at random where a few are as good as all.
     pub(crate) fn draw(grapes: &Connected) -> Self {
         let (registries, points) = (&grapes.registries, grapes.points.clone());
-        let small = grapes.count.filter(|count| *count < SMALL);
+        let small = grapes.count.filter(|count| *count < SURELY_SMALL);
         let Some(count) = small.filter(|_| !registries.is_empty()) else {
             return Self {
                 registries: registries.clone(),
@@ -1635,7 +1635,7 @@ mod tests {
             (of(2, 1, 0, Some(2)), 1, 1, true, true),
             (of(2, 2, 3, Some(5)), 0, 2, false, false),
             (of(5, 1, 0, None), 4, 1, false, false),
-            (of(5, 0, 3, Some(SMALL)), 5, 0, false, false),
+            (of(5, 0, 3, Some(SURELY_SMALL)), 5, 0, false, false),
             (of(0, 0, 3, Some(3)), 0, 0, false, false),
         ] {
             let drawn = (plan.registries.len(), plan.points.len());

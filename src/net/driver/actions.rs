@@ -10,11 +10,11 @@ use libp2p::{Multiaddr, PeerId, kad};
 use super::Driver;
 use crate::error::{AnnounceError, LookupError};
 use crate::name::ServiceName;
-use crate::net::connectivity::{Keepers, KnownGrape, describe};
-use crate::net::names;
+use crate::net::connectivity::{Keepers, KnownGrape, describe, without_id};
 use crate::net::rpc::kept::Question;
 use crate::net::rpc::link::Lane;
 use crate::net::rpc::single::Outbound;
+use crate::net::{discovery, names};
 use crate::proto::addresses;
 use crate::proto::announce::Place;
 use crate::proto::capabilities::Capability;
@@ -109,15 +109,7 @@ impl Driver {
 
     /// Looks which grapes are known, and tells all who have to know.
     fn look_at_grapes(&mut self, now: Instant) {
-        let kad = &mut self.swarm.behaviour_mut().kad;
-        let routed = kad.kbuckets().flat_map(|bucket| {
-            let grapes = bucket.iter().map(|entry| {
-                let addresses = entry.node.value.clone().into_vec();
-                (*entry.node.key.preimage(), addresses)
-            });
-            grapes.collect::<Vec<_>>()
-        });
-        let routed: Vec<_> = routed.collect();
+        let routed = discovery::routed(&mut self.swarm.behaviour_mut().kad);
         let Keepers {
             grapes: known,
             foreign,
@@ -255,6 +247,44 @@ impl Driver {
                 self.discovery.lookups.on_connected(&peer, now);
             }
             Err(_) => self.discovery.lookups.on_dial_failed(&peer, dials > 0, now),
+        }
+    }
+
+    /// Dials a candidate at the addresses that are left when another key has answered at one of them;
+    /// says whether there are any.
+    pub(super) fn dial_others(
+        &mut self,
+        peer: PeerId,
+        mut addresses: Vec<Multiaddr>,
+        wrong: &Multiaddr,
+    ) -> bool {
+        let wrong = without_id(wrong);
+        addresses.retain(|address| without_id(address) != wrong);
+        if addresses.is_empty() {
+            return false;
+        }
+        // At these only: Kademlia may have named the wrong one as well.
+        let opts = DialOpts::peer_id(peer)
+            .addresses(addresses.clone())
+            .condition(PeerCondition::Disconnected)
+            .allocate_new_port()
+            .build();
+        let connection = opts.connection_id();
+        let is_dialled = self.swarm.dial(opts).is_ok();
+        if is_dialled {
+            self.connectivity.on_dialling(peer, connection, addresses);
+        }
+        is_dialled
+    }
+
+    /// Dials a grape where it is known to be, to see whether it is there.
+    pub(super) fn dial_known(&mut self, grape: PeerId) {
+        let opts = DialOpts::peer_id(grape)
+            .condition(PeerCondition::DisconnectedAndNotDialing)
+            .allocate_new_port()
+            .build();
+        if let Err(error) = self.swarm.dial(opts) {
+            tracing::debug!(%grape, %error, "a grape is not dialled");
         }
     }
 

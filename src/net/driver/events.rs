@@ -10,7 +10,7 @@ use libp2p::{Multiaddr, PeerId, identify, kad, ping};
 use super::Driver;
 use crate::limits::MAX_ADDRESSES;
 use crate::name::ServiceName;
-use crate::net::connectivity::{Connectivity, describe};
+use crate::net::connectivity::{Connectivity, describe, without_id};
 use crate::net::discovery::{self, Discovery};
 use crate::net::names;
 use crate::net::rendezvous;
@@ -43,24 +43,7 @@ impl Driver {
                 peer_id,
                 error,
             } => {
-                let failure = describe(&error, peer_id);
-                tracing::debug!(?peer_id, reason = %failure, "a dial has failed");
-                if let (Some(peer), DialError::Transport(_)) = (peer_id, &error)
-                    && !self.connectivity.is_connected(&peer)
-                {
-                    // Kademlia keeps a dead grape until its bucket is full, and each query would
-                    // wait for it.
-                    self.swarm.behaviour_mut().kad.remove_peer(&peer);
-                    self.grapes.on_changed();
-                }
-                let failed = self
-                    .connectivity
-                    .on_dial_failed(connection_id, peer_id, failure, now);
-                if let Some(peer) = failed {
-                    let others = self.connectivity.dials(&peer) > 0;
-                    self.discovery.lookups.on_dial_failed(&peer, others, now);
-                }
-                self.after_bootstrap_change();
+                self.on_dial_failed(connection_id, peer_id, &error, now);
             }
             SwarmEvent::NewListenAddr { address, .. } => self.on_address(address),
             SwarmEvent::ExpiredListenAddr { address, .. } => {
@@ -72,6 +55,63 @@ impl Driver {
                 tracing::warn!(%error, "a listener has trouble");
             }
             _ => {}
+        }
+    }
+
+    fn on_dial_failed(
+        &mut self,
+        connection: ConnectionId,
+        peer: Option<PeerId>,
+        error: &DialError,
+        now: Instant,
+    ) {
+        let failure = describe(error, peer);
+        tracing::debug!(?peer, reason = %failure, "a dial has failed");
+        let mut wrong = None;
+        match error {
+            DialError::WrongPeerId { obtained, address } => {
+                self.on_answered(*obtained, address, now);
+                if let Some(peer) = peer {
+                    // Where a name stands for the host, it leads there no longer.
+                    let kad = &mut self.swarm.behaviour_mut().kad;
+                    kad.remove_address(&peer, &without_id(address));
+                }
+                wrong = Some(address);
+            }
+            DialError::Transport(_) => {
+                if let Some(peer) = peer.filter(|peer| !self.connectivity.is_connected(peer)) {
+                    // Kademlia keeps a dead grape until its bucket is full, and each query would
+                    // wait for it.
+                    self.swarm.behaviour_mut().kad.remove_peer(&peer);
+                    self.grapes.on_gone(now);
+                }
+            }
+            _ => {}
+        }
+        let failed = self
+            .connectivity
+            .on_dial_failed(connection, peer, failure, now);
+        if let Some((peer, addresses)) = failed {
+            let goes_on = wrong.is_some_and(|wrong| self.dial_others(peer, addresses, wrong));
+            let others = goes_on || self.connectivity.dials(&peer) > 0;
+            self.discovery.lookups.on_dial_failed(&peer, others, now);
+        }
+        self.after_bootstrap_change();
+    }
+
+    /// A key answers at an address: every other id that was thought to be there is not, and a grape of
+    /// which no other address is known is forgotten.
+    fn on_answered(&mut self, found: PeerId, address: &Multiaddr, now: Instant) {
+        let kad = &mut self.swarm.behaviour_mut().kad;
+        for peer in discovery::others_at(kad, &found, address) {
+            tracing::debug!(%peer, %found, %address, "another key answers where a grape was");
+            let kad = &mut self.swarm.behaviour_mut().kad;
+            let was_last = kad.remove_address(&peer, &without_id(address)).is_some();
+            self.grapes.on_gone(now);
+            if !was_last {
+                // What else is known of it is most likely as old.
+                self.dial_known(peer);
+            }
         }
     }
 
@@ -93,6 +133,9 @@ impl Driver {
                 .set(self.swarm.network_info().num_peers() as u64);
             self.routes.on_connected(peer);
             self.names.registrations.on_connected(&peer, now);
+        }
+        if endpoint.is_dialer() {
+            self.on_answered(peer, endpoint.get_remote_address(), now);
         }
         if change.bootstrap {
             let address = endpoint.get_remote_address().clone();
@@ -118,7 +161,7 @@ impl Driver {
             self.records.forget(&peer);
             self.puts.forget(&peer);
             if was_keeper || change.bootstrap {
-                self.grapes.on_changed();
+                self.grapes.on_lost(now);
             }
         }
         if change.bootstrap {
