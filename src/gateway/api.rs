@@ -28,7 +28,7 @@ use tokio::time::sleep;
 use super::body::{self, BodyError};
 use super::{Config, rpc, values};
 use crate::http::{self, Ends};
-use crate::node::{Directory, Found, Full, Node};
+use crate::node::{Directory, Found, Full, Node, NotKnown};
 use crate::proto::wire::MAX_FOUND;
 
 /// A grape that has just started does not say yet that nobody serves a name: services that start with
@@ -87,13 +87,13 @@ impl Api {
     }
 
     /// Who serves a name. While this grape is young it waits for somebody.
-    async fn find(&self, service: &str) -> Found {
+    async fn find(&self, service: &str) -> Result<Found, NotKnown> {
         let asked = Instant::now();
         loop {
-            let found = self.directory.lookup(service, MAX_FOUND).await;
+            let found = self.directory.lookup(service, MAX_FOUND).await?;
             let is_final = self.started.elapsed() > YOUNG || asked.elapsed() > HELD;
             if found.peers || !found.workers.is_empty() || is_final {
-                return found;
+                return Ok(found);
             }
             sleep(RECHECK).await;
         }
@@ -147,7 +147,8 @@ async fn lookup(
         .and_then(rpc::text)
         .filter(|service| !service.is_empty());
     let service = service.ok_or(Failure::said("ERR_GRAPE_LOOKUP"))?;
-    let mut found = api.find(&service).await;
+    let found = api.find(&service).await;
+    let mut found = found.map_err(|NotKnown| Failure::said("ERR_TIMEOUT"))?;
     if found.peers {
         found.workers.truncate(MAX_FOUND - 1);
         let carrier = SocketAddr::new(ends.here, api.carrier_port);

@@ -19,10 +19,11 @@ use tokio::sync::{Semaphore, mpsc, oneshot};
 use tokio::time::timeout;
 
 use super::{Node, call};
+use crate::error::LookupError;
 use crate::name::{self, ServiceName};
 use crate::net::{Carried, Command, KnownGrape, Outcome};
 use crate::proto::bep44::Target;
-use crate::proto::grapes::SMALL;
+use crate::proto::grapes::SURELY_SMALL;
 use crate::proto::wire::{Batch, BatchReply, Digest, REGISTRY};
 use crate::store::Registry;
 use crate::store::workers::{Full, draw};
@@ -80,6 +81,11 @@ pub(crate) struct Found {
     /// Whether a node of libp2p has announced it and is live.
     pub(crate) peers: bool,
 }
+
+/// Whether anybody serves a name could not be found out in time.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("it takes too long to find out who serves the name")]
+pub(crate) struct NotKnown;
 
 /// Why a value was not stored.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
@@ -140,19 +146,23 @@ impl Directory {
     }
 
     /// Who serves a name: of the workers a fair sample of at most `limit`. If this grape knows of some,
-    /// it does not wait long for whoever else there may be.
-    pub(crate) async fn lookup(&self, service: &str, limit: usize) -> Found {
+    /// it does not wait long for whoever else there may be; if it knows of none, it fails when it could
+    /// not find out in time whether there are any.
+    pub(crate) async fn lookup(&self, service: &str, limit: usize) -> Result<Found, NotKnown> {
         let (digest, now) = (name::digest(service), Instant::now());
         let workers = self.registry.workers().sample(&digest, limit, now);
         let Ok(name) = ServiceName::from_wire(service) else {
             // A name that only Grenache's users can have.
             let peers = false;
-            return Found { workers, peers };
+            return Ok(Found { workers, peers });
         };
-        if !is_small(&self.node.shared.handle.grapes.borrow()) {
+        let is_provided = self.registry.providers().has_providers(&name.key(), now);
+        let is_known = is_provided || !workers.is_empty();
+        // What this grape has been told of nobody, another one may know: it may be one of more than
+        // either has met.
+        if !is_known || !has_all(&self.node.shared.handle.grapes.borrow()) {
             return self.lookup_afar(&name, workers, limit).await;
         }
-        let is_provided = self.registry.providers().has_providers(&name.key(), now);
         let look = {
             let (node, registry) = (self.node.clone(), Arc::clone(&self.registry));
             || async move { has_live_peers(&node, &registry, &name).await }
@@ -166,39 +176,50 @@ impl Directory {
                 peers
             }
         };
-        Found { workers, peers }
+        Ok(Found { workers, peers })
     }
 
     /// Asks the providers that Kademlia finds which workers they have.
-    async fn lookup_afar(&self, name: &ServiceName, own: Vec<SocketAddr>, limit: usize) -> Found {
+    async fn lookup_afar(
+        &self,
+        name: &ServiceName,
+        own: Vec<SocketAddr>,
+        limit: usize,
+    ) -> Result<Found, NotKnown> {
         let has_own = !own.is_empty();
         let mut found = Found {
             workers: own,
             peers: false,
         };
-        let more = async {
-            let Ok(live) = self.node.lookup(name).await else {
-                return;
-            };
-            let digest = name.digest();
-            let mut asked: FuturesUnordered<_> = live
-                .iter()
-                .map(|provider| self.workers_at(provider.peer, digest))
-                .collect();
-            while let Some(workers) = asked.next().await {
-                // A provider without workers serves the name itself.
-                found.peers |= workers.is_empty();
-                found.workers.extend(workers);
-            }
-        };
+        let more = self.find_afar(name, &mut found);
         if has_own {
             // Whoever has not answered by then is left out.
             let _ = timeout(MORE_PATIENCE, more).await;
         } else {
-            more.await;
+            more.await?;
         }
         draw(&mut found.workers, limit);
-        found
+        Ok(found)
+    }
+
+    async fn find_afar(&self, name: &ServiceName, found: &mut Found) -> Result<(), NotKnown> {
+        let live = match self.node.lookup(name).await {
+            Ok(live) => live,
+            Err(LookupError::TimedOut(_)) => return Err(NotKnown),
+            // Nobody is there.
+            Err(_) => return Ok(()),
+        };
+        let digest = name.digest();
+        let mut asked: FuturesUnordered<_> = live
+            .iter()
+            .map(|provider| self.workers_at(provider.peer, digest))
+            .collect();
+        while let Some(workers) = asked.next().await {
+            // A provider without workers serves the name itself.
+            found.peers |= workers.is_empty();
+            found.workers.extend(workers);
+        }
+        Ok(())
     }
 
     /// The workers of another node; of one that is no grape, none.
@@ -284,7 +305,7 @@ async fn has_live_peers(node: &Node, registry: &Registry, name: &ServiceName) ->
         .any(|provider| !carriers.contains(&provider.peer))
 }
 
-/// Whether each grape of a network knows all others, and is responsible for every name.
-fn is_small(known: &[KnownGrape]) -> bool {
-    known.len() < SMALL
+/// Whether a grape that knows these others is told of every worker and every name, as far as it can tell.
+fn has_all(known: &[KnownGrape]) -> bool {
+    known.len() < SURELY_SMALL
 }

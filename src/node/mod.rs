@@ -22,7 +22,7 @@ pub(crate) use crate::net::{Carried, ServesQuestion};
 #[cfg(feature = "gateway")]
 pub(crate) use crate::store::workers::Full;
 #[cfg(feature = "gateway")]
-pub(crate) use directory::{Directory, Found, PutError};
+pub(crate) use directory::{Directory, Found, NotKnown, PutError};
 
 use crate::error::{AnnounceError, LookupError, RequestError};
 use crate::limits::{LOOKUP_DEADLINE, MAX_LOOKUPS, SHUTDOWN_DEADLINE};

@@ -141,8 +141,9 @@
 //! this one knows, itself included.
 //!
 //! Which grapes are responsible for a name, Kademlia says: those closest to its key, 20 at most. So
-//! in a network of fewer than 20 each one keeps every name, and who knows them all need not ask
-//! Kademlia for a name that is found.
+//! in a network of fewer than 20 each one keeps every name, and who knows well fewer (this program: 16)
+//! need not ask Kademlia for a name that is found. How many there are, each node may see differently:
+//! before it takes a name for one that nobody announces it asks Kademlia.
 //!
 //! # Payloads of peers
 //!
@@ -178,9 +179,10 @@
 //! each replaces what the sender said of that worker before. `refused` counts those that found no room;
 //! `found` has the sender's list of workers for each key asked for.
 //!
-//! In a network of up to 20 grapes each tells all others. In a larger one a grape sends ADD_PROVIDER for
-//! its workers' names, as a peer does for its own, and who looks a name up asks the providers for their
-//! workers.
+//! A grape that knows fewer than 28 others tells each of them of all its workers. One that knows 20 or more
+//! also sends ADD_PROVIDER for its workers' names, as a peer does for its own. Who has not been told of any
+//! worker of a name, or knows 16 other grapes or more, looks the name up and asks its providers for their
+//! workers. So two grapes need not agree on how many there are.
 //!
 //! # Values
 //!

@@ -3,6 +3,8 @@
 #![allow(clippy::print_stderr, reason = "a test says what it could not test")]
 
 #[cfg(feature = "gateway")]
+mod border;
+#[cfg(feature = "gateway")]
 mod gateway;
 mod grenache;
 // What it measures is read from Linux's /proc.

@@ -40,6 +40,17 @@ impl Carrying {
         }
     }
 
+    /// Takes back all that is provided, as it becomes due: at once.
+    pub(super) fn stop(&mut self, now: Instant) {
+        if std::mem::take(&mut self.up_to) == 0 {
+            return;
+        }
+        let all: Vec<_> = self.services.keys().copied().collect();
+        for service in all {
+            self.schedule(service, now);
+        }
+    }
+
     /// The next service that is due.
     pub(super) fn poll(&mut self, now: Instant) -> Option<Digest> {
         let is_due = self.due.first().is_some_and(|(at, _)| *at <= now);
@@ -58,13 +69,22 @@ impl Carrying {
         (self.in_flight < MAX_IN_FLIGHT).then_some(*at)
     }
 
-    /// A service has been provided, or is not any more.
-    pub(super) fn on_carried(&mut self, service: Digest, is_served: bool, now: Instant) {
+    /// A service has been provided. What has changed of it meanwhile is not forgotten.
+    pub(super) fn on_provided(&mut self, service: Digest, now: Instant) {
         self.in_flight = self.in_flight.saturating_sub(1);
-        if is_served {
+        if self.services.get(&service) == Some(&None) {
             self.schedule(service, now + RENEWAL);
-        } else if let Some(Some(at)) = self.services.remove(&service) {
+        }
+    }
+
+    /// A service is not provided any more; `again` says when it is to be once more.
+    pub(super) fn on_taken_back(&mut self, service: Digest, again: Option<Instant>) {
+        self.in_flight = self.in_flight.saturating_sub(1);
+        if let Some(Some(at)) = self.services.remove(&service) {
             self.due.remove(&(at, service));
+        }
+        if let Some(at) = again {
+            self.schedule(service, at);
         }
     }
 
@@ -92,17 +112,50 @@ mod tests {
         carrying.learn(&workers, now);
         assert_eq!(carrying.poll(now), Some(service));
         assert_eq!(carrying.poll(now), None, "it is under way");
-        carrying.on_carried(service, true, now);
+        carrying.on_provided(service, now);
         assert_eq!(carrying.next_due(), Some(now + RENEWAL));
         now += RENEWAL;
         assert_eq!(carrying.poll(now), Some(service));
-        carrying.on_carried(service, true, now);
+        carrying.on_provided(service, now);
         workers.withdraw(&service, AT);
         carrying.learn(&workers, now);
         assert_eq!(carrying.poll(now), Some(service), "without a pause");
-        carrying.on_carried(service, workers.has_own(&service, now), now);
+        carrying.on_taken_back(service, None);
         assert_eq!((carrying.poll(now), carrying.next_due()), (None, None));
         assert!(carrying.services.is_empty());
+    }
+
+    #[test]
+    fn what_changes_while_it_is_under_way_is_done_afterwards() {
+        let (now, service) = (Instant::now(), [7; 32]);
+        let (mut workers, mut carrying) = (Workers::new(now), Carrying::default());
+        workers.announce(&service, AT, LEASE, now).unwrap();
+        carrying.learn(&workers, now);
+        assert_eq!(carrying.poll(now), Some(service));
+        workers.withdraw(&service, AT);
+        carrying.learn(&workers, now);
+        carrying.on_provided(service, now);
+        assert_eq!(carrying.poll(now), Some(service), "to be taken back");
+        carrying.on_taken_back(service, Some(now));
+        assert_eq!(carrying.poll(now), Some(service), "it is served again");
+    }
+
+    #[test]
+    fn who_stops_takes_everything_back_and_may_begin_anew() {
+        let (now, service) = (Instant::now(), [7; 32]);
+        let (mut workers, mut carrying) = (Workers::new(now), Carrying::default());
+        workers.announce(&service, AT, LEASE, now).unwrap();
+        for _ in 0..2 {
+            carrying.learn(&workers, now);
+            assert_eq!(carrying.poll(now), Some(service));
+            carrying.on_provided(service, now);
+            assert_eq!(carrying.poll(now), None);
+            carrying.stop(now);
+            carrying.stop(now);
+            assert_eq!(carrying.poll(now), Some(service));
+            carrying.on_taken_back(service, None);
+            assert_eq!((carrying.poll(now), carrying.next_due()), (None, None));
+        }
     }
 
     #[test]
@@ -115,7 +168,7 @@ mod tests {
         carrying.learn(&workers, now);
         let polled: Vec<_> = std::iter::from_fn(|| carrying.poll(now)).collect();
         assert_eq!((polled.len(), carrying.next_due()), (MAX_IN_FLIGHT, None));
-        carrying.on_carried(polled[0], true, now);
+        carrying.on_provided(polled[0], now);
         assert!(carrying.poll(now).is_some() && carrying.poll(now).is_none());
     }
 }

@@ -1,25 +1,26 @@
-//! Tells the other grapes what changes of this one's workers.
+//! Tells the other grapes what changes of this one's workers, in two ways.
 //!
-//! In a network of up to [`K`](libp2p::kad::K_VALUE) grapes each one is responsible for every name, and is
-//! told of every worker. In a larger one the grape provides its workers' names in Kademlia, which
-//! finds the grapes that are responsible; who looks a name up asks the grape for the workers.
+//! A grape that knows few others tells each of them of every worker. One that knows [many](SMALL)
+//! provides its workers' names in Kademlia, which finds the grapes that are responsible; who looks a name
+//! up asks the grape for the workers. Between [`SMALL`] and [`SURELY_LARGE`] it does both, and whom it has begun
+//! to tell it tells on: how many grapes another one knows of does not matter to what it finds.
 
 use std::collections::HashMap;
 use std::sync::{Arc, Weak};
 use std::time::{Duration, Instant};
 
-use futures::future::{Either, FutureExt};
+use futures::future::FutureExt;
 use futures::stream::{FuturesUnordered, StreamExt};
 use libp2p::PeerId;
 use tokio::sync::{oneshot, watch};
 use tokio::time::sleep_until;
 
 use super::carrying::Carrying;
-use super::is_small;
 use super::told::{News, Sent, Told};
 use crate::name;
 use crate::net::{Command, KnownGrape, Outcome};
 use crate::node::{Node, Shared, call};
+use crate::proto::grapes::{SMALL, SURELY_LARGE, SURELY_SMALL};
 use crate::proto::wire::{Digest, REGISTRY};
 use crate::store::Registry;
 
@@ -32,6 +33,8 @@ pub(super) struct Teller {
     registry: Arc<Registry>,
     grapes: HashMap<PeerId, Told>,
     carrying: Carrying,
+    /// The network is so large that names are provided in Kademlia.
+    carries: bool,
 }
 
 /// What a grape is told.
@@ -64,26 +67,29 @@ impl Outgoing {
     }
 }
 
-/// Provides a service that this grape's workers serve, or does not any more.
-async fn carry(node: Node, service: Digest, is_served: bool) -> Digest {
+/// Provides a service that this grape's workers serve.
+async fn provide(node: Node, service: Digest) -> Ended {
+    let (done, provided) = oneshot::channel();
     let key = name::key(&service);
-    if !is_served {
-        // A node that is shut down provides nothing.
-        let _ = node.send(Command::Uncarry(key)).await;
-        return service;
-    }
-    let (done, carried) = oneshot::channel();
     if node.send(Command::Carry { key, done }).await.is_ok() {
         // One that could not be provided is tried again when it is due.
-        let _ = carried.await;
+        let _ = provided.await;
     }
-    service
+    Ended::Provided(service)
+}
+
+/// Provides a service no longer.
+async fn take_back(node: Node, service: Digest) -> Ended {
+    // A node that is shut down provides nothing.
+    let _ = node.send(Command::Uncarry(name::key(&service))).await;
+    Ended::TakenBack(service)
 }
 
 /// What has become of something that was told.
 enum Ended {
     Batch(Answer),
-    Carried(Digest),
+    Provided(Digest),
+    TakenBack(Digest),
 }
 
 impl Teller {
@@ -93,6 +99,7 @@ impl Teller {
             registry,
             grapes: HashMap::new(),
             carrying: Carrying::default(),
+            carries: false,
         }
     }
 
@@ -106,32 +113,32 @@ impl Teller {
                 return;
             };
             let node = Node { shared };
-            let due = if is_small(&known) {
-                self.on_grapes(&known, now);
-                let (outgoing, due) = self.poll(now);
-                for news in outgoing {
-                    telling.push(Either::Left(news.send(node.clone()).map(Ended::Batch)));
-                }
-                due
-            } else {
-                self.carrying.learn(&self.registry.workers(), now);
-                while let Some(service) = self.carrying.poll(now) {
-                    let is_served = self.registry.workers().has_own(&service, now);
-                    let carried = carry(node.clone(), service, is_served);
-                    telling.push(Either::Right(carried.map(Ended::Carried)));
-                }
-                self.carrying.next_due()
-            };
+            self.on_grapes(&known, now);
+            let (outgoing, due) = self.poll(now);
+            for news in outgoing {
+                telling.push(news.send(node.clone()).map(Ended::Batch).boxed());
+            }
+            self.carry_in(known.len(), now);
+            while let Some(service) = self.carrying.poll(now) {
+                telling.push(match self.serves(&service, now) {
+                    true => provide(node.clone(), service).boxed(),
+                    false => take_back(node.clone(), service).boxed(),
+                });
+            }
+            let due = due.into_iter().chain(self.carrying.next_due()).min();
             drop(node);
             tokio::select! {
                 () = self.registry.changed() => {}
                 changed = grapes.changed() => if changed.is_err() { return },
                 Some(ended) = telling.next() => match ended {
                     Ended::Batch(answer) => self.on_answer(answer),
-                    Ended::Carried(service) => {
+                    Ended::Provided(service) => {
+                        self.carrying.on_provided(service, Instant::now());
+                    }
+                    Ended::TakenBack(service) => {
                         let now = Instant::now();
-                        let is_served = self.registry.workers().has_own(&service, now);
-                        self.carrying.on_carried(service, is_served, now);
+                        let again = self.serves(&service, now).then_some(now);
+                        self.carrying.on_taken_back(service, again);
                     }
                 },
                 () = until(due) => {}
@@ -142,10 +149,31 @@ impl Teller {
     fn on_grapes(&mut self, known: &[KnownGrape], now: Instant) {
         self.grapes
             .retain(|peer, told| told.is_busy() || known.iter().any(|grape| grape.peer == *peer));
+        let is_for_all = known.len() < SURELY_LARGE;
         for grape in known.iter().filter(|grape| grape.takes_workers) {
-            let told = self.grapes.entry(grape.peer).or_default();
-            told.on_connected(grape.connected, now);
+            let told = match is_for_all {
+                true => Some(self.grapes.entry(grape.peer).or_default()),
+                false => self.grapes.get_mut(&grape.peer),
+            };
+            if let Some(told) = told {
+                told.on_connected(grape.connected, now);
+            }
         }
+    }
+
+    /// Decides whether names are provided in Kademlia, in a network of so many other grapes.
+    fn carry_in(&mut self, grapes: usize, now: Instant) {
+        // One that comes and goes makes no difference each time.
+        self.carries = grapes >= SMALL || self.carries && grapes >= SURELY_SMALL;
+        match self.carries {
+            true => self.carrying.learn(&self.registry.workers(), now),
+            false => self.carrying.stop(now),
+        }
+    }
+
+    /// Whether a service is to be provided in Kademlia.
+    fn serves(&self, service: &Digest, now: Instant) -> bool {
+        self.carries && self.registry.workers().has_own(service, now)
     }
 
     /// What to tell which grapes now, and when to look again.
