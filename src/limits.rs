@@ -90,9 +90,16 @@ pub const MAX_PIPELINED_TO_PEER: usize = 512;
 /// Those with larger payloads, on a stream of their own.
 pub const MAX_LARGE_TO_PEER: usize = 64;
 
-/// The requests to one peer that have a stream of their own. Stays below [`MAX_RPC_STREAMS`], over which the
-/// remote closes streams without an answer.
-pub const MAX_SINGLE_REQUESTS: usize = 64;
+/// The streams of one protocol, each with a single request, that a node has open to a peer: js-libp2p
+/// takes 32 on a connection and resets the next one.
+pub const MAX_STREAMS_TO_PEER: usize = 31;
+
+/// Those of them that are left to the node's own questions, so that requests that take long do not
+/// keep it from asking whether a name is served.
+pub const MAX_QUESTIONS_TO_PEER: usize = 8;
+
+/// The requests to one peer that have a stream of their own; further ones wait their turn.
+pub const MAX_SINGLE_REQUESTS: usize = MAX_STREAMS_TO_PEER - MAX_QUESTIONS_TO_PEER;
 
 /// The requests open on one stream; it is not read further until one of them is answered.
 pub const MAX_PIPELINED: usize = 1_024;

@@ -91,7 +91,7 @@ pub(super) async fn start(settings: Settings) -> Result<Handle, SpawnError> {
         values: Values::default(),
         server: Arc::clone(&server),
         registry: Arc::clone(&registry),
-        requests: Requests::default(),
+        requests: Requests::new(),
         publishing: HashMap::new(),
         held: HashSet::new(),
         records: RateLimit::new(RECORDS_PER_SECOND),

@@ -14,6 +14,7 @@ mod names;
 mod rendezvous;
 pub(crate) mod rpc;
 mod swarm;
+mod turns;
 mod values;
 mod yamux;
 

@@ -13,8 +13,9 @@ use libp2p::identity::Keypair;
 use libp2p::request_response::{self, Message, OutboundRequestId};
 use libp2p::{Multiaddr, PeerId};
 
-use crate::limits::{LEASE, MAX_CANDIDATES, MIN_LEASE};
+use crate::limits::{LEASE, MAX_CANDIDATES, MAX_STREAMS_TO_PEER, MIN_LEASE};
 use crate::name::ServiceName;
+use crate::net::turns::Turns;
 use crate::proto::rate::RateLimit;
 use crate::proto::rendezvous::{
     Codec, Cookie, Malformed, Namespace, Page, Registration, Request, Response, SignedPeer, Status,
@@ -48,6 +49,8 @@ pub(crate) struct Rendezvous {
     /// This node's addresses, signed; made anew when they change.
     record: Option<SignedPeer>,
     asked: HashMap<OutboundRequestId, (PeerId, Asked)>,
+    /// What is asked of each grape, and what waits for its turn to be.
+    turns: Turns<(Request, Asked)>,
     /// Withdrawals under way.
     unregistering: HashSet<(PeerId, ServiceName)>,
     /// Withdrawals that wait for a stream.
@@ -78,6 +81,7 @@ impl Rendezvous {
             addresses: Vec::new(),
             record: None,
             asked: HashMap::new(),
+            turns: Turns::new(MAX_STREAMS_TO_PEER),
             unregistering: HashSet::new(),
             waiting: VecDeque::new(),
             held: HashSet::new(),
@@ -209,7 +213,14 @@ impl Rendezvous {
         }
     }
 
+    /// Asks a grape something, now or in its turn.
     fn ask(&mut self, behaviour: &mut Behaviour, grape: PeerId, request: Request, asked: Asked) {
+        if let Some((request, asked)) = self.turns.begin(grape, (request, asked)) {
+            self.send(behaviour, grape, request, asked);
+        }
+    }
+
+    fn send(&mut self, behaviour: &mut Behaviour, grape: PeerId, request: Request, asked: Asked) {
         let id = behaviour.send_request(&grape, Ok(request));
         self.asked.insert(id, (grape, asked));
     }
@@ -232,6 +243,9 @@ impl Rendezvous {
         response: Option<Response>,
     ) -> Option<Learned> {
         let (grape, asked) = self.asked.remove(&id)?;
+        if let Some((request, asked)) = self.turns.end(&grape) {
+            self.send(behaviour, grape, request, asked);
+        }
         Some(match asked {
             Asked::Register(name) => match response {
                 Some(Response::Registered(Ok(ttl))) => Learned::Registered(grape, name, ttl.into()),

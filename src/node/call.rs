@@ -375,6 +375,7 @@ impl<'a> Message<'a> {
             provider,
             service: Arc::clone(self.service),
             payload: self.payload.clone(),
+            deadline: self.deadline,
             outcome: sender,
             slot,
         });

@@ -47,6 +47,11 @@
 //! a node that tells `/grapevine/rpc/kept/1.0.0`, opens the stream under that id and sends many; replies
 //! carry the id of their request and may come in any order.
 //!
+//! A node has at most 31 streams with single requests open to another one, and of the rendezvous
+//! protocol as many: there are implementations that take 32 of one protocol on a connection and reset
+//! the next. Further requests wait their turn, or go over a stream that is kept. A grape or peer of
+//! this project accepts 160 on a connection.
+//!
 //! | map | keys |
 //! | --- | --- |
 //! | request | `{"id": uint, "service": text, "payload": bytes}` |

@@ -1,13 +1,17 @@
 //! Other implementations of the public protocols: stock libp2p behaviours, none of our code on their
 //! side, over TCP.
 
+use std::convert::Infallible;
 use std::io;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
+use futures::future::join_all;
 use futures::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, StreamExt};
-use grapevine::error::LookupError;
+use grapevine::error::{LookupError, RequestError};
 use grapevine::limits::{LEASE, SERVES_DEADLINE};
-use grapevine::{Multiaddr, Node, PeerId, Role, ServiceName};
+use grapevine::{Multiaddr, Node, PeerId, RequestOptions, Role, ServiceName};
 use libp2p::kad::store::MemoryStore;
 use libp2p::multiaddr::Protocol;
 use libp2p::request_response::{self, Message, ProtocolSupport};
@@ -522,21 +526,41 @@ mod stock_kademlia {
     }
 
     /// Answers every request with an echo.
-    async fn serve(mut provider: Swarm<Provider>) {
+    async fn serve(mut provider: Swarm<Provider>) -> Infallible {
+        serve_in_rounds(&mut provider, Duration::ZERO, &AtomicUsize::new(0)).await
+    }
+
+    /// Answers with echoes, all at once that have come when none has for so long; and tells the most
+    /// that it has had open.
+    async fn serve_in_rounds(
+        provider: &mut Swarm<Provider>,
+        pause: Duration,
+        most: &AtomicUsize,
+    ) -> Infallible {
+        let mut open = Vec::new();
         loop {
-            let event = provider.select_next_some().await;
-            let SwarmEvent::Behaviour(ProviderEvent::Rpc(request_response::Event::Message {
-                message:
-                    Message::Request {
-                        request, channel, ..
-                    },
-                ..
-            })) = event
-            else {
-                continue;
+            let event = match open.is_empty() {
+                true => Some(provider.select_next_some().await),
+                false => timeout(pause, provider.select_next_some()).await.ok(),
             };
-            let reply = by_hand::serve("client1", &request);
-            let _ = provider.behaviour_mut().rpc.send_response(channel, reply);
+            match event {
+                Some(SwarmEvent::Behaviour(ProviderEvent::Rpc(
+                    request_response::Event::Message {
+                        message:
+                            Message::Request {
+                                request, channel, ..
+                            },
+                        ..
+                    },
+                ))) => open.push((by_hand::serve("client1", &request), channel)),
+                Some(_) => {}
+                None => {
+                    most.fetch_max(open.len(), Ordering::Relaxed);
+                    for (reply, channel) in open.drain(..) {
+                        let _ = provider.behaviour_mut().rpc.send_response(channel, reply);
+                    }
+                }
+            }
         }
     }
 
@@ -554,6 +578,83 @@ mod stock_kademlia {
                 let reply = client.request(&client1(), "hello").await.unwrap();
                 assert_eq!(reply.text().unwrap(), "Echo: hello");
                 assert_eq!(reply.provider, id);
+            }
+        })
+        .await;
+    }
+
+    #[tokio::test]
+    async fn a_stock_provider_has_no_more_streams_at_once_than_it_takes() {
+        in_time(async {
+            let grape = grape().await;
+            let mut provider = provider(&grape).await;
+            let names: Vec<ServiceName> = (0..40)
+                .map(|n| format!("name{n}").parse().unwrap())
+                .collect();
+            let kad = &mut provider.behaviour_mut().kad;
+            for name in &names {
+                kad.start_providing(kad::RecordKey::new(&name.key()))
+                    .unwrap();
+            }
+            let id = *provider.local_peer_id();
+            let most = Arc::new(AtomicUsize::new(0));
+            let shared = Arc::clone(&most);
+            tokio::spawn(async move {
+                serve_in_rounds(&mut provider, Duration::from_millis(20), &shared).await
+            });
+            let client = peer(&grape).await;
+            assert_eq!(lookup(&client).await, Ok(vec![id]));
+            // Beside the requests it is asked whether it serves other names.
+            for at_once in [48, 500] {
+                let name = client1();
+                let requests = (0..at_once).map(|_| client.request(&name, "hello"));
+                let lookups = names.iter().map(|name| async {
+                    while let Err(error) = client.lookup(name).await {
+                        assert_eq!(error, LookupError::NotFound(name.clone()));
+                    }
+                });
+                let (replies, _) = tokio::join!(join_all(requests), join_all(lookups));
+                for reply in replies {
+                    assert_eq!(reply.unwrap().text().unwrap(), "Echo: hello");
+                }
+            }
+            let most = most.load(Ordering::Relaxed);
+            assert!((8..=31).contains(&most), "{most} at once");
+        })
+        .await;
+    }
+
+    #[tokio::test]
+    async fn a_request_that_had_no_turn_by_its_deadline_is_timed_out() {
+        in_time(async {
+            let grape = grape().await;
+            let mut provider = provider(&grape).await;
+            let id = *provider.local_peer_id();
+            let client = peer(&grape).await;
+            let found = {
+                let most = AtomicUsize::new(0);
+                let serving = serve_in_rounds(&mut provider, Duration::ZERO, &most);
+                tokio::select! {
+                    found = lookup(&client) => found,
+                    never = serving => match never {},
+                }
+            };
+            assert_eq!(found, Ok(vec![id]));
+            tokio::spawn(async move {
+                // An answer that is dropped would be one.
+                let mut unanswered = Vec::new();
+                loop {
+                    unanswered.push(provider.select_next_some().await);
+                }
+            });
+            let options = RequestOptions {
+                deadline: Duration::from_secs(1),
+                ..RequestOptions::default()
+            };
+            let name = client1();
+            let request = || client.request_with(&name, "hello", options.clone());
+            for reply in join_all((0..48).map(|_| request())).await {
+                assert_eq!(reply, Err(RequestError::TimedOut(client1())));
             }
         })
         .await;
@@ -868,11 +969,13 @@ mod by_hand {
         behaviour_of(&[PROTOCOL])
     }
 
-    /// One that offers these protocols, and takes all their streams for the same.
+    /// One that offers these protocols, and takes all their streams for the same: as many at once as
+    /// js-libp2p does.
     pub(super) fn behaviour_of(protocols: &[StreamProtocol]) -> request_response::Behaviour<Codec> {
         let protocols = protocols.iter().cloned();
         let protocols = protocols.map(|id| (id, ProtocolSupport::Full));
-        request_response::Behaviour::new(protocols, request_response::Config::default())
+        let config = request_response::Config::default().with_max_concurrent_streams(32);
+        request_response::Behaviour::new(protocols, config)
     }
 
     impl request_response::Codec for Codec {

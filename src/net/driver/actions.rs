@@ -99,6 +99,7 @@ impl Driver {
             provider: peer,
             service,
             payload,
+            deadline: message.deadline,
             outcome,
             slot,
         };

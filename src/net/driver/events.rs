@@ -212,7 +212,9 @@ impl Driver {
                 self.on_rendezvous(learned, now);
             }
             BehaviourEvent::Single(event) => {
-                if let Some(Serves(peer, name, serves)) = self.requests.on_event(event) {
+                let behaviour = &mut self.swarm.behaviour_mut().single;
+                self.requests.on_event(behaviour, event);
+                while let Some(Serves(peer, name, serves)) = self.requests.poll_answered() {
                     self.discovery.lookups.on_answer(&peer, &name, serves, now);
                 }
             }

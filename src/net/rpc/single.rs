@@ -1,9 +1,13 @@
 //! A stream for each request, by libp2p's request-response behaviour: outbound only.
 //!
+//! At most [`MAX_STREAMS_TO_PEER`](crate::limits::MAX_STREAMS_TO_PEER) are open to a peer. Callers wait
+//! for a slot of its [`Link`](super::link::Link) before they come here; questions of this node's own
+//! wait here.
+//!
 //! A caller learns whether its request can have run: the codec notes when the first byte is about to
 //! be written, and what fails before that was never sent.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, VecDeque};
 use std::io;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -13,11 +17,12 @@ use futures::io::{AsyncRead, AsyncWrite};
 use libp2p::request_response::{self, Message, OutboundFailure, OutboundRequestId};
 use libp2p::{PeerId, StreamProtocol};
 use tokio::sync::{OwnedSemaphorePermit, oneshot};
-use tokio::time::timeout;
+use tokio::time::{Instant, timeout, timeout_at};
 
 use super::Outcome;
-use crate::limits::FRAME_DEADLINE;
+use crate::limits::{FRAME_DEADLINE, MAX_QUESTIONS_TO_PEER, SERVES_DEADLINE};
 use crate::name::ServiceName;
+use crate::net::turns::Turns;
 use crate::proto::frame::{read_frame, write_frame};
 use crate::proto::wire::{self, Reply, RequestRef};
 
@@ -32,6 +37,8 @@ pub(crate) struct Outbound {
     pub(crate) provider: PeerId,
     pub(crate) service: Arc<str>,
     pub(crate) payload: Bytes,
+    /// When the stream is closed, whether or not the answer is there.
+    pub(crate) deadline: Instant,
     pub(crate) outcome: oneshot::Sender<Outcome>,
     /// Held while the stream is open, even if the caller goes away.
     pub(crate) slot: OwnedSemaphorePermit,
@@ -46,30 +53,59 @@ pub(crate) struct Serves(
 );
 
 /// The requests that have a stream of their own.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub(crate) struct Requests {
     last_id: u64,
     open: HashMap<OutboundRequestId, Open>,
+    /// Each with the time until which it may be answered.
+    questions: Turns<(Question, Instant)>,
+    /// The questions that have been answered, or given up.
+    answered: VecDeque<Serves>,
+}
+
+/// What this node asks a peer of its own accord.
+#[derive(Debug)]
+enum Question {
+    Serves(ServiceName),
+    /// Nobody waits for the answer.
+    KeepAlive,
 }
 
 #[derive(Debug)]
 enum Open {
     Caller {
         outcome: oneshot::Sender<Outcome>,
+        deadline: Instant,
         sent: Arc<AtomicBool>,
         _slot: OwnedSemaphorePermit,
     },
-    Serves(PeerId, ServiceName),
+    Question(PeerId, Question),
 }
 
 impl Requests {
+    pub(crate) fn new() -> Self {
+        Self {
+            last_id: 0,
+            open: HashMap::new(),
+            questions: Turns::new(MAX_QUESTIONS_TO_PEER),
+            answered: VecDeque::new(),
+        }
+    }
+
     /// Sends a caller's request.
     pub(crate) fn call(&mut self, behaviour: &mut Behaviour, request: Outbound) {
         let sent = Arc::new(AtomicBool::new(false));
-        let call = self.outgoing(request.service, request.payload, Arc::clone(&sent));
+        let call = Call {
+            id: self.next_id(),
+            service: request.service,
+            payload: request.payload,
+            deadline: request.deadline,
+            sent: Arc::clone(&sent),
+        };
         let id = behaviour.send_request(&request.provider, call);
         let open = Open::Caller {
             outcome: request.outcome,
+            deadline: request.deadline,
             sent,
             _slot: request.slot,
         };
@@ -83,25 +119,52 @@ impl Requests {
         peer: PeerId,
         name: ServiceName,
     ) -> bool {
-        let is_asked = |open: &Open| matches!(open, Open::Serves(asked, _) if *asked == peer);
-        let again = self.open.values().any(is_asked);
-        let payload = Bytes::copy_from_slice(name.as_ref().as_bytes());
-        let call = self.outgoing(wire::SERVES.into(), payload, Arc::default());
-        let id = behaviour.send_request(&peer, call);
-        self.open.insert(id, Open::Serves(peer, name));
+        let again = self.questions.is_busy(&peer);
+        self.question(behaviour, peer, Question::Serves(name));
         again
     }
 
     /// Asks a peer something, so that neither side takes the connection for idle.
     pub(crate) fn keep_alive(&mut self, behaviour: &mut Behaviour, peer: PeerId) {
-        let payload = Bytes::from_static(b"keep-alive");
-        let call = self.outgoing(wire::SERVES.into(), payload, Arc::default());
-        // Nobody waits for the answer.
-        behaviour.send_request(&peer, call);
+        self.question(behaviour, peer, Question::KeepAlive);
     }
 
+    /// Asks now, or in its turn.
+    fn question(&mut self, behaviour: &mut Behaviour, peer: PeerId, question: Question) {
+        let deadline = Instant::now() + SERVES_DEADLINE;
+        if let Some((question, deadline)) = self.questions.begin(peer, (question, deadline)) {
+            self.ask(behaviour, peer, question, deadline);
+        }
+    }
+
+    fn ask(
+        &mut self,
+        behaviour: &mut Behaviour,
+        peer: PeerId,
+        question: Question,
+        deadline: Instant,
+    ) {
+        let payload = match &question {
+            Question::Serves(name) => Bytes::copy_from_slice(name.as_ref().as_bytes()),
+            Question::KeepAlive => Bytes::from_static(b"keep-alive"),
+        };
+        let call = Call {
+            id: self.next_id(),
+            service: wire::SERVES.into(),
+            payload,
+            deadline,
+            sent: Arc::default(),
+        };
+        let id = behaviour.send_request(&peer, call);
+        self.open.insert(id, Open::Question(peer, question));
+    }
+
+    /// The next answer to a question.
+    pub(crate) fn poll_answered(&mut self) -> Option<Serves> {
+        self.answered.pop_front()
+    }
     /// Handles what the behaviour tells.
-    pub(crate) fn on_event(&mut self, event: Event) -> Option<Serves> {
+    pub(crate) fn on_event(&mut self, behaviour: &mut Behaviour, event: Event) {
         match event {
             Event::Message {
                 message:
@@ -110,33 +173,62 @@ impl Requests {
                         response,
                     },
                 ..
-            } => self.on_outcome(&request_id, Outcome::Answered(response.outcome)),
-            Event::OutboundFailure {
-                request_id, error, ..
             } => {
+                let outcome = Outcome::Answered(response.outcome);
+                self.on_outcome(behaviour, &request_id, outcome);
+            }
+            Event::OutboundFailure {
+                peer,
+                request_id,
+                error,
+                ..
+            } => {
+                if matches!(
+                    error,
+                    OutboundFailure::ConnectionClosed | OutboundFailure::DialFailure
+                ) {
+                    self.give_up(peer);
+                }
                 let outcome = self.failure(&request_id, &error);
-                self.on_outcome(&request_id, outcome)
+                self.on_outcome(behaviour, &request_id, outcome);
             }
             // Inbound streams are served elsewhere.
-            _ => None,
+            _ => {}
         }
     }
 
-    fn outgoing(&mut self, service: Arc<str>, payload: Bytes, sent: Arc<AtomicBool>) -> Call {
+    fn next_id(&mut self) -> u64 {
         self.last_id += 1;
-        Call {
-            id: self.last_id,
-            service,
-            payload,
-            sent,
+        self.last_id
+    }
+
+    /// A peer is gone: what waits for its turn is not asked.
+    fn give_up(&mut self, peer: PeerId) {
+        for (question, _) in self.questions.give_up(&peer) {
+            self.on_answer(peer, question, None);
+        }
+    }
+
+    /// A question under way has ended: the next one has its turn, unless it has waited for too long.
+    fn next_question(&mut self, behaviour: &mut Behaviour, peer: PeerId) {
+        while let Some((question, deadline)) = self.questions.end(&peer) {
+            if Instant::now() < deadline {
+                return self.ask(behaviour, peer, question, deadline);
+            }
+            self.on_answer(peer, question, None);
         }
     }
 
     fn failure(&self, id: &OutboundRequestId, error: &OutboundFailure) -> Outcome {
-        let sent = match self.open.get(id) {
-            Some(Open::Caller { sent, .. }) => sent.load(Ordering::Acquire),
-            _ => true,
+        let (sent, deadline) = match self.open.get(id) {
+            Some(Open::Caller { sent, deadline, .. }) => {
+                (sent.load(Ordering::Acquire), Some(*deadline))
+            }
+            _ => (true, None),
         };
+        if deadline.is_some_and(|deadline| Instant::now() >= deadline) {
+            return Outcome::TimedOut;
+        }
         match error {
             OutboundFailure::UnsupportedProtocols => {
                 Outcome::NotSent("the peer does not speak Grapevine's RPC".into())
@@ -147,16 +239,26 @@ impl Requests {
         }
     }
 
-    fn on_outcome(&mut self, id: &OutboundRequestId, outcome: Outcome) -> Option<Serves> {
-        match self.open.remove(id)? {
-            Open::Caller {
+    fn on_outcome(&mut self, behaviour: &mut Behaviour, id: &OutboundRequestId, outcome: Outcome) {
+        match self.open.remove(id) {
+            Some(Open::Caller {
                 outcome: caller, ..
-            } => {
+            }) => {
                 // A caller that went away does not want to know.
                 let _ = caller.send(outcome);
-                None
             }
-            Open::Serves(peer, name) => Some(Serves(peer, name, outcome.serves())),
+            Some(Open::Question(peer, question)) => {
+                self.on_answer(peer, question, outcome.serves());
+                self.next_question(behaviour, peer);
+            }
+            None => {}
+        }
+    }
+
+    fn on_answer(&mut self, peer: PeerId, question: Question, serves: Option<bool>) {
+        match question {
+            Question::Serves(name) => self.answered.push_back(Serves(peer, name, serves)),
+            Question::KeepAlive => {}
         }
     }
 }
@@ -167,6 +269,7 @@ pub(crate) struct Call {
     id: u64,
     service: Arc<str>,
     payload: Bytes,
+    deadline: Instant,
     /// Set when the first byte is about to be written.
     sent: Arc<AtomicBool>,
 }
@@ -174,8 +277,8 @@ pub(crate) struct Call {
 /// Frames of CBOR on a stream, see [`crate::proto`].
 #[derive(Clone, Debug, Default)]
 pub(crate) struct Codec {
-    /// The id of the request that this clone has written.
-    expected: Option<u64>,
+    /// The id of the request that this clone has written, and until when its reply may come.
+    expected: Option<(u64, Instant)>,
 }
 
 impl request_response::Codec for Codec {
@@ -194,14 +297,18 @@ impl request_response::Codec for Codec {
     where
         T: AsyncRead + Unpin + Send,
     {
-        // No time-out of its own: how long the handler may take is the caller's to say.
-        let Some(frame) = read_frame(io, wire::MAX_FRAME).await? else {
+        let Some((id, deadline)) = self.expected else {
+            return Err(io::Error::other("nothing was asked"));
+        };
+        // How long the handler may take is the caller's to say.
+        let frame = timeout_at(deadline, read_frame(io, wire::MAX_FRAME)).await??;
+        let Some(frame) = frame else {
             return Err(io::ErrorKind::UnexpectedEof.into());
         };
         let reply = Reply::decode(&frame).map_err(io::Error::other)?;
         // Without a readable id the remote could not know it.
         let refused = reply.id == 0 && reply.outcome.is_err();
-        if self.expected != Some(reply.id) && !refused {
+        if reply.id != id && !refused {
             return Err(io::Error::other("the reply's id is of another request"));
         }
         Ok(reply)
@@ -216,7 +323,7 @@ impl request_response::Codec for Codec {
     where
         T: AsyncWrite + Unpin + Send,
     {
-        self.expected = Some(call.id);
+        self.expected = Some((call.id, call.deadline));
         let request = RequestRef {
             id: call.id,
             service: &call.service,
