@@ -357,6 +357,13 @@ impl Connectivity {
         was_taken
     }
 
+    /// Whether a peer has told what it can do.
+    pub(crate) fn has_told(&self, peer: &PeerId) -> bool {
+        self.peers
+            .get(peer)
+            .is_some_and(|known| known.told.is_some())
+    }
+
     /// Where to dial a grape back that has dialled this one, once.
     pub(crate) fn dial_back(&mut self, peer: &PeerId, tells: &[Multiaddr]) -> Vec<Multiaddr> {
         let known = self.peers.get_mut(peer);

@@ -19,6 +19,7 @@ use void::Void;
 
 use super::connectivity::{Connectivity, KnownGrape};
 use super::discovery::{self, Discovery, Waiter};
+use super::forms::Forms;
 use super::names::Names;
 use super::rendezvous::Rendezvous;
 use super::rpc::link::{Lane, Link};
@@ -87,6 +88,7 @@ pub(super) async fn start(settings: Settings) -> Result<Handle, SpawnError> {
         connectivity,
         discovery: Discovery::new(local),
         names: Names::new(),
+        forms: Forms::default(),
         rendezvous: Rendezvous::new(settings.identity.keypair().clone()),
         values: Values::default(),
         server: Arc::clone(&server),
@@ -134,6 +136,7 @@ struct Driver {
     connectivity: Connectivity,
     discovery: Discovery,
     names: Names,
+    forms: Forms,
     rendezvous: Rendezvous,
     values: Values,
     server: Arc<Server>,

@@ -10,6 +10,7 @@ pub(crate) mod connectivity;
 pub(crate) mod discovery;
 mod dns;
 mod driver;
+mod forms;
 mod names;
 mod rendezvous;
 pub(crate) mod rpc;

@@ -13,12 +13,12 @@ use libp2p::{Multiaddr, PeerId};
 use tokio::sync::oneshot;
 use tokio::time::{Instant, timeout_at};
 
+use super::rendezvous::Records;
 use super::rpc::Outcome;
 use crate::limits::SERVES_DEADLINE;
 use crate::name::ServiceName;
 use crate::proto::grapes::Grapes;
 use crate::proto::registrations::{Answer, Registrations, Update};
-use crate::proto::rendezvous::SignedPeer;
 use crate::proto::wire::{ErrorCode, MAX_SOUGHT, NAMES, NamesReply, NamesRequest, SERVES};
 
 /// How long a grape may take to keep what it is told, and to answer what it is asked.
@@ -104,7 +104,7 @@ impl Names {
     /// The next message to send. `record` is this node's own, without which nothing is announced.
     pub(crate) fn poll_message(
         &mut self,
-        record: Option<&SignedPeer>,
+        record: Option<&Records>,
         now: time::Instant,
     ) -> Option<Message> {
         if let Some(message) = self.next_question() {
@@ -127,12 +127,13 @@ impl Names {
         Some(self.request(grape, &request, Asked::Find(find), FIND_DEADLINE))
     }
 
-    fn tell(&mut self, update: Update, record: Option<&SignedPeer>) -> Message {
+    fn tell(&mut self, update: Update, record: Option<&Records>) -> Message {
         let wanted = update.announce.len();
         let record = record.filter(|_| wanted > 0);
         let request = NamesRequest {
             announce: record.map_or_else(Vec::new, |_| update.announce),
-            record: record.map(|record| record.envelope().to_vec()),
+            record: record.map(|record| record.standard.envelope().to_vec()),
+            legacy: record.map(|record| record.legacy.envelope().to_vec()),
             withdraw: update.withdraw,
             find: Vec::new(),
         };

@@ -4,13 +4,19 @@
 //! they grant, asks them for providers, and takes names back at once. As a registrar it keeps the
 //! registrations in the store that Kademlia's records are in, so that one set of bounds holds and a
 //! name taken back is gone on both roads.
+//!
+//! Signed records have two [forms](Form), of which stock nodes read one. A registrar that does not take the
+//! standard one gets the legacy one; who asks is answered in the form that it reads, so its questions wait
+//! until that is known.
 
 use std::collections::{HashMap, HashSet, VecDeque};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use libp2p::identity::Keypair;
-use libp2p::request_response::{self, Message, OutboundRequestId};
+use libp2p::request_response::{
+    self, InboundRequestId, Message, OutboundFailure, OutboundRequestId, ResponseChannel,
+};
 use libp2p::{Multiaddr, PeerId};
 
 use crate::limits::{LEASE, MAX_CANDIDATES, MAX_STREAMS_TO_PEER, MIN_LEASE};
@@ -18,8 +24,8 @@ use crate::name::ServiceName;
 use crate::net::turns::Turns;
 use crate::proto::rate::RateLimit;
 use crate::proto::rendezvous::{
-    Codec, Cookie, Malformed, Namespace, Page, Registration, Request, Response, SignedPeer, Status,
-    Ttl, page_len,
+    Codec, Cookie, Envelopes, Form, Malformed, Namespace, Page, RecordError, Registration, Request,
+    Response, SignedPeer, Status, Ttl, page_len,
 };
 use crate::store::{NewRecord, Origin, Prefix, Providers};
 
@@ -37,6 +43,8 @@ pub(crate) enum Learned {
     Refused(PeerId, ServiceName),
     /// A grape named providers; `None`: it did not answer.
     Discovered(PeerId, ServiceName, Option<Vec<(PeerId, Vec<Multiaddr>)>>),
+    /// A peer's discoveries wait until it is known which form of records it reads.
+    Unread(PeerId),
     /// A registration that waited for a withdrawal is to be made now.
     Resume(PeerId, ServiceName),
 }
@@ -47,7 +55,12 @@ pub(crate) struct Rendezvous {
     keypair: Keypair,
     addresses: Vec<Multiaddr>,
     /// This node's addresses, signed; made anew when they change.
-    record: Option<SignedPeer>,
+    records: Option<Records>,
+    /// Grapes that have taken the legacy form when they did not take the standard one.
+    legacy: HashSet<PeerId>,
+    /// Discoveries of peers of which it is not known yet which form they read. What a connection may have
+    /// open bounds them.
+    unread: HashMap<PeerId, Vec<Unanswered>>,
     asked: HashMap<OutboundRequestId, (PeerId, Asked)>,
     /// What is asked of each grape, and what waits for its turn to be.
     turns: Turns<(Request, Asked)>,
@@ -60,9 +73,39 @@ pub(crate) struct Rendezvous {
     rate: RateLimit,
 }
 
+/// This node's addresses, signed in both forms. Cheap to clone.
+#[derive(Clone, Debug)]
+pub(crate) struct Records {
+    pub(crate) standard: SignedPeer,
+    pub(crate) legacy: SignedPeer,
+}
+
+/// A discovery that waits for its answer.
+#[derive(Debug)]
+struct Unanswered {
+    id: InboundRequestId,
+    discovery: Discovery,
+    channel: ResponseChannel<Response>,
+}
+
+#[derive(Debug)]
+struct Discovery {
+    namespace: Option<Namespace>,
+    cookie: Option<Cookie>,
+    limit: Option<u64>,
+}
+
+/// What a registrar knows of a peer by its connection.
+pub(crate) struct Asker {
+    /// Where the connection comes from.
+    pub(crate) prefix: Prefix,
+    /// The form of records that it reads, once that is known.
+    pub(crate) reads: Option<Form>,
+}
+
 #[derive(Debug)]
 enum Asked {
-    Register(ServiceName),
+    Register(ServiceName, Form),
     Discover(ServiceName),
     Unregister(ServiceName),
 }
@@ -79,7 +122,9 @@ impl Rendezvous {
         Self {
             keypair,
             addresses: Vec::new(),
-            record: None,
+            records: None,
+            legacy: HashSet::new(),
+            unread: HashMap::new(),
             asked: HashMap::new(),
             turns: Turns::new(MAX_STREAMS_TO_PEER),
             unregistering: HashSet::new(),
@@ -92,12 +137,30 @@ impl Rendezvous {
     /// This node's addresses have changed.
     pub(crate) fn on_addresses(&mut self, addresses: Vec<Multiaddr>) {
         self.addresses = addresses;
-        self.record = None;
+        self.records = None;
     }
 
     /// A peer has no connection any more.
     pub(crate) fn on_disconnected(&mut self, peer: &PeerId) {
         self.rate.forget(peer);
+        self.legacy.remove(peer);
+        self.unread.remove(peer);
+    }
+
+    /// It is known now which form of records a peer reads.
+    pub(crate) fn on_reads(
+        &mut self,
+        behaviour: &mut Behaviour,
+        store: &Providers,
+        peer: &PeerId,
+        form: Form,
+        now: Instant,
+    ) {
+        for unanswered in self.unread.remove(peer).unwrap_or_default() {
+            let form = form_of(store, peer).unwrap_or(form);
+            let page = discover(store, &unanswered.discovery, form, now);
+            let _ = behaviour.send_response(unanswered.channel, Response::Discovered(page));
+        }
     }
 
     /// How many withdrawals no grape has confirmed yet.
@@ -119,8 +182,26 @@ impl Rendezvous {
             self.held.insert(entry);
             return true;
         }
-        let Some(record) = self.signed() else {
+        let form = match self.legacy.contains(&grape) {
+            true => Form::Legacy,
+            false => Form::Standard,
+        };
+        self.register_in(behaviour, grape, name, form)
+    }
+
+    fn register_in(
+        &mut self,
+        behaviour: &mut Behaviour,
+        grape: PeerId,
+        name: ServiceName,
+        form: Form,
+    ) -> bool {
+        let Some(records) = self.signed() else {
             return false;
+        };
+        let record = match form {
+            Form::Standard => records.standard,
+            Form::Legacy => records.legacy,
         };
         let Ok(namespace) = Namespace::new(name.as_ref()) else {
             return false;
@@ -130,7 +211,7 @@ impl Rendezvous {
             record,
             ttl: Some(Ttl::from_secs(LEASE.as_secs())),
         };
-        self.ask(behaviour, grape, request, Asked::Register(name));
+        self.ask(behaviour, grape, request, Asked::Register(name, form));
         true
     }
 
@@ -179,37 +260,56 @@ impl Rendezvous {
         None
     }
 
-    /// Handles what the behaviour tells. `prefix` is where the peer's connection comes from.
+    /// Handles what the behaviour tells. `asker` is what is known of a peer that asks.
     pub(crate) fn on_event(
         &mut self,
         behaviour: &mut Behaviour,
         store: &mut Providers,
-        prefix: impl FnOnce(&PeerId) -> Prefix,
+        asker: impl FnOnce(&PeerId) -> Asker,
         event: Event,
         now: Instant,
     ) -> Option<Learned> {
         match event {
             Event::Message { peer, message, .. } => match message {
                 Message::Request {
-                    request, channel, ..
+                    request_id,
+                    request,
+                    channel,
                 } => {
-                    let response = self.serve(store, prefix, peer, request, now);
-                    // The peer may be gone; nobody else waits for this.
-                    let _ = behaviour.send_response(channel, response);
+                    match self.serve(store, asker(&peer), peer, request, now) {
+                        // The peer may be gone; nobody else waits for this.
+                        Ok(response) => drop(behaviour.send_response(channel, response)),
+                        Err(discovery) => {
+                            self.unread.entry(peer).or_default().push(Unanswered {
+                                id: request_id,
+                                discovery,
+                                channel,
+                            });
+                            return Some(Learned::Unread(peer));
+                        }
+                    }
                     None
                 }
                 Message::Response {
                     request_id,
                     response,
-                } => self.on_response(behaviour, request_id, Some(response)),
+                } => self.on_response(behaviour, request_id, Ok(response)),
             },
             Event::OutboundFailure {
                 request_id, error, ..
             } => {
                 tracing::debug!(%error, "a rendezvous request failed");
-                self.on_response(behaviour, request_id, None)
+                self.on_response(behaviour, request_id, Err(&error))
             }
-            Event::InboundFailure { .. } | Event::ResponseSent { .. } => None,
+            Event::InboundFailure {
+                peer, request_id, ..
+            } => {
+                if let Some(unread) = self.unread.get_mut(&peer) {
+                    unread.retain(|unanswered| unanswered.id != request_id);
+                }
+                None
+            }
+            Event::ResponseSent { .. } => None,
         }
     }
 
@@ -226,34 +326,33 @@ impl Rendezvous {
     }
 
     /// This node's addresses, signed by it; none while it has no address.
-    pub(crate) fn signed(&mut self) -> Option<SignedPeer> {
-        if self.record.is_none() && !self.addresses.is_empty() {
-            match SignedPeer::sign(&self.keypair, self.addresses.iter().cloned()) {
-                Ok(record) => self.record = Some(record),
+    pub(crate) fn signed(&mut self) -> Option<Records> {
+        if self.records.is_none() && !self.addresses.is_empty() {
+            match Records::sign(&self.keypair, &self.addresses) {
+                Ok(records) => self.records = Some(records),
                 Err(error) => tracing::warn!(%error, "cannot sign this node's addresses"),
             }
         }
-        self.record.clone()
+        self.records.clone()
     }
 
     fn on_response(
         &mut self,
         behaviour: &mut Behaviour,
         id: OutboundRequestId,
-        response: Option<Response>,
+        response: Result<Response, &OutboundFailure>,
     ) -> Option<Learned> {
         let (grape, asked) = self.asked.remove(&id)?;
         if let Some((request, asked)) = self.turns.end(&grape) {
             self.send(behaviour, grape, request, asked);
         }
         Some(match asked {
-            Asked::Register(name) => match response {
-                Some(Response::Registered(Ok(ttl))) => Learned::Registered(grape, name, ttl.into()),
-                _ => Learned::Refused(grape, name),
-            },
+            Asked::Register(name, form) => {
+                return self.on_registered(behaviour, grape, name, form, response);
+            }
             Asked::Discover(name) => {
                 let registrations = match response {
-                    Some(Response::Discovered(Ok(page))) => Some(page.registrations),
+                    Ok(Response::Discovered(Ok(page))) => Some(page.registrations),
                     _ => None,
                 };
                 let provider =
@@ -281,26 +380,55 @@ impl Rendezvous {
         })
     }
 
+    fn on_registered(
+        &mut self,
+        behaviour: &mut Behaviour,
+        grape: PeerId,
+        name: ServiceName,
+        form: Form,
+        response: Result<Response, &OutboundFailure>,
+    ) -> Option<Learned> {
+        let is_taken = matches!(response, Ok(Response::Registered(Ok(_))));
+        if !is_taken || form == Form::Standard {
+            self.legacy.remove(&grape);
+        } else {
+            self.legacy.insert(grape);
+        }
+        match response {
+            Ok(Response::Registered(Ok(ttl))) => Some(Learned::Registered(grape, name, ttl.into())),
+            // Rust's libp2p ends the stream on which the standard form comes.
+            Ok(Response::Registered(Err(Status::InvalidSignedPeerRecord)))
+            | Err(OutboundFailure::Io(_))
+                if form == Form::Standard =>
+            {
+                let again = self.register_in(behaviour, grape, name.clone(), Form::Legacy);
+                (!again).then_some(Learned::Refused(grape, name))
+            }
+            _ => Some(Learned::Refused(grape, name)),
+        }
+    }
+
+    /// The response to a request, or the discovery that has to wait for one.
     fn serve(
         &mut self,
         store: &mut Providers,
-        prefix: impl FnOnce(&PeerId) -> Prefix,
+        asker: Asker,
         peer: PeerId,
         request: Result<Request, Malformed>,
         now: Instant,
-    ) -> Response {
+    ) -> Result<Response, Discovery> {
         let request = match request {
             Ok(request) => request,
-            Err(malformed) => return malformed.into(),
+            Err(malformed) => return Ok(malformed.into()),
         };
         let admitted = self.rate.admit(peer, now);
-        match request {
+        Ok(match request {
             Request::Register {
                 namespace,
                 record,
                 ttl,
             } => Response::Registered(if admitted {
-                register(store, prefix(&peer), peer, &namespace, &record, ttl, now)
+                register(store, asker.prefix, peer, &namespace, &record, ttl, now)
             } else {
                 Err(Status::Unavailable)
             }),
@@ -315,12 +443,39 @@ impl Rendezvous {
                 namespace,
                 cookie,
                 limit,
-            } => Response::Discovered(if admitted {
-                discover(store, namespace.as_ref(), cookie.as_ref(), limit, now)
-            } else {
-                Err(Status::Unavailable)
-            }),
-        }
+            } if admitted => {
+                let discovery = Discovery {
+                    namespace,
+                    cookie,
+                    limit,
+                };
+                let Some(form) = form_of(store, &peer).or(asker.reads) else {
+                    return Err(discovery);
+                };
+                Response::Discovered(discover(store, &discovery, form, now))
+            }
+            Request::Discover { .. } => Response::Discovered(Err(Status::Unavailable)),
+        })
+    }
+}
+
+impl Records {
+    fn sign(keypair: &Keypair, addresses: &[Multiaddr]) -> Result<Self, RecordError> {
+        Ok(Self {
+            standard: SignedPeer::sign(keypair, addresses, Form::Standard)?,
+            legacy: SignedPeer::sign(keypair, addresses, Form::Legacy)?,
+        })
+    }
+}
+
+/// The form of records that a peer reads: that in which it has registered itself, unless it was both.
+fn form_of(store: &Providers, peer: &PeerId) -> Option<Form> {
+    let envelopes = store.envelope(peer)?;
+    let has = |form| envelopes.of(form).is_some();
+    match (has(Form::Standard), has(Form::Legacy)) {
+        (true, false) => Some(Form::Standard),
+        (false, true) => Some(Form::Legacy),
+        _ => None,
     }
 }
 
@@ -346,7 +501,7 @@ fn register(
         addresses: record.addresses(),
         origin: Origin::Rendezvous {
             namespace: namespace.as_str().into(),
-            envelope: Arc::from(record.envelope()),
+            envelope: Envelopes::from(record),
         },
         ttl: granted,
     };
@@ -361,12 +516,12 @@ fn register(
 
 fn discover(
     store: &Providers,
-    namespace: Option<&Namespace>,
-    cookie: Option<&Cookie>,
-    limit: Option<u64>,
+    discovery: &Discovery,
+    form: Form,
     now: Instant,
 ) -> Result<Page, Status> {
-    let after = match cookie {
+    let namespace = discovery.namespace.as_ref();
+    let after = match &discovery.cookie {
         Some(cookie) => cookie.sequence_for(namespace)?,
         None => 0,
     };
@@ -377,13 +532,14 @@ fn discover(
     let page = store.registrations(
         key.as_ref().map(<[u8; 34]>::as_slice),
         after,
-        page_len(limit),
+        page_len(discovery.limit),
+        form,
         now,
     );
     let registrations = page.registrations.iter().filter_map(|stored| {
         Some(Registration {
             namespace: Namespace::new(stored.namespace.as_ref()).ok()?,
-            record: SignedPeer::from_verified(stored.peer, Arc::clone(&stored.envelope)),
+            record: SignedPeer::from_verified(stored.peer, form, Arc::clone(&stored.envelope)),
             ttl: Ttl::from_secs(stored.ttl.as_secs()),
         })
     });

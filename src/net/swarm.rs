@@ -18,6 +18,7 @@ use libp2p::{
     quic, swarm, tcp,
 };
 
+use super::forms;
 use super::rpc::serve::Server;
 use super::rpc::{single, streams};
 use super::yamux::Yamux;
@@ -43,6 +44,7 @@ pub(crate) struct Behaviour {
     ping: ping::Behaviour,
     pub(crate) kad: kad::Behaviour<Records>,
     pub(crate) rendezvous: request_response::Behaviour<rendezvous::Codec>,
+    pub(crate) forms: forms::Behaviour,
     /// Before `single`, which speaks the same protocol and accepts no stream.
     pub(crate) streams: streams::Behaviour,
     pub(crate) single: single::Behaviour,
@@ -123,6 +125,7 @@ fn behaviour(
                 .with_request_timeout(FRAME_DEADLINE)
                 .with_max_concurrent_streams(MAX_RENDEZVOUS_STREAMS),
         ),
+        forms: forms::behaviour(),
         streams: streams::Behaviour::new(server),
         single: request_response::Behaviour::with_codec(
             single::Codec::default(),

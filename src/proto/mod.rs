@@ -13,7 +13,7 @@
 //! | names at grapes | `/grapevine/names/1.0.0` | told by a grape: it answers requests on [names](#names-at-grapes) |
 //! | workers at grapes | `/grapevine/registry/1.0.0` | told by a grape: it answers requests to the [registry](#the-registry-of-grapes) |
 //! | values of Grenache's users | `/grapevine/kad/1.0.0` | Kademlia's PUT_VALUE and GET_VALUE, see [below](#values) |
-//! | rendezvous | `/rendezvous/1.0.0` | the standard protocol, unchanged; the namespace is the name |
+//! | rendezvous | `/rendezvous/1.0.0` | the standard protocol; the namespace is the name, and the records are [signed](#signed-peer-records) |
 //! | identify | `/ipfs/id/1.0.0` | with protocol version `/grapevine/1.0.0`, agent `grapevine/<version>` and no signed peer record |
 //!
 //! What a node can do is told by the ids that identify lists, and by nothing else: the agent is for
@@ -128,14 +128,15 @@
 //!
 //! | map | keys |
 //! | --- | --- |
-//! | payload of the request | `{"announce": [name], "record": bytes?, "withdraw": [name], "find": [name]}` |
+//! | payload of the request | `{"announce": [name], "record": bytes?, "legacy": bytes?, "withdraw": [name], "find": [name]}` |
 //! | payload of the reply | `{"lease": uint, "refused": [uint], "found": [[provider]], "grapes": uint}` |
 //! | provider | `{"peer": bytes, "addresses": [bytes], "lease": uint}` |
 //!
 //! Names are taken back first, then announced, then looked up; any of the lists may be empty. They
-//! are the sender's own: it announces itself and nobody else. `record` is its signed peer record
-//! (libp2p's envelope of the type `/libp2p/routing-state-record`), there if and only if something
-//! is announced; the same bytes each time save the grape the work of verifying them.
+//! are the sender's own: it announces itself and nobody else. `record` is its [signed peer
+//! record](#signed-peer-records), there if and only if something is announced; the same bytes each time
+//! save the grape the work of verifying them. `legacy` is the same record in the legacy form, beside a
+//! `record` in the standard one: with it, rendezvous clients of Rust's libp2p find the sender too.
 //!
 //! `lease` says for how many milliseconds the grape keeps what was announced, and of a provider how
 //! many are left; renew after a third. `refused` has the places, counted from 0, of the announced
@@ -149,6 +150,33 @@
 //! in a network of fewer than 20 each one keeps every name, and who knows well fewer (this program: 16)
 //! need not ask Kademlia for a name that is found. How many there are, each node may see differently:
 //! before it takes a name for one that nobody announces it asks Kademlia.
+//!
+//! # Signed peer records
+//!
+//! What a peer says of its addresses, in a message on names and in a registration by rendezvous, is
+//! signed by it: libp2p's `PeerRecord` (RFC 0003) in an `Envelope` (RFC 0002), both protobuf.
+//!
+//! | message | fields |
+//! | --- | --- |
+//! | `PeerRecord` | 1: `bytes` the peer's id; 2: `uint64` a number that grows with each new record, such as the time; 3, repeated: a message with field 1: `bytes` an address without the peer's id behind it |
+//! | `Envelope` | 1: the public key, a message (1: `enum` its kind, 1 is Ed25519; 2: `bytes` the key); 2: `bytes` the payload type; 3: `bytes` the payload, which is the `PeerRecord`; 5: `bytes` the signature |
+//!
+//! What is signed is the domain, the payload type and the payload, each with its length before it as an
+//! unsigned varint. There are two forms of the envelope, told apart by the payload type:
+//!
+//! | form | domain | payload type |
+//! | --- | --- | --- |
+//! | standard: as go, js and py sign | `libp2p-peer-record` | the bytes `03 01` |
+//! | legacy: as Rust's libp2p signs | `libp2p-routing-state` | the text `/libp2p/routing-state-record` |
+//!
+//! Sign the standard one. A grape takes either, from the peer whose key has signed it and whose id is in
+//! it. Where a rendezvous point does not take the standard form, a node registers with the legacy one.
+//!
+//! A grape answers a discovery with records of one form, because a client that cannot read one of
+//! them drops the answer: the form in which the asker has registered itself, otherwise that of the
+//! signed record in its own identify message, as js, go and py send one, and the legacy form if it
+//! sends none. A provider whose record is not held in that form is left out; by Kademlia and by a
+//! message on names it is found.
 //!
 //! # Payloads of peers
 //!
@@ -210,7 +238,7 @@
 //! | nesting of CBOR | 128 levels |
 //! | names announced and names withdrawn in one request to a grape | 1,000 of each |
 //! | names looked up in one request | 16 |
-//! | `record` | 4,096 |
+//! | `record`, `legacy`, and the record in a registration | 4,096; of its addresses 16 are read |
 //! | providers of one name in an answer | 64, and 61,440 bytes |
 //! | addresses of a provider | 8, of 256 bytes |
 //! | names that one peer announces | 2,000 a second, and 22,000 at once, and as many that it takes back; a grape keeps 20,000 of it |

@@ -12,8 +12,8 @@
 //! sent it ([`Status::NotAuthorized`]). A signature covers no namespace: that a provider really serves a name
 //! is for the provider to say.
 //!
-//! Records are in the form that Rust's libp2p signs and reads (domain `libp2p-routing-state`), and only in
-//! that: its clients drop a whole response for a single record in the other form (`libp2p-peer-record`).
+//! Records come in two [`Form`]s, and a response must have one only: a stock client drops all of it for a
+//! single record in the other form.
 
 mod codec;
 #[cfg(test)]
@@ -25,7 +25,7 @@ use std::{borrow::Borrow, fmt, time::Duration};
 
 pub(crate) use self::{
     codec::Codec,
-    signed_peer::{RecordError, SignedPeer},
+    signed_peer::{Envelopes, Form, RecordError, SignedPeer},
 };
 
 /// Longest request in bytes: one record and one namespace take 4.3 KiB, the rest is room for fields that we

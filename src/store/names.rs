@@ -15,7 +15,7 @@ use libp2p::{Multiaddr, PeerId};
 use super::{NewRecord, Origin, Prefix, Registry};
 use crate::name::ServiceName;
 use crate::proto::rate::RateLimit;
-use crate::proto::rendezvous::{RecordError, SignedPeer};
+use crate::proto::rendezvous::{Envelopes, Form, RecordError, SignedPeer};
 use crate::proto::wire::{MAX_PROVIDERS, NamesReply, NamesRequest, Provided};
 
 /// The names that one peer announces each second on average, as many as by the other roads, and at
@@ -44,6 +44,8 @@ pub(crate) enum NotTaken {
     Record(#[from] RecordError),
     #[error("the record is signed by somebody else")]
     Foreign,
+    #[error("the record of the legacy form is of another one")]
+    NotLegacy,
 }
 
 /// How fast each peer may use the registry of names.
@@ -75,7 +77,7 @@ impl Rates {
 /// What a peer has proved to have said of itself.
 struct Claim {
     addresses: Vec<Multiaddr>,
-    envelope: Arc<[u8]>,
+    envelope: Envelopes,
 }
 
 impl Registry {
@@ -97,13 +99,8 @@ impl Registry {
             return Err(NotTaken::TooFast);
         }
         self.take_back(peer, &request.withdraw, now);
-        let refused = match &request.record {
-            Some(record) => {
-                let prefix = host.map_or(Prefix::Local, Prefix::from);
-                self.keep(peer, prefix, &request.announce, record, now)?
-            }
-            None => Vec::new(),
-        };
+        let prefix = host.map_or(Prefix::Local, Prefix::from);
+        let refused = self.keep(peer, prefix, request, now)?;
         let found: Vec<_> = request
             .find
             .iter()
@@ -125,11 +122,13 @@ impl Registry {
         &self,
         peer: PeerId,
         prefix: Prefix,
-        names: &[ServiceName],
-        record: &[u8],
+        request: &NamesRequest,
         now: Instant,
     ) -> Result<Vec<u64>, NotTaken> {
-        let Some(claim) = self.verify(peer, record, now)? else {
+        let (names, Some(record)) = (&request.announce, &request.record) else {
+            return Ok(Vec::new());
+        };
+        let Some(claim) = self.verify(peer, record, request.legacy.as_deref(), now)? else {
             return Ok((0..names.len() as u64).collect());
         };
         let admitted = self.rates().announced.take(peer, names.len(), now);
@@ -146,7 +145,7 @@ impl Registry {
                     addresses: &claim.addresses,
                     origin: Origin::Rendezvous {
                         namespace: Arc::clone(name.shared()),
-                        envelope: Arc::clone(&claim.envelope),
+                        envelope: claim.envelope.clone(),
                     },
                     ttl,
                 };
@@ -162,28 +161,41 @@ impl Registry {
 
     /// Checks a signed record, unless it is the one that the peer sent before; `None` if the peer
     /// sends too many.
-    fn verify(&self, peer: PeerId, record: &[u8], now: Instant) -> Result<Option<Claim>, NotTaken> {
+    fn verify(
+        &self,
+        peer: PeerId,
+        record: &[u8],
+        legacy: Option<&[u8]>,
+        now: Instant,
+    ) -> Result<Option<Claim>, NotTaken> {
         let known = {
             let store = self.providers();
             let envelope = store.envelope(&peer);
             envelope.map(|envelope| (envelope, store.addresses(&peer)))
         };
-        if let Some((envelope, addresses)) = known.filter(|(known, _)| **known == *record) {
+        let is_known = |(known, _): &(Envelopes, _)| known.are(record, legacy);
+        if let Some((envelope, addresses)) = known.filter(is_known) {
             return Ok(Some(Claim {
                 addresses,
                 envelope,
             }));
         }
-        if self.rates().announced.take(peer, RECORD_COST, now) < RECORD_COST {
+        let cost = RECORD_COST * (1 + usize::from(legacy.is_some()));
+        if self.rates().announced.take(peer, cost, now) < cost {
             return Ok(None);
         }
-        let signed = SignedPeer::from_envelope(record.to_vec())?;
-        if signed.peer() != peer {
-            return Err(NotTaken::Foreign);
+        let signed = own(peer, record)?;
+        let mut envelope = Envelopes::from(&signed);
+        if let Some(legacy) = legacy {
+            let legacy = own(peer, legacy)?;
+            if (signed.form(), legacy.form()) != (Form::Standard, Form::Legacy) {
+                return Err(NotTaken::NotLegacy);
+            }
+            envelope = envelope.and(&legacy);
         }
         Ok(Some(Claim {
             addresses: signed.addresses().to_vec(),
-            envelope: signed.envelope().into(),
+            envelope,
         }))
     }
 
@@ -228,6 +240,15 @@ impl Registry {
 
     fn granted(&self) -> Duration {
         self.providers().lease()
+    }
+}
+
+/// Reads a record that must be the sender's own.
+fn own(peer: PeerId, record: &[u8]) -> Result<SignedPeer, NotTaken> {
+    let signed = SignedPeer::from_envelope(record.to_vec())?;
+    match signed.peer() == peer {
+        true => Ok(signed),
+        false => Err(NotTaken::Foreign),
     }
 }
 
@@ -299,7 +320,7 @@ mod tests {
 
     fn signed(keypair: &Keypair, port: u16) -> Vec<u8> {
         let address = format!("/ip4/10.0.0.1/tcp/{port}").parse().unwrap();
-        let record = SignedPeer::sign(keypair, [address]).unwrap();
+        let record = SignedPeer::sign(keypair, &[address], Form::Standard).unwrap();
         record.envelope().to_vec()
     }
 
@@ -323,10 +344,11 @@ mod tests {
         };
         assert_eq!(scene.find(&names[0]), [expected]);
         let key = names[0].key();
-        let page = scene
-            .registry
-            .providers()
-            .registrations(Some(&key), 0, 9, scene.now);
+        let page =
+            scene
+                .registry
+                .providers()
+                .registrations(Some(&key), 0, 9, Form::Standard, scene.now);
         assert_eq!(page.registrations[0].namespace.as_ref(), names[0].as_ref());
         let records = Records(Arc::clone(&scene.registry));
         let kademlia = || {
@@ -340,12 +362,64 @@ mod tests {
     }
 
     #[test]
+    fn a_record_of_either_form_is_taken_and_registrations_have_it_in_the_forms_it_came_in() {
+        let scene = Scene::new();
+        let name = names(1);
+        let address: Multiaddr = "/ip4/10.0.0.1/tcp/1".parse().unwrap();
+        let [standard, legacy] = [Form::Standard, Form::Legacy].map(|form| {
+            let record = SignedPeer::sign(&scene.keypair, std::slice::from_ref(&address), form);
+            record.unwrap().envelope().to_vec()
+        });
+        let announce = |record: &[u8], legacy: Option<&[u8]>| {
+            let request = NamesRequest {
+                announce: name.clone(),
+                record: Some(record.to_vec()),
+                legacy: legacy.map(<[u8]>::to_vec),
+                ..NamesRequest::default()
+            };
+            scene.ask(&request).map(|reply| reply.refused)
+        };
+        let held = |form| {
+            let store = scene.registry.providers();
+            let page = store.registrations(Some(&name[0].key()), 0, 9, form, scene.now);
+            let envelopes = page.registrations.into_iter();
+            let envelopes = envelopes.map(|registration| registration.envelope.to_vec());
+            envelopes.collect::<Vec<_>>()
+        };
+        for (record, other, expected) in [
+            (&standard, None, [vec![standard.clone()], vec![]]),
+            (&legacy, None, [vec![], vec![legacy.clone()]]),
+            (
+                &standard,
+                Some(&legacy[..]),
+                [vec![standard.clone()], vec![legacy.clone()]],
+            ),
+        ] {
+            assert_eq!(announce(record, other).unwrap(), [0; 0]);
+            assert_eq!([held(Form::Standard), held(Form::Legacy)], expected);
+            assert_eq!(
+                scene.find(&name[0])[0].addresses,
+                std::slice::from_ref(&address)
+            );
+        }
+        for (record, other) in [
+            (&legacy, &standard),
+            (&standard, &standard),
+            (&legacy, &legacy),
+        ] {
+            let refused = announce(record, Some(other));
+            assert!(matches!(refused, Err(NotTaken::NotLegacy)), "{refused:?}");
+        }
+    }
+
+    #[test]
     fn a_message_takes_back_then_announces_then_looks_up() {
         let scene = Scene::new();
         let name = names(1);
         let request = NamesRequest {
             announce: name.clone(),
             record: Some(scene.record.clone()),
+            legacy: None,
             withdraw: name.clone(),
             find: name,
         };
@@ -391,7 +465,7 @@ mod tests {
         let known = scene.registry.providers().envelope(&scene.peer()).unwrap();
         let request = NamesRequest {
             announce: name.clone(),
-            record: Some(known.to_vec()),
+            record: Some(known.of(Form::Standard).unwrap().to_vec()),
             ..NamesRequest::default()
         };
         for _ in 0..NAMES_PER_SECOND - 1 {

@@ -36,6 +36,7 @@ use libp2p::{
 use crate::limits::{Bounds, MAX_ADDRESSES, MAX_ANNOUNCED};
 use crate::name;
 use crate::proto::addresses;
+use crate::proto::rendezvous::{Envelopes, Form};
 use crate::proto::wire::{MAX_ADDRESS, MAX_RECORD};
 
 use super::heap::{Heap, Order};
@@ -59,8 +60,11 @@ const KADEMLIA_ADDRESSES: usize = 256;
 const MAX_NAMESPACE_BYTES: usize = 255;
 
 /// Bytes of addresses and envelope that weigh as much as one record, which takes some 200 itself.
-/// An ordinary peer (four addresses, one envelope) stays below it and weighs its records only.
+/// An ordinary peer (four addresses, in an envelope of either form) stays below it and weighs its records only.
 const BYTES_PER_LOAD: usize = 512;
+
+/// The registrations that are looked at for a page of all namespaces: as many as one key has.
+const LOOKED_AT: usize = 1_000;
 
 /// Expired records that an insert drops: more than it can add, so that they never pile up.
 const EXPIRED_PER_INSERT: usize = 4;
@@ -78,8 +82,9 @@ pub(crate) enum Origin {
     Rendezvous {
         /// The namespace, whose hash the key is: the caller has made the key from it.
         namespace: Arc<str>,
-        /// The signed peer record, which the caller has verified; it replaces the peer's earlier one.
-        envelope: Arc<[u8]>,
+        /// The signed peer record, which the caller has verified; it replaces the peer's earlier one in
+        /// every form.
+        envelope: Envelopes,
     },
 }
 
@@ -138,7 +143,7 @@ pub(crate) struct Registration {
     pub(crate) namespace: Arc<str>,
     /// Who registered.
     pub(crate) peer: PeerId,
-    /// The peer's signed record, as it sent it last.
+    /// The peer's signed record in the form that was asked for, as it sent it last.
     pub(crate) envelope: Arc<[u8]>,
     /// The lease granted at the last registration, in whole seconds.
     pub(crate) ttl: Duration,
@@ -312,8 +317,9 @@ impl Providers {
         sampled.into_iter().filter_map(provider).collect()
     }
 
-    /// Up to `limit` live registrations with a number above `after`, lowest number first: those of
-    /// one namespace's `key`, or all.
+    /// Up to `limit` live registrations with a number above `after` whose records are held in that
+    /// form, lowest number first: those of one namespace's `key`, or all. Of all, so many are looked
+    /// at that a page may be short and not the last one.
     ///
     /// Every registration and re-registration takes a new number. An `after` that this store has not
     /// given out yet counts as 0.
@@ -322,19 +328,27 @@ impl Providers {
         key: Option<&[u8]>,
         after: u64,
         limit: usize,
+        form: Form,
         now: Instant,
     ) -> Page {
         let now = self.nanos(now);
         let after = if after < self.next_sequence { after } else { 0 };
-        let registrations = match key {
-            Some(key) => self.registrations_of(key, after, limit, now),
-            None => self.all_registrations(after, limit, now),
+        let numbered: &mut dyn Iterator<Item = (NonZeroU64, RecordSlot)> = match key {
+            Some(key) => &mut self.numbers_of(key, after, now).into_iter(),
+            None => &mut self.all_numbers(after, now),
         };
-        let last = registrations.last().map_or(after, |last| last.sequence);
-        Page {
-            registrations,
-            last,
+        let mut page = Page {
+            registrations: Vec::new(),
+            last: after,
+        };
+        for (number, slot) in numbered {
+            if page.registrations.len() == limit {
+                break;
+            }
+            page.last = number.get();
+            page.registrations.extend(self.registration(slot, form));
         }
+        page
     }
 
     /// Drops expired records and returns their number.
@@ -352,7 +366,7 @@ impl Providers {
     }
 
     /// The signed record of a peer that has registered something.
-    pub(crate) fn envelope(&self, peer: &PeerId) -> Option<Arc<[u8]>> {
+    pub(crate) fn envelope(&self, peer: &PeerId) -> Option<Envelopes> {
         let (_, peer) = self.peer(peer)?;
         peer.payload.envelope.clone()
     }
@@ -408,7 +422,7 @@ impl Providers {
             Origin::Rendezvous {
                 namespace,
                 envelope,
-            } => namespace.len() <= MAX_NAMESPACE_BYTES && envelope.len() <= MAX_RECORD,
+            } => namespace.len() <= MAX_NAMESPACE_BYTES && envelope.longest() <= MAX_RECORD,
         };
         if fits && new.key.len() <= MAX_KEY {
             Ok(())
@@ -579,7 +593,7 @@ impl Providers {
 
     fn payload(&self, new: &NewRecord<'_>, known: Option<&Payload>) -> Payload {
         let envelope = match &new.origin {
-            Origin::Rendezvous { envelope, .. } => Some(Arc::clone(envelope)),
+            Origin::Rendezvous { envelope, .. } => Some(envelope.clone()),
             Origin::Kademlia => known.and_then(|known| known.envelope.clone()),
         };
         let addresses: Box<[_]> = addresses::plain(&new.peer, new.addresses)
@@ -642,13 +656,7 @@ impl Providers {
         }
     }
 
-    fn registrations_of(
-        &self,
-        key: &[u8],
-        after: u64,
-        limit: usize,
-        now: Nanos,
-    ) -> Vec<Registration> {
+    fn numbers_of(&self, key: &[u8], after: u64, now: Nanos) -> Vec<(NonZeroU64, RecordSlot)> {
         let Some((_, key)) = self.key(key) else {
             return Vec::new();
         };
@@ -658,32 +666,33 @@ impl Providers {
             .filter_map(|(slot, record)| Some((record.sequence.filter(|n| n.get() > after)?, slot)))
             .collect();
         numbered.sort_unstable();
-        let slots = numbered.into_iter().take(limit).map(|(_, slot)| slot);
-        slots.filter_map(|slot| self.registration(slot)).collect()
+        numbered
     }
 
-    fn all_registrations(&self, after: u64, limit: usize, now: Nanos) -> Vec<Registration> {
+    fn all_numbers(
+        &self,
+        after: u64,
+        now: Nanos,
+    ) -> impl Iterator<Item = (NonZeroU64, RecordSlot)> {
         let above = NonZeroU64::new(after).map_or(Bound::Unbounded, Bound::Excluded);
-        let live = |slot: &RecordSlot| {
+        let live = move |(_, slot): &(NonZeroU64, RecordSlot)| {
             let record = self.records.get(slot.index());
             record.is_some_and(|record| record.expires > now)
         };
         self.by_sequence
             .range((above, Bound::Unbounded))
-            .map(|(_, &slot)| slot)
+            .map(|(&number, &slot)| (number, slot))
             .filter(live)
-            .take(limit)
-            .filter_map(|slot| self.registration(slot))
-            .collect()
+            .take(LOOKED_AT)
     }
 
-    fn registration(&self, slot: RecordSlot) -> Option<Registration> {
+    fn registration(&self, slot: RecordSlot, form: Form) -> Option<Registration> {
         let record = self.records.get(slot.index())?;
         let peer = self.peers.get(record.id.peer.0)?;
         Some(Registration {
             namespace: self.keys.get(record.id.key.0)?.namespace.clone()?,
             peer: peer.id,
-            envelope: peer.payload.envelope.clone()?,
+            envelope: Arc::clone(peer.payload.envelope.as_ref()?.of(form)?),
             ttl: Duration::from_secs(record.ttl_seconds.into()),
             expires: self.instant(record.expires),
             sequence: record.sequence?.get(),
@@ -1076,13 +1085,13 @@ impl Peer {
 #[derive(Debug)]
 struct Payload {
     addresses: Box<[Multiaddr]>,
-    envelope: Option<Arc<[u8]>>,
+    envelope: Option<Envelopes>,
 }
 
 impl Payload {
     fn load(&self) -> u32 {
         let addresses: usize = self.addresses.iter().map(Multiaddr::len).sum();
-        let bytes = addresses + self.envelope.as_ref().map_or(0, |envelope| envelope.len());
+        let bytes = addresses + self.envelope.as_ref().map_or(0, Envelopes::len);
         u32::try_from(bytes / BYTES_PER_LOAD).unwrap_or(u32::MAX)
     }
 }
@@ -1183,11 +1192,15 @@ mod tests {
             providers
         }
 
+        fn page_of(&self, form: Form, after: u64) -> Page {
+            self.store.registrations(None, after, 9, form, self.now)
+        }
+
         fn page(&self, what: Option<u32>, after: u64, limit: usize) -> (Vec<PeerId>, u64) {
             let key = what.map(key);
-            let page = self
-                .store
-                .registrations(key.as_deref(), after, limit, self.now);
+            let page =
+                self.store
+                    .registrations(key.as_deref(), after, limit, Form::Standard, self.now);
             let peers = page.registrations.iter().map(|found| found.peer).collect();
             (peers, page.last)
         }
@@ -1223,7 +1236,7 @@ mod tests {
             assert_eq!(store.find(key.bytes.as_slice(), &peer.id), Some(slot));
             if let Some(sequence) = record.sequence {
                 assert_eq!(store.by_sequence.get(&sequence), Some(&slot));
-                assert!(store.registration(slot).is_some());
+                assert!(store.registration(slot, Form::Standard).is_some());
                 registrations += 1;
             }
         }
@@ -1374,7 +1387,7 @@ mod tests {
             let new = NewRecord {
                 origin: Origin::Rendezvous {
                     namespace: "n".repeat(namespace).into(),
-                    envelope: vec![0; envelope].into(),
+                    envelope: vec![0; envelope].as_slice().into(),
                 },
                 ..record(&key, 1)
             };
@@ -1533,7 +1546,7 @@ mod tests {
             ..record(&key(0), 0)
         });
         assert_eq!(outcome, Ok(()));
-        let page = scene.store.registrations(None, 1, 9, scene.now);
+        let page = scene.page_of(Form::Standard, 1);
         assert_eq!(page.registrations[0].envelope.len(), 4);
         check_invariants(&scene.store);
     }
@@ -1631,7 +1644,7 @@ mod tests {
         scene.register(1, 1);
         scene.now += 30 * SECOND;
         scene.announce(network(0), 1, 1).unwrap();
-        let page = scene.store.registrations(None, 0, 9, scene.now);
+        let page = scene.page_of(Form::Standard, 0);
         let expected = Registration {
             namespace: "client1".into(),
             peer: peer(1),

@@ -321,6 +321,28 @@ mod stock_rendezvous {
     }
 
     #[tokio::test]
+    async fn a_stock_client_that_does_not_speak_identify_discovers_too() {
+        in_time(async {
+            let grape = grape().await;
+            let node = echo(&grape).await;
+            let mut client = stock(|keypair| client::Behaviour::new(keypair.clone()));
+            connect(&mut client, &grape).await;
+            let behaviour = client.behaviour_mut();
+            behaviour.discover(Some(namespace("client1")), None, None, grape.peer_id());
+            let found = until(&mut client, |event| match event {
+                SwarmEvent::Behaviour(client::Event::Discovered { registrations, .. }) => {
+                    Some(registrations)
+                }
+                SwarmEvent::Behaviour(event) => panic!("{event:?}"),
+                _ => None,
+            })
+            .await;
+            assert_eq!(peers(&found), [node.peer_id()]);
+        })
+        .await;
+    }
+
+    #[tokio::test]
     async fn a_name_that_a_node_announces_is_discovered_by_a_stock_client() {
         in_time(async {
             let grape = grape().await;
@@ -331,6 +353,219 @@ mod stock_rendezvous {
             let with_id = |address: &Multiaddr| address.clone().with_p2p(node.peer_id()).unwrap();
             let addresses: Vec<_> = found[0].record.addresses().iter().map(with_id).collect();
             assert_eq!(addresses, node.addresses());
+        })
+        .await;
+    }
+}
+
+/// Rendezvous as a stranger speaks it who signs and reads records in the standard form.
+mod standard_rendezvous {
+    use super::*;
+    use libp2p::core::{PeerRecord, SignedEnvelope};
+
+    #[derive(NetworkBehaviour)]
+    struct Client {
+        rendezvous: request_response::Behaviour<by_hand::Codec>,
+        identify: request_response::Behaviour<Identify>,
+    }
+
+    #[derive(Clone, PartialEq, prost::Message)]
+    struct Call {
+        #[prost(int32, tag = "1")]
+        kind: i32,
+        #[prost(message, optional, tag = "2")]
+        register: Option<Registration>,
+        #[prost(message, optional, tag = "3")]
+        registered: Option<Registered>,
+        #[prost(message, optional, tag = "5")]
+        discover: Option<Registration>,
+        #[prost(message, optional, tag = "6")]
+        discovered: Option<Discovered>,
+    }
+
+    #[derive(Clone, PartialEq, prost::Message)]
+    struct Registration {
+        #[prost(string, tag = "1")]
+        namespace: String,
+        #[prost(bytes = "vec", tag = "2")]
+        record: Vec<u8>,
+    }
+
+    #[derive(Clone, PartialEq, prost::Message)]
+    struct Registered {
+        #[prost(int32, tag = "1")]
+        status: i32,
+    }
+
+    #[derive(Clone, PartialEq, prost::Message)]
+    struct Discovered {
+        #[prost(message, repeated, tag = "1")]
+        registrations: Vec<Registration>,
+    }
+
+    /// A client that sends a standard record in identify, as others do and Rust's libp2p does not.
+    fn client() -> (Swarm<Client>, identity::Keypair) {
+        let keypair = identity::Keypair::generate_ed25519();
+        let client = SwarmBuilder::with_existing_identity(keypair.clone())
+            .with_tokio()
+            .with_tcp(
+                tcp::Config::default(),
+                noise::Config::new,
+                yamux::Config::default,
+            )
+            .unwrap()
+            .with_behaviour(|_| Client {
+                rendezvous: by_hand::behaviour_of(&[StreamProtocol::new("/rendezvous/1.0.0")]),
+                identify: request_response::Behaviour::with_codec(
+                    Identify(record(&keypair, vec![])),
+                    [(identify::PROTOCOL_NAME, ProtocolSupport::Inbound)],
+                    request_response::Config::default(),
+                ),
+            })
+            .unwrap()
+            .with_swarm_config(|config| config.with_idle_connection_timeout(DEADLINE))
+            .build();
+        (client, keypair)
+    }
+
+    fn record(keypair: &identity::Keypair, addresses: Vec<Multiaddr>) -> Vec<u8> {
+        let record = PeerRecord::new_interop(keypair, addresses).unwrap();
+        record.into_signed_envelope().into_protobuf_encoding()
+    }
+
+    /// Answers identify with this signed record and nothing else.
+    #[derive(Clone)]
+    struct Identify(Vec<u8>);
+
+    #[derive(Clone, PartialEq, prost::Message)]
+    struct Identity {
+        #[prost(bytes = "vec", tag = "8")]
+        record: Vec<u8>,
+    }
+
+    impl request_response::Codec for Identify {
+        type Protocol = StreamProtocol;
+        type Request = ();
+        type Response = ();
+
+        async fn read_request<T>(&mut self, _: &StreamProtocol, _: &mut T) -> io::Result<()>
+        where
+            T: AsyncRead + Unpin + Send,
+        {
+            Ok(())
+        }
+
+        async fn read_response<T>(&mut self, _: &StreamProtocol, _: &mut T) -> io::Result<()>
+        where
+            T: AsyncRead + Unpin + Send,
+        {
+            Ok(())
+        }
+
+        async fn write_request<T>(
+            &mut self,
+            _: &StreamProtocol,
+            _: &mut T,
+            (): (),
+        ) -> io::Result<()>
+        where
+            T: AsyncWrite + Unpin + Send,
+        {
+            Ok(())
+        }
+
+        async fn write_response<T>(
+            &mut self,
+            _: &StreamProtocol,
+            io: &mut T,
+            (): (),
+        ) -> io::Result<()>
+        where
+            T: AsyncWrite + Unpin + Send,
+        {
+            let record = self.0.clone();
+            by_hand::write(io, &Identity { record }.encode_to_vec()).await
+        }
+    }
+
+    async fn ask(client: &mut Swarm<Client>, grape: &Node, call: Call) -> Call {
+        let behaviour = &mut client.behaviour_mut().rendezvous;
+        behaviour.send_request(&grape.peer_id(), call.encode_to_vec());
+        loop {
+            match client.select_next_some().await {
+                SwarmEvent::Behaviour(ClientEvent::Identify(
+                    request_response::Event::Message {
+                        message: Message::Request { channel, .. },
+                        ..
+                    },
+                )) => {
+                    let identify = &mut client.behaviour_mut().identify;
+                    identify.send_response(channel, ()).unwrap();
+                }
+                SwarmEvent::Behaviour(ClientEvent::Rendezvous(
+                    request_response::Event::Message {
+                        message: Message::Response { response, .. },
+                        ..
+                    },
+                )) => return Call::decode(response.as_slice()).unwrap(),
+                SwarmEvent::Behaviour(ClientEvent::Rendezvous(
+                    request_response::Event::OutboundFailure { error, .. },
+                )) => panic!("{error}"),
+                _ => {}
+            }
+        }
+    }
+
+    /// The standard records among those that are found, and how many were found.
+    async fn discover(client: &mut Swarm<Client>, grape: &Node) -> (Vec<PeerRecord>, usize) {
+        let call = Call {
+            kind: 3,
+            discover: Some(Registration {
+                namespace: "client1".into(),
+                ..Registration::default()
+            }),
+            ..Call::default()
+        };
+        let found = ask(client, grape, call).await.discovered.unwrap();
+        let records = found.registrations.iter().filter_map(|found| {
+            let envelope = SignedEnvelope::from_protobuf_encoding(&found.record).unwrap();
+            PeerRecord::from_signed_envelope_interop(envelope).ok()
+        });
+        (records.collect(), found.registrations.len())
+    }
+
+    #[tokio::test]
+    async fn a_name_is_discovered_in_the_standard_form_by_who_sends_that_in_identify() {
+        in_time(async {
+            let grape = grape().await;
+            let node = echo(&grape).await;
+            let (mut client, _) = client();
+            connect(&mut client, &grape).await;
+            // At once, before the grape knows who asks.
+            let (records, found) = discover(&mut client, &grape).await;
+            assert_eq!((records[0].peer_id(), found), (node.peer_id(), 1));
+        })
+        .await;
+    }
+
+    #[tokio::test]
+    async fn a_record_of_the_standard_form_is_registered_and_found() {
+        in_time(async {
+            let grape = grape().await;
+            let (mut client, keypair) = client();
+            connect(&mut client, &grape).await;
+            let address: Multiaddr = "/ip4/127.0.0.1/tcp/1".parse().unwrap();
+            let call = Call {
+                register: Some(Registration {
+                    namespace: "client1".into(),
+                    record: record(&keypair, vec![address.clone()]),
+                }),
+                ..Call::default()
+            };
+            let registered = ask(&mut client, &grape, call).await.registered;
+            assert_eq!(registered, Some(Registered { status: 0 }));
+            let (records, found) = discover(&mut client, &grape).await;
+            assert_eq!((records[0].addresses(), found), (&[address][..], 1));
         })
         .await;
     }
@@ -1038,7 +1273,10 @@ mod by_hand {
         Ok(content)
     }
 
-    async fn write(io: &mut (impl AsyncWrite + Unpin + Send), content: &[u8]) -> io::Result<()> {
+    pub(super) async fn write(
+        io: &mut (impl AsyncWrite + Unpin + Send),
+        content: &[u8],
+    ) -> io::Result<()> {
         let mut len = content.len();
         let mut frame = Vec::new();
         while len >= 0x80 {

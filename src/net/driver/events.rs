@@ -3,6 +3,7 @@
 use std::time::Instant;
 
 use libp2p::core::ConnectedPoint;
+use libp2p::request_response::{self, Message};
 use libp2p::swarm::dial_opts::{DialOpts, PeerCondition};
 use libp2p::swarm::{ConnectionId, DialError, SwarmEvent};
 use libp2p::{Multiaddr, PeerId, identify, kad, ping};
@@ -12,6 +13,7 @@ use crate::limits::MAX_ADDRESSES;
 use crate::name::ServiceName;
 use crate::net::connectivity::{Connectivity, describe, without_id};
 use crate::net::discovery::{self, Discovery};
+use crate::net::forms;
 use crate::net::names;
 use crate::net::rendezvous;
 use crate::net::rpc::link::Lane;
@@ -156,6 +158,7 @@ impl Driver {
                 .set(self.swarm.network_info().num_peers() as u64);
             self.routes.on_disconnected(&peer);
             self.rendezvous.on_disconnected(&peer);
+            self.forms.forget(&peer);
             self.names.registrations.on_disconnected(&peer, now);
             self.grapes.on_disconnected(&peer);
             self.records.forget(&peer);
@@ -201,11 +204,14 @@ impl Driver {
             }
             BehaviourEvent::Rendezvous(event) => {
                 let behaviour = self.swarm.behaviour_mut();
-                let connectivity = &self.connectivity;
+                let (connectivity, forms) = (&self.connectivity, &self.forms);
                 let learned = self.rendezvous.on_event(
                     &mut behaviour.rendezvous,
                     &mut self.registry.providers(),
-                    |peer| prefix(connectivity, peer),
+                    |peer| rendezvous::Asker {
+                        prefix: prefix(connectivity, peer),
+                        reads: forms.of(peer),
+                    },
                     event,
                     now,
                 );
@@ -220,7 +226,11 @@ impl Driver {
             }
             BehaviourEvent::Identify(identify::Event::Received { peer_id, info, .. }) => {
                 self.on_identified(peer_id, &info);
+                if self.forms.on_identified(&peer_id) {
+                    self.ask_form(&peer_id);
+                }
             }
+            BehaviourEvent::Forms(event) => self.on_form(event, now),
             // A peer need not speak ping; the transport tells when its connection breaks.
             BehaviourEvent::Ping(ping::Event {
                 result: Err(ping::Failure::Unsupported),
@@ -373,6 +383,7 @@ impl Driver {
             Some(rendezvous::Learned::Discovered(grape, name, providers)) => {
                 self.on_found(grape, &name, providers, now);
             }
+            Some(rendezvous::Learned::Unread(peer)) => self.want_form(peer),
             Some(rendezvous::Learned::Resume(grape, name)) => {
                 self.publish(name, Place::Rendezvous(grape), now);
             }
@@ -398,6 +409,43 @@ impl Driver {
             .on_candidate(name, source, peer, addresses, connected, now);
         // Kademlia keeps the addresses it heard only while its query runs: dial from inside it.
         self.carry_out_lookups(now);
+    }
+
+    /// A peer's discoveries wait until it is known which form of records it reads.
+    fn want_form(&mut self, peer: PeerId) {
+        if self.forms.want(peer) {
+            self.ask_form(&peer);
+        }
+    }
+
+    fn ask_form(&mut self, peer: &PeerId) {
+        // To ask must not begin a dial.
+        if self.connectivity.is_connected(peer) {
+            self.swarm.behaviour_mut().forms.send_request(peer, ());
+        }
+    }
+
+    /// A peer that asks has told its own signed record, or has not answered.
+    fn on_form(&mut self, event: forms::Event, now: Instant) {
+        let (peer, answer) = match &event {
+            request_response::Event::Message {
+                peer,
+                message: Message::Response { response, .. },
+                ..
+            } => (peer, Ok(*response)),
+            request_response::Event::OutboundFailure { peer, error, .. } => (peer, Err(error)),
+            _ => return,
+        };
+        let identified = self.connectivity.has_told(peer);
+        if self.forms.on_answer(peer, answer, identified) {
+            return self.ask_form(peer);
+        }
+        let Some(form) = self.forms.of(peer) else {
+            return;
+        };
+        let behaviour = &mut self.swarm.behaviour_mut().rendezvous;
+        let store = self.registry.providers();
+        self.rendezvous.on_reads(behaviour, &store, peer, form, now);
     }
 
     pub(super) fn on_identified(&mut self, peer: PeerId, info: &identify::Info) {

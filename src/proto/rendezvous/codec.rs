@@ -133,7 +133,7 @@ mod tests {
 
     use super::{
         super::{
-            Cookie, MAX_REGISTRATIONS, Namespace, Page, Registration, SignedPeer, Status, Ttl,
+            Cookie, Form, MAX_REGISTRATIONS, Namespace, Page, Registration, SignedPeer, Status, Ttl,
         },
         *,
     };
@@ -141,7 +141,7 @@ mod tests {
     static PEERS: LazyLock<Vec<SignedPeer>> = LazyLock::new(|| {
         let peer = |port| {
             let address = format!("/ip4/127.0.0.1/tcp/{port}").parse().unwrap();
-            SignedPeer::sign(&Keypair::generate_ed25519(), [address]).unwrap()
+            SignedPeer::sign(&Keypair::generate_ed25519(), &[address], Form::Standard).unwrap()
         };
         (1..=3).map(peer).collect()
     });
@@ -414,8 +414,13 @@ mod tests {
     #[test]
     fn full_page_of_the_largest_registrations_fits() {
         let key = Keypair::generate_ed25519();
-        let long = format!("/dns4/{}/tcp/1", "a".repeat(238)).parse().unwrap();
-        let record = SignedPeer::sign(&key, vec![long; 15]).unwrap();
+        let long = |port| {
+            format!("/dns4/{}/tcp/{port}", "a".repeat(238))
+                .parse()
+                .unwrap()
+        };
+        let long: Vec<_> = (1..=15).map(long).collect();
+        let record = SignedPeer::sign(&key, &long, Form::Legacy).unwrap();
         assert!(record.envelope().len() > SignedPeer::MAX_LEN - 256);
         let namespace = namespace(&"n".repeat(255));
         let cookie = Cookie::after(1, Some(&namespace));

@@ -18,7 +18,7 @@ use tokio::sync::mpsc;
 use crate::limits::RENDEZVOUS_PROTOCOL;
 
 use super::{
-    Codec, Cookie, Namespace, Page, Registration, Request, Response, SignedPeer, Status, Ttl,
+    Codec, Cookie, Form, Namespace, Page, Registration, Request, Response, SignedPeer, Status, Ttl,
     page_len,
 };
 
@@ -403,7 +403,7 @@ async fn ask(client: &mut Swarm<Ours>, server: PeerId, request: Request) -> Resp
 async fn our_client(server: &Multiaddr) -> (Swarm<Ours>, SignedPeer) {
     let mut record = None;
     let mut client = swarm(|key| {
-        record = SignedPeer::sign(&key, [client_address()]).ok();
+        record = SignedPeer::sign(&key, &[client_address()], Form::Legacy).ok();
         ours(ProtocolSupport::Outbound)
     });
     connect(&mut client, server.clone()).await;

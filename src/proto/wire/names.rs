@@ -44,6 +44,9 @@ pub struct NamesRequest {
     pub announce: Vec<ServiceName>,
     /// The sender's signed peer record, at most [`MAX_RECORD`] bytes: there if anything is announced.
     pub record: Option<Vec<u8>>,
+    /// The same in the form of Rust's libp2p, at most [`MAX_RECORD`] bytes: so that its rendezvous clients find
+    /// the sender too. Never there without a record.
+    pub legacy: Option<Vec<u8>>,
     /// Names that it serves no longer; at most [`MAX_NAMES`].
     pub withdraw: Vec<ServiceName>,
     /// Names whose providers are asked for; at most [`MAX_SOUGHT`].
@@ -90,6 +93,14 @@ impl NamesRequest {
         check_len("list of sought names", find.len(), MAX_SOUGHT)?;
         let record = draft.record.map(|Bytes(record)| record.into_owned());
         check_len("record", record.as_ref().map_or(0, Vec::len), MAX_RECORD)?;
+        let legacy = draft.legacy.map(|Bytes(record)| record.into_owned());
+        let len = legacy.as_ref().map_or(0, Vec::len);
+        check_len("legacy record", len, MAX_RECORD)?;
+        if legacy.is_some() && record.is_none() {
+            return Err(malformed(format!(
+                "{what} has a legacy record and no other"
+            )));
+        }
         if record.is_none() != announce.is_empty() {
             return Err(malformed(format!(
                 "{what} has a record if it announces, and only then"
@@ -98,6 +109,7 @@ impl NamesRequest {
         Ok(Self {
             announce: names(&announce)?,
             record,
+            legacy,
             withdraw: names(&withdraw)?,
             find: names(&find)?,
         })
@@ -112,17 +124,25 @@ impl NamesRequest {
         check_sendable("list of withdrawn names", self.withdraw.len(), MAX_NAMES)?;
         check_sendable("list of sought names", self.find.len(), MAX_SOUGHT)?;
         let record = self.record.as_deref();
+        let legacy = self.legacy.as_deref();
         check_sendable("record", record.map_or(0, <[u8]>::len), MAX_RECORD)?;
+        check_sendable("legacy record", legacy.map_or(0, <[u8]>::len), MAX_RECORD)?;
         let all = [&self.announce, &self.withdraw, &self.find];
         let size = |name: &ServiceName| name.as_ref().len() + 2;
-        let size: usize = all.into_iter().flatten().map(size).sum();
+        let names: usize = all.into_iter().flatten().map(size).sum();
+        let records: usize = [record, legacy]
+            .into_iter()
+            .flatten()
+            .map(<[u8]>::len)
+            .sum();
         let shape = RequestShape {
             announce: texts(&self.announce),
             record: record.map(serde_bytes::Bytes::new),
+            legacy: legacy.map(serde_bytes::Bytes::new),
             withdraw: texts(&self.withdraw),
             find: texts(&self.find),
         };
-        encode(&shape, ENVELOPE + size + record.map_or(0, <[u8]>::len))
+        encode(&shape, ENVELOPE + names + records)
     }
 }
 
@@ -234,6 +254,8 @@ struct RequestShape<'a> {
     announce: Vec<&'a str>,
     #[serde(skip_serializing_if = "Option::is_none")]
     record: Option<&'a serde_bytes::Bytes>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    legacy: Option<&'a serde_bytes::Bytes>,
     withdraw: Vec<&'a str>,
     find: Vec<&'a str>,
 }
@@ -257,6 +279,7 @@ struct ProvidedShape {
 struct RequestDraft<'de> {
     announce: Option<List<Text<'de>, MAX_NAMES>>,
     record: Option<Bytes<'de>>,
+    legacy: Option<Bytes<'de>>,
     withdraw: Option<List<Text<'de>, MAX_NAMES>>,
     find: Option<List<Text<'de>, MAX_SOUGHT>>,
 }
@@ -304,6 +327,7 @@ impl<'de> Draft<'de> for RequestDraft<'de> {
         match key {
             "announce" => set(&mut self.announce, "announce", values),
             "record" => set(&mut self.record, "record", values),
+            "legacy" => set(&mut self.legacy, "legacy", values),
             "withdraw" => set(&mut self.withdraw, "withdraw", values),
             "find" => set(&mut self.find, "find", values),
             key => Err(unknown_key(key, Self::WHAT)),

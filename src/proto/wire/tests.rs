@@ -545,6 +545,7 @@ fn names_request() -> NamesRequest {
     NamesRequest {
         announce: vec!["client1".parse().expect("a name")],
         record: Some(vec![1, 2, 3]),
+        legacy: Some(vec![4]),
         withdraw: vec!["a".parse().expect("a name")],
         find: vec!["hé".parse().expect("a name")],
     }
@@ -572,7 +573,7 @@ fn messages_on_names_have_these_bytes() {
     for (request, golden) in [
         (
             names_request(),
-            "a4 68616e6e6f756e6365 81 67636c69656e7431 667265636f7264 43010203 \
+            "a5 68616e6e6f756e6365 81 67636c69656e7431 667265636f7264 43010203 666c6567616379 4104 \
              687769746864726177 81 6161 6466696e64 81 6368c3a9",
         ),
         (
@@ -599,6 +600,10 @@ fn messages_on_names_that_break_a_rule_are_refused() {
         // An announcement without a record, and a record without an announcement.
         "a3 68616e6e6f756e6365 81 6161 687769746864726177 80 6466696e64 80".to_owned(),
         format!("a4 68616e6e6f756e6365 80 {record} 687769746864726177 80 6466696e64 80"),
+        // The record in the legacy form alone.
+        "a4 68616e6e6f756e6365 81 6161 666c6567616379 40 687769746864726177 80 6466696e64 80"
+            .to_owned(),
+        "a4 68616e6e6f756e6365 80 666c6567616379 40 687769746864726177 80 6466696e64 80".to_owned(),
         // No names: with a blank, reserved, not normalised, of bytes.
         "a3 68616e6e6f756e6365 80 687769746864726177 81 63612062 6466696e64 80".to_owned(),
         "a3 68616e6e6f756e6365 80 687769746864726177 80 6466696e64 81 6b677261706576696e652f61"
@@ -637,14 +642,16 @@ fn messages_on_names_over_a_limit_are_neither_sent_nor_read() {
     let full = NamesRequest {
         announce: vec![name.clone(); MAX_NAMES],
         record: Some(vec![0; MAX_RECORD]),
+        legacy: Some(vec![0; MAX_RECORD]),
         withdraw: vec![name.clone(); MAX_NAMES],
         find: vec![name.clone(); MAX_SOUGHT],
     };
     let encoded = full.encode().expect("encodes");
     assert_eq!(NamesRequest::decode(&encoded), Ok(full.clone()));
-    let one_more: [fn(&mut NamesRequest, ServiceName); 4] = [
+    let one_more: [fn(&mut NamesRequest, ServiceName); 5] = [
         |request, name| request.announce.push(name),
         |request, _| request.record = Some(vec![0; MAX_RECORD + 1]),
+        |request, _| request.legacy = Some(vec![0; MAX_RECORD + 1]),
         |request, name| request.withdraw.push(name),
         |request, name| request.find.push(name),
     ];
@@ -657,6 +664,7 @@ fn messages_on_names_over_a_limit_are_neither_sent_nor_read() {
     let longest = NamesRequest {
         announce: vec![long; MAX_NAMES],
         record: Some(vec![0; MAX_RECORD]),
+        legacy: Some(vec![0; MAX_RECORD]),
         ..NamesRequest::default()
     };
     assert!(longest.encode().expect("encodes").len() < MAX_PAYLOAD);
@@ -664,10 +672,10 @@ fn messages_on_names_over_a_limit_are_neither_sent_nor_read() {
 
 #[test]
 fn an_answer_on_names_fits_however_long_the_addresses_are() {
-    let long = format!("/dns4/{}/tcp/1", "a".repeat(240));
-    let long: libp2p::Multiaddr = long.parse().expect("an address");
-    let named =
-        || (0..).map(|_| Provided::new(libp2p::PeerId::random(), vec![long.clone(); 20], 1));
+    let long = |port| format!("/dns4/{}/tcp/{port}", "a".repeat(240));
+    let long = (1..=20).map(|port| long(port).parse().expect("an address"));
+    let long: Vec<libp2p::Multiaddr> = long.collect();
+    let named = || (0..).map(|_| Provided::new(libp2p::PeerId::random(), long.clone(), 1));
     let full = NamesReply {
         found: vec![Provided::that_fit(named()); MAX_SOUGHT],
         ..NamesReply::default()
@@ -689,6 +697,7 @@ fn any_names_request() -> impl Strategy<Value = NamesRequest> {
     let names = || vec(any_name(), 0..8);
     (names(), vec(any::<u8>(), 0..64), names(), names()).prop_map(
         |(announce, record, withdraw, find)| NamesRequest {
+            legacy: (announce.len() > 1).then(|| record.clone()),
             record: (!announce.is_empty()).then_some(record),
             announce,
             withdraw,
