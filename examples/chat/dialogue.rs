@@ -169,7 +169,7 @@ impl Dialogue {
                 Line::Leave
             }
             Err(NoLine::Unreadable(failure)) => {
-                self.complain(&failure).await;
+                self.fail(&failure).await;
                 Line::Leave
             }
         }
@@ -205,6 +205,14 @@ impl Dialogue {
     }
 
     async fn complain(&mut self, failure: &Failure) {
+        // Nobody has seen the line of a script.
+        let place = self.prompt.line_number();
+        let place = place.map_or_else(String::new, |number| format!("line {number}: "));
+        let message = format!("{place}{}", failure.message);
+        self.fail(&Failure::new(failure.code, message)).await;
+    }
+
+    async fn fail(&mut self, failure: &Failure) {
         let line = format!("error: {}", failure.message);
         self.output.note(&line).await;
         if self.code == 0 && !self.prompt.is_typed() {

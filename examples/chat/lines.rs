@@ -9,14 +9,17 @@ use tokio::io::{AsyncBufReadExt, AsyncReadExt, BufReader, Stdin};
 use crate::common::{Failure, RUNTIME, USAGE};
 use crate::prompt::NoLine;
 
-/// As many bytes as a message may have, and the end of its line.
-const MAX_LINE: usize = MAX_TEXT + b"\r\n".len();
+/// The mark that editors of some systems put before UTF-8. It is no part of the text.
+const MARK: &str = "\u{feff}";
+
+/// As many bytes as a message may have, and what may be around it.
+const MAX_LINE: usize = MARK.len() + MAX_TEXT + b"\r\n".len();
 
 pub(crate) struct Lines {
     input: BufReader<Stdin>,
     /// What comes next is the rest of a line that was too long.
     is_amid_long_line: bool,
-    have_begun: bool,
+    count: u64,
 }
 
 impl Lines {
@@ -24,26 +27,39 @@ impl Lines {
         Self {
             input: BufReader::new(tokio::io::stdin()),
             is_amid_long_line: false,
-            have_begun: false,
+            count: 0,
         }
     }
 
-    /// Whether there was one, or an error in its place.
-    pub(crate) fn have_begun(&self) -> bool {
-        self.have_begun
+    /// How many there were, an error in the place of one among them.
+    pub(crate) fn count(&self) -> u64 {
+        self.count
     }
 
     pub(crate) async fn next(&mut self) -> Result<String, NoLine> {
         let read = self.read().await;
-        self.have_begun |= !matches!(read, Ok(None));
+        if !matches!(read, Ok(None)) {
+            self.count += 1;
+        }
         match read {
+            Ok(Some(line)) if self.count == 1 => text_of(without_mark(line)),
             Ok(Some(line)) => text_of(line),
             Ok(None) => Err(NoLine::End),
-            Err(error) => {
-                let line = format!("cannot read standard input: {error}");
-                Err(NoLine::Unreadable(Failure::new(RUNTIME, line)))
-            }
+            Err(error) => Err(unreadable(&error)),
         }
+    }
+
+    /// All of it as one message, its last end of line aside.
+    pub(crate) async fn all(&mut self) -> Result<String, NoLine> {
+        let mut bytes = Vec::new();
+        let mut input = (&mut self.input).take(MAX_LINE as u64);
+        if let Err(error) = input.read_to_end(&mut bytes).await {
+            return Err(unreadable(&error));
+        }
+        if bytes.pop_if(|last| *last == b'\n').is_some() {
+            bytes.pop_if(|last| *last == b'\r');
+        }
+        text_of(without_mark(bytes))
     }
 
     /// The next line, or of a longer one as much as shows that it is.
@@ -82,15 +98,24 @@ impl Lines {
     }
 }
 
+fn unreadable(error: &io::Error) -> NoLine {
+    let line = format!("cannot read standard input: {error}");
+    NoLine::Unreadable(Failure::new(RUNTIME, line))
+}
+
+fn without_mark(line: Vec<u8>) -> Vec<u8> {
+    match line.strip_prefix(MARK.as_bytes()) {
+        Some(text) => text.to_vec(),
+        None => line,
+    }
+}
+
 fn text_of(line: Vec<u8>) -> Result<String, NoLine> {
     let wrong = |what: String| NoLine::Wrong(Failure::new(USAGE, what));
     if line.len() > MAX_TEXT {
-        let what = format!(
-            "left out a line of more than {MAX_TEXT} bytes, the most that a message may have: \
-             split it"
-        );
+        let what =
+            format!("more than {MAX_TEXT} bytes, the most that a message may have: split it");
         return Err(wrong(what));
     }
-    String::from_utf8(line)
-        .map_err(|_| wrong("left out a line that is not UTF-8: convert the input first".into()))
+    String::from_utf8(line).map_err(|_| wrong("not UTF-8: convert the input first".into()))
 }

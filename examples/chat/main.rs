@@ -29,15 +29,20 @@
 #[path = "../common/mod.rs"]
 mod common;
 mod dialogue;
+#[cfg(unix)]
+mod editor;
+mod history;
 mod inbox;
 mod lines;
 mod mail;
 mod network;
 mod patience;
 mod prompt;
+mod question;
 #[path = "../common/talk.rs"]
 mod talk;
 
+use std::io::{self, IsTerminal};
 use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::Duration;
@@ -48,19 +53,23 @@ use tokio::time::{Instant, timeout_at};
 
 use common::flags::{self, Flags};
 use common::key::Key;
-use common::output::Output;
+use common::output::{self, Output};
 use common::stop::{Cause, Stop};
-use common::{Failure, RUNTIME, grapes, run};
+use common::{Failure, RUNTIME, USAGE, grapes, note, run};
 use dialogue::Dialogue;
 use inbox::receive;
+use lines::Lines;
 use mail::{Mail, Partner, TIMED_OUT};
 use network::{Network, Otherwise};
 use patience::patiently;
-use prompt::Prompt;
+use prompt::{NoLine, Prompt};
 use talk::DefaultGrape;
 
 /// Exit code: Ctrl-C or another signal came before the answer, or before the conversation was over.
 const INTERRUPTED: u8 = 130;
+
+/// In place of a text: it is what is piped in.
+const PIPED: &str = "-";
 
 const AFTER_HELP: &str = "\
 Examples:
@@ -77,6 +86,10 @@ Examples:
   chat --to client1 < letter.txt
           each line of a file as a message to one name, but for empty ones; \"exit\" is a message
           as any other. The first that fails is the last, and the exit code
+  git log -3 | chat --to client1 -
+          all of it as one message
+  chat --to client1 -- -5 degrees
+          a text that begins with \"-\"
   chat --name ann < /dev/null >> letters
           keeps what arrives for ann, until a signal: with --name, and neither --to nor any input,
           it does not leave when the input ends. For a service manager
@@ -136,20 +149,55 @@ impl Cli {
 }
 
 fn main() -> ExitCode {
-    let cli: Cli = flags::parse();
+    let cli: Cli = flags::parse(Some("a text that begins with \"-\" is written behind --"));
     run(|stop| chat(cli, stop))
 }
 
 async fn chat(cli: Cli, stop: Stop) -> Result<u8, Failure> {
-    let key = cli.network.key()?;
-    let ended = match cli.text() {
-        Some(text) => one_message(&cli, &key, &text, &stop).await,
-        None => conversation(&cli, &key, &stop).await,
-    };
-    match ended {
+    match talk(&cli, &stop).await {
         Ok(result) => result,
         Err(Cause::Signal) => Ok(INTERRUPTED),
         Err(cause) => Ok(cause.code()),
+    }
+}
+
+async fn talk(cli: &Cli, stop: &Stop) -> Result<Result<u8, Failure>, Cause> {
+    if output::is_closed() {
+        let line = "standard output is closed, so that replies would be lost: leave it open, or write \
+                    > /dev/null";
+        return Ok(Err(Failure::new(RUNTIME, line)));
+    }
+    let key = match cli.network.key(stop).await? {
+        Ok(key) => key,
+        Err(failure) => return Ok(Err(failure)),
+    };
+    let text = match cli.text() {
+        Some(text) if text == PIPED => match stop.or(piped()).await? {
+            Ok(text) => Some(text),
+            Err(failure) => return Ok(Err(failure)),
+        },
+        text => text,
+    };
+    match text {
+        Some(text) if text.trim().is_empty() => {
+            let line =
+                format!("the message is empty: give a text, or \"{PIPED}\" for what is piped in");
+            Ok(Err(Failure::new(USAGE, line)))
+        }
+        Some(text) => one_message(cli, &key, &text, stop).await,
+        None => conversation(cli, &key, stop).await,
+    }
+}
+
+/// Standard input as one message.
+async fn piped() -> Result<String, Failure> {
+    if io::stdin().is_terminal() {
+        note("type the message; Ctrl-D on an empty line ends it");
+    }
+    match Lines::of_stdin().all().await {
+        Ok(text) => Ok(text),
+        Err(NoLine::Wrong(failure) | NoLine::Unreadable(failure)) => Err(failure),
+        Err(NoLine::End | NoLine::Interrupted) => Ok(String::new()),
     }
 }
 
@@ -200,10 +248,11 @@ fn too_late(cli: &Cli) -> Failure {
 }
 
 async fn conversation(cli: &Cli, key: &Key, stop: &Stop) -> Result<Result<u8, Failure>, Cause> {
-    let (prompt, output) = match Prompt::new(cli.history.clone(), stop) {
+    let prompt = match Prompt::open(cli.history.clone(), stop).await? {
         Ok(opened) => opened,
         Err(failure) => return Ok(Err(failure)),
     };
+    let output = Output::stdout(stop.clone());
     let otherwise = Otherwise::of(cli, prompt.is_typed());
     let network = match stop.or(Network::join(cli, key, otherwise, &output)).await? {
         Ok(network) => network,

@@ -5,11 +5,12 @@ use std::path::PathBuf;
 use std::process::exit;
 
 use clap::Parser;
-use clap::error::{ContextKind, ErrorKind};
+use clap::error::{ContextKind, ContextValue, ErrorKind};
 use grapevine::multiaddr::Protocol;
 use grapevine::{Builder, Multiaddr, Node, PeerId, Role};
 
 use super::key::Key;
+use super::stop::{Cause, Stop};
 use super::{Failure, USAGE, complain};
 
 /// How much of a wrong value an error repeats.
@@ -40,8 +41,9 @@ struct Listen(Vec<Multiaddr>);
 
 impl Flags {
     /// The key to run by, for as long as the program runs.
-    pub(crate) fn key(&self) -> Result<Key, Failure> {
-        Key::load(self.identity.as_deref())
+    pub(crate) async fn key(&self, stop: &Stop) -> Result<Result<Key, Failure>, Cause> {
+        let path = self.identity.clone();
+        stop.or_blocking(move || Key::load(path.as_deref())).await
     }
 
     /// Describes a node by these flags; without --listen it listens on `listen`.
@@ -82,15 +84,16 @@ fn has_ipv6(port: u16) -> bool {
     TcpListener::bind(address).is_ok() && UdpSocket::bind(address).is_ok()
 }
 
-/// Reads the command line. `--help`, `--version` and errors end the process here.
-pub(crate) fn parse<P: Parser>() -> P {
+/// Reads the command line. `--help`, `--version` and errors end the process here. `hint` says how a
+/// text is given that looks like a flag, where one can be.
+pub(crate) fn parse<P: Parser>(hint: Option<&'static str>) -> P {
     let mut error = match P::try_parse() {
         Ok(parsed) => return parsed,
         Err(error) => error,
     };
-    if error.get(ContextKind::SuggestedArg).is_none() {
-        // Nobody means a mistyped flag as a value.
-        error.remove(ContextKind::Suggested);
+    if error.kind() == ErrorKind::UnknownArgument {
+        let hint = hint.into_iter().map(Into::into).collect();
+        error.insert(ContextKind::Suggested, ContextValue::StyledStrs(hint));
     }
     // What a value parser of ours says needs no usage below it.
     if error.kind() == ErrorKind::ValueValidation

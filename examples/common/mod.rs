@@ -67,6 +67,12 @@ impl From<SpawnError> for Failure {
     }
 }
 
+impl From<io::Error> for Failure {
+    fn from(error: io::Error) -> Self {
+        Self::new(RUNTIME, error)
+    }
+}
+
 /// Runs a program to its end.
 pub(crate) fn run<F>(program: impl FnOnce(Stop) -> F) -> ExitCode
 where
@@ -82,7 +88,7 @@ where
         runtime.shutdown_background();
         outcome
     });
-    let outcome = outcome.unwrap_or_else(|error| Err(Failure::new(RUNTIME, error)));
+    let outcome = outcome.unwrap_or_else(|error| Err(error.into()));
     let code = outcome.unwrap_or_else(|failure| {
         complain(&failure.message);
         failure.code
@@ -95,9 +101,9 @@ pub(crate) fn complain(message: &str) {
     note(&format!("error: {message}"));
 }
 
-/// One line on stderr. If nobody reads it any more there is nobody to tell.
+/// One line on stderr.
 pub(crate) fn note(line: &str) {
-    let _ = writeln!(io::stderr(), "{}", sanitise_line(line));
+    output::to_stderr(&format!("{}\n", sanitise_line(line)));
 }
 
 /// Withdraws a node's names and closes it.
@@ -129,11 +135,25 @@ fn log_to_stderr() {
             .with(
                 tracing_subscriber::fmt::layer()
                     .with_ansi(io::stderr().is_terminal() && !no_color())
-                    .with_writer(io::stderr),
+                    .with_writer(|| Log),
             )
             .init(),
         Err(error) => note(&format!(
             "nothing is logged: RUST_LOG={wanted}: {error}; write for example RUST_LOG=grapevine=debug"
         )),
+    }
+}
+
+/// Where log lines go: each is written in one piece.
+struct Log;
+
+impl Write for Log {
+    fn write(&mut self, line: &[u8]) -> io::Result<usize> {
+        output::to_stderr(&String::from_utf8_lossy(line));
+        Ok(line.len())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
     }
 }

@@ -1,15 +1,21 @@
 //! The wish to stop: a signal, or nobody reading what the program writes.
 
 use std::io;
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
 use tokio::sync::watch;
 
 use super::RUNTIME;
 
 /// Cheap to clone; all clones are the same wish.
-#[derive(Clone, Debug)]
-pub(crate) struct Stop(Arc<watch::Sender<Option<Cause>>>);
+#[derive(Clone)]
+pub(crate) struct Stop(Arc<Wish>);
+
+struct Wish {
+    cause: watch::Sender<Option<Cause>>,
+    /// What is to be done before the process is ended at once.
+    last: OnceLock<Box<dyn Fn() + Send + Sync>>,
+}
 
 /// Why a program is to stop.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -35,13 +41,19 @@ impl Cause {
 impl Stop {
     /// Listens for the first signal from now on. A second one ends the process at once.
     pub(crate) fn on_signals() -> io::Result<Self> {
-        let stop = Self(Arc::new(watch::Sender::new(None)));
+        let stop = Self(Arc::new(Wish {
+            cause: watch::Sender::new(None),
+            last: OnceLock::new(),
+        }));
         let mut signals = Signals::listen()?;
         let asked = stop.clone();
         tokio::spawn(async move {
             signals.next().await;
             asked.ask(Cause::Signal);
             signals.next().await;
+            if let Some(last) = asked.0.last.get() {
+                last();
+            }
             std::process::exit(130);
         });
         Ok(stop)
@@ -49,18 +61,24 @@ impl Stop {
 
     /// Asks the program to stop.
     pub(crate) fn ask(&self, cause: Cause) {
-        self.0.send_replace(Some(cause));
+        self.0.cause.send_replace(Some(cause));
     }
 
     /// Why the program is to stop, if it is.
     #[allow(dead_code, reason = "only chat ends by itself")]
     pub(crate) fn cause(&self) -> Option<Cause> {
-        *self.0.borrow()
+        *self.0.cause.borrow()
+    }
+
+    /// Does this before a second signal ends the process. Only what is given first is done.
+    #[allow(dead_code, reason = "only chat leaves something behind")]
+    pub(crate) fn before_exit(&self, last: impl Fn() + Send + Sync + 'static) {
+        let _ = self.0.last.set(Box::new(last));
     }
 
     /// Returns when the program is to stop. Cancel-safe.
     pub(crate) async fn asked(&self) -> Cause {
-        let mut causes = self.0.subscribe();
+        let mut causes = self.0.cause.subscribe();
         let cause = causes.wait_for(Option::is_some).await;
         // `self` holds the sender, so the channel cannot close.
         cause.ok().and_then(|cause| *cause).unwrap_or(Cause::Signal)
@@ -73,6 +91,17 @@ impl Stop {
             cause = self.asked() => Err(cause),
             result = work => Ok(result),
         }
+    }
+
+    /// What work with files that the user names leads to, unless the program is to stop before: a disk
+    /// may be far away, and what looks like a file may never end.
+    pub(crate) async fn or_blocking<T: Send + 'static>(
+        &self,
+        work: impl FnOnce() -> T + Send + 'static,
+    ) -> Result<T, Cause> {
+        let worked = self.or(tokio::task::spawn_blocking(work)).await?;
+        // A panic goes on where the work is wanted.
+        Ok(worked.unwrap_or_else(|error| std::panic::resume_unwind(error.into_panic())))
     }
 }
 
@@ -92,7 +121,7 @@ impl Signals {
         Ok(Self {
             interrupt: signal(SignalKind::interrupt())?,
             terminate: signal(SignalKind::terminate())?,
-            hang_up: match ignores_hang_up() {
+            hang_up: match ignores(SignalKind::hangup().as_raw_value()) {
                 true => None,
                 false => Some(signal(SignalKind::hangup())?),
             },
@@ -108,15 +137,15 @@ impl Signals {
     }
 }
 
-/// Whether the program was started to outlive its terminal, as `nohup` does.
+/// Whether the program was started so that a signal means nothing to it, as `nohup` does with the one
+/// of a terminal that is closed.
 #[cfg(unix)]
-fn ignores_hang_up() -> bool {
+pub(crate) fn ignores(signal: i32) -> bool {
     // Elsewhere than on Linux there is no safe way to know.
     let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
     let ignored = status.lines().find_map(|line| line.strip_prefix("SigIgn:"));
     let ignored = ignored.and_then(|mask| u64::from_str_radix(mask.trim(), 16).ok());
-    // Its number is 1.
-    ignored.is_some_and(|mask| mask & 1 != 0)
+    ignored.is_some_and(|mask| mask & 1 << (signal - 1) != 0)
 }
 
 #[cfg(not(unix))]

@@ -89,7 +89,10 @@ pub(crate) async fn attend(request: Request, answer: Answer, output: Option<Outp
     };
     if let Some(output) = output {
         let from = message.as_ref().map_or("", |message| &message.from);
-        output.print(line(from, peer, &text)).await;
+        // What nobody can read is not delivered.
+        if output.try_print(line(from, peer, &text)).await.is_err() {
+            return request.refuse("the message cannot be shown");
+        }
     }
     match message {
         None => request.reply(echo_reply(&text)),

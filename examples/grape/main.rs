@@ -92,14 +92,17 @@ struct Cli {
 }
 
 fn main() -> ExitCode {
-    let cli: Cli = flags::parse();
+    let cli: Cli = flags::parse(None);
     allow_many_files();
     run(|stop| serve(cli, stop))
 }
 
 async fn serve(cli: Cli, stop: Stop) -> Result<u8, Failure> {
     let host = cli.grenache.host().await?;
-    let key = cli.network.key()?;
+    let key = match cli.network.key(&stop).await {
+        Ok(key) => key?,
+        Err(cause) => return Ok(cause.code()),
+    };
     let node = match stop.or(start(&cli, &key, host)).await {
         Ok(node) => node?,
         Err(cause) => return Ok(cause.code()),

@@ -63,13 +63,16 @@ struct Cli {
 }
 
 fn main() -> ExitCode {
-    let mut cli: Cli = flags::parse();
+    let mut cli: Cli = flags::parse(Some("a name that begins with \"-\" is written behind --"));
     cli.default.fill(&mut cli.network);
     run(|stop| serve(cli, stop))
 }
 
 async fn serve(cli: Cli, stop: Stop) -> Result<u8, Failure> {
-    let key = cli.network.key()?;
+    let key = match cli.network.key(&stop).await {
+        Ok(key) => key?,
+        Err(cause) => return Ok(cause.code()),
+    };
     let builder = cli
         .network
         .builder(Role::Peer, &key, flags::all_interfaces(0));

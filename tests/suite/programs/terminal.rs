@@ -1,13 +1,13 @@
 //! Chat on a terminal: a pseudo-terminal, on which a test types and reads.
 
 use std::os::unix::fs::PermissionsExt;
-use std::path::Path;
 use std::process::Command;
 use std::time::Duration;
 
 use expectrl::process::unix::WaitStatus;
 use expectrl::session::OsSession;
 use expectrl::{ControlCode, Eof, Expect, Session};
+use grapevine::Request;
 use grapevine::chat::ChatMessage;
 use rustix::process::{Pid, Signal, kill_process};
 use rustix::termios::LocalModes;
@@ -47,6 +47,10 @@ fn see(session: &mut OsSession, text: &str) {
     if let Err(error) = session.expect(text) {
         panic!("no {text:?}: {error}");
     }
+}
+
+fn text_of(request: &Request) -> String {
+    ChatMessage::decode(request.payload()).unwrap().text
 }
 
 /// Whether the terminal is as the programs of a shell expect it.
@@ -198,8 +202,7 @@ async fn ctrl_c_clears_a_line_that_is_begun_and_leaves_an_empty_one() {
         see(&mut chat, "Message: ");
         chat.send_line("whole").unwrap();
         let request = service.next().await.unwrap();
-        let message = ChatMessage::decode(request.payload()).unwrap();
-        assert_eq!(message.text, "whole");
+        assert_eq!(text_of(&request), "whole");
         request.reply("yes");
         see(&mut chat, "yes");
         see(&mut chat, "Message: ");
@@ -246,16 +249,226 @@ async fn what_was_typed_is_kept_where_one_asks_for_it() {
 async fn a_history_that_cannot_be_kept_is_a_failure_at_the_start() {
     in_time(async {
         let folder = tempfile::tempdir().unwrap();
-        let missing = folder.path().join("no/history");
-        // No file can be made in it, whoever asks.
-        let unwritable = Path::new("/proc/history");
-        for file in [folder.path(), &missing, unwritable] {
-            let file = file.to_str().unwrap();
+        let file = |name: &str| folder.path().join(name).to_str().unwrap().to_owned();
+        let (notes, long, fifo) = (file("notes"), file("long"), file("fifo"));
+        let text = "a line of somebody's notes\n".repeat(3_000);
+        std::fs::write(&notes, &text).unwrap();
+        // Nobody has made it but chat, and not that long: nine gigabytes without a byte on the disk.
+        std::fs::write(&long, "#grapevine-chat-history-1\n").unwrap();
+        let opened = std::fs::File::options().write(true).open(&long).unwrap();
+        opened.set_len(9 << 30).unwrap();
+        let made = Command::new("mkfifo").arg(&fifo).status().unwrap();
+        assert!(made.success());
+        let table = [
+            (file(""), "is not a file: give the path of a new file, or"),
+            (fifo, "is not a file: give the path of a new file, or"),
+            (
+                "/dev/full".into(),
+                "is not a file: give the path of a new file, or",
+            ),
+            (
+                "/dev/zero".into(),
+                "is not a file: give the path of a new file, or",
+            ),
+            (file("no/history"), "give a file that you can write to"),
+            // No file can be made in it, whoever asks.
+            ("/proc/history".into(), "give a file that you can write to"),
+            // Without an end, though it says that it is a file.
+            ("/proc/cpuinfo".into(), "is left as it is"),
+            (
+                notes.clone(),
+                "is no history of chat, and is left as it is: give",
+            ),
+            (
+                long,
+                "is longer than 2097152 bytes, which chat does not make it: move",
+            ),
+        ];
+        for (file, says) in &table {
             let mut chat = chat(&["--default-grape", super::NOBODY, "--history", file]);
-            see(&mut chat, &format!("error: --history: cannot use {file}: "));
-            see(&mut chat, "give a text file that you can write to");
+            see(&mut chat, "error: --history: ");
+            see(&mut chat, says);
             ends_with(&mut chat, 2);
         }
+        assert_eq!(std::fs::read_to_string(&notes).unwrap(), text);
+    })
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn every_line_that_is_sent_at_once_is_a_line() {
+    in_time(async {
+        let mut chat = chat(&["--default-grape", super::NOBODY, "--to", "echo"]);
+        see(&mut chat, "Message: ");
+        // As a paste without marks, a script of `expect`, and what is typed ahead reach a terminal.
+        chat.send("one\rtwo\nthree\r").unwrap();
+        for line in ["one", "two", "three"] {
+            see(&mut chat, &format!("Echo: {line}\r\n"));
+        }
+        let lines: Vec<_> = (0..300).map(|number| format!("line {number}")).collect();
+        chat.send(format!("{}\r", lines.join("\r"))).unwrap();
+        for line in &lines {
+            see(&mut chat, &format!("Echo: {line}\r\n"));
+        }
+        // What was begun is given up, what comes behind that is not.
+        chat.send("half\x03whole\r").unwrap();
+        see(&mut chat, "Echo: whole\r\n");
+        // A marked paste is one message, though it has lines.
+        chat.send("\x1b[200~first\rsecond\x1b[201~ and\rlast\r")
+            .unwrap();
+        see(&mut chat, "Echo: first\r\n");
+        see(&mut chat, "second and\r\n");
+        see(&mut chat, "Echo: last\r\n");
+        chat.send("\x04").unwrap();
+        ends(&mut chat);
+    })
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_is_typed_ahead_waits_for_its_question() {
+    in_time(async {
+        let grape = grape(&[]).await;
+        let silent = node(&grape).await;
+        let mut service = service(&silent, "silent").await;
+        let mut chat = chat_by(&grape, &[]);
+        chat.send("silent\rfirst\r").unwrap();
+        let first = service.next().await.unwrap();
+        assert_eq!(text_of(&first), "first");
+        chat.send("second\rthi").unwrap();
+        first.reply("one");
+        let second = service.next().await.unwrap();
+        assert_eq!(text_of(&second), "second");
+        second.reply("two");
+        see(&mut chat, "Message: thi");
+        chat.send("rd\r").unwrap();
+        let third = service.next().await.unwrap();
+        assert_eq!(text_of(&third), "third");
+        // Nobody reads keys now: a signal.
+        chat.send(CTRL_C).unwrap();
+        ends_with(&mut chat, 130);
+    })
+    .await;
+}
+
+/// A shell on a terminal of its own. Killed by its id when the test is over.
+fn shell() -> OsSession {
+    let mut command = Command::new("sh");
+    command
+        .arg("-i")
+        .env_remove("RUST_LOG")
+        .env_remove("ENV")
+        .env("NO_COLOR", "1")
+        .env("PS1", "sh$ ")
+        .env("TERM", "xterm");
+    let mut session = Session::spawn(command).unwrap();
+    session.set_expect_timeout(Some(DEADLINE));
+    see(&mut session, "sh$ ");
+    session
+}
+
+/// The command for a shell that starts chat.
+fn command(arguments: &str) -> String {
+    format!(
+        "{} --default-grape {} {arguments}",
+        path("chat").display(),
+        super::NOBODY
+    )
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_chat_that_was_stopped_goes_on_as_it_was() {
+    in_time(async {
+        let mut shell = shell();
+        shell.send_line(command("--to echo")).unwrap();
+        see(&mut shell, "Message: ");
+        for number in 0..50 {
+            let typed = format!("line {number}");
+            shell.send(&typed).unwrap();
+            see(&mut shell, &typed);
+            shell.send("\x1a").unwrap();
+            see(&mut shell, "topped");
+            see(&mut shell, "sh$ ");
+            assert!(reads_lines(&shell), "the shell's user sees nothing");
+            shell.send_line("fg").unwrap();
+            see(&mut shell, &format!("Message: {typed}"));
+            assert!(!reads_lines(&shell), "the editor reads no keys");
+            shell.send("!\r").unwrap();
+            let shown = shell.expect(format!("Echo: {typed}!\r\n")).unwrap();
+            let shown = String::from_utf8_lossy(shown.before());
+            assert_eq!(shown.matches('\n').count(), 1, "echoed twice: {shown:?}");
+            see(&mut shell, "Message: ");
+        }
+        shell.send("\x04").unwrap();
+        see(&mut shell, "sh$ ");
+        assert!(reads_lines(&shell), "the shell's user sees nothing");
+    })
+    .await;
+}
+
+// What a job does is read from Linux's /proc.
+#[cfg(target_os = "linux")]
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_chat_in_the_background_comes_back_whole() {
+    in_time(async {
+        let mut shell = shell();
+        // From the start, it wants a key that it cannot have there.
+        shell
+            .send_line(format!("{} &", command("--to echo")))
+            .unwrap();
+        see(&mut shell, "echo: 1 provider");
+        let stopped = "while ! grep -q 'State:.T' /proc/$!/status; do :; done; echo it $((1 + 1))";
+        shell.send_line(stopped).unwrap();
+        see(&mut shell, "it 2\r\n");
+        shell.send_line("fg").unwrap();
+        see(&mut shell, "Message: ");
+        shell.send("half a line").unwrap();
+        see(&mut shell, "half a line");
+        // Another way back.
+        shell.send("\x1a").unwrap();
+        see(&mut shell, "sh$ ");
+        shell.send_line(format!("bg; {stopped}")).unwrap();
+        see(&mut shell, "it 2\r\n");
+        assert!(reads_lines(&shell), "the shell's user sees nothing");
+        shell.send_line("fg").unwrap();
+        see(&mut shell, "Message: half a line");
+        shell.send("!\r").unwrap();
+        see(&mut shell, "Echo: half a line!\r\n");
+        see(&mut shell, "Message: ");
+        // It ends while it is stopped, and touches a terminal that is not its own no more.
+        shell.send("\x1a").unwrap();
+        see(&mut shell, "sh$ ");
+        shell.send_line("kill %1; bg; wait; echo gone").unwrap();
+        see(&mut shell, "\ngone\r\n");
+        assert!(reads_lines(&shell), "the shell's user sees nothing");
+    })
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_is_typed_behind_the_end_is_the_shells() {
+    in_time(async {
+        let mut shell = shell();
+        shell.send_line(command("--to echo")).unwrap();
+        see(&mut shell, "Message: ");
+        shell.send("hello\rexit\recho and $((40 + 2))\r").unwrap();
+        see(&mut shell, "Echo: hello\r\n");
+        see(&mut shell, "and 42\r\n");
+    })
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_second_signal_leaves_the_terminal_in_order_too() {
+    in_time(async {
+        let mut chat = chat(&["--default-grape", super::NOBODY, "--to", "echo"]);
+        see(&mut chat, "Message: ");
+        let pid = Pid::from_raw(chat.get_process().pid().as_raw()).unwrap();
+        kill_process(pid, Signal::TERM).unwrap();
+        kill_process(pid, Signal::INT).unwrap();
+        see(&mut chat, "\x1b[?2004l");
+        assert!(reads_lines(&chat), "what is typed next is taken key by key");
+        ends_with(&mut chat, 130);
     })
     .await;
 }
