@@ -129,16 +129,21 @@ impl Run {
 
 impl Program {
     pub(crate) fn start(name: &str, arguments: &[&str]) -> Self {
-        Self::spawn(name, command(name, arguments))
+        Self::spawn(name, command(name, arguments), Stdio::piped())
+    }
+
+    /// With a file as its standard input.
+    pub(crate) fn start_from(file: File, name: &str, arguments: &[&str]) -> Self {
+        Self::spawn(name, command(name, arguments), file.into())
     }
 
     /// Starts a program that is none of ours.
     pub(crate) fn start_other(name: &str, command: Command) -> Self {
-        Self::spawn(name, piped(command))
+        Self::spawn(name, piped(command), Stdio::piped())
     }
 
-    fn spawn(name: &str, mut command: Command) -> Self {
-        let mut child = command.stdin(Stdio::piped()).spawn().unwrap();
+    fn spawn(name: &str, mut command: Command, stdin: Stdio) -> Self {
+        let mut child = command.stdin(stdin).spawn().unwrap();
         Self {
             name: name.into(),
             stdin: child.stdin.take(),

@@ -1,5 +1,6 @@
 //! The programs as processes: what a person sees, the exit codes, signals, lost grapes and peers.
 
+mod scripts;
 mod terminal;
 
 use std::net::{SocketAddr, TcpListener};
@@ -232,8 +233,9 @@ async fn a_script_sends_nobody_else_what_was_meant_for_a_name_that_failed() {
         for line in failing.into_iter().chain(["client1", "hello"]) {
             chat.types(line).await;
         }
-        chat.says("error: nobody announces nobody").await;
-        chat.says("error: the name has white space at byte 3").await;
+        chat.says("error: line 1: nobody announces nobody").await;
+        chat.says("error: line 5: the name has white space at byte 3")
+            .await;
         assert_eq!(chat.line().await, "Echo: hello");
         chat.closes_input();
         assert_eq!(chat.end().await.code(), Some(3), "of the first failure");
@@ -258,19 +260,14 @@ async fn a_script_is_not_read_on_behind_a_message_that_failed() {
         tokio::spawn(refusing.serve(|request| async move { request.fail("not today") }));
         let too_long = vec![b'x'; (64 << 10) + 1];
         let table: [(&[u8], &[u8], i32, &str); 3] = [
-            (b"refusing", b"hello", 7, "handler-failed: not today"),
+            (b"refusing", b"hello", 7, "line 2: 12D3Koo"),
             (
                 b"client1",
                 b"caf\xe9",
                 2,
-                "left out a line that is not UTF-8",
+                "line 2: not UTF-8: convert the input first",
             ),
-            (
-                b"client1",
-                &too_long,
-                2,
-                "left out a line of more than 65536 bytes",
-            ),
+            (b"client1", &too_long, 2, "line 2: more than 65536 bytes"),
         ];
         for (name, fails, code, says) in table {
             let mut chat = conversation(&grape.address);
@@ -460,7 +457,7 @@ async fn who_writes_to_themselves_is_told_so() {
         let mut ann = Program::start("chat", &by);
         ann.says("announced ann").await;
         ann.types("ann").await;
-        ann.says("error: only you announce ann").await;
+        ann.says("error: line 1: only you announce ann").await;
         // Another of that name is somebody to talk to.
         let _other = peer("ann", &grape).await;
         for line in ["", "ann", "hello"] {
