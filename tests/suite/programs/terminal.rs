@@ -472,3 +472,106 @@ async fn a_second_signal_leaves_the_terminal_in_order_too() {
     })
     .await;
 }
+
+/// Chat in a shell that does this with its streams, on a terminal of its own that is this good.
+fn chat_in_shell(arguments: &str, streams: &str, term: &str) -> OsSession {
+    let mut command = Command::new("sh");
+    let chat = path("chat");
+    command
+        .args(["-c", &format!("{} {arguments} {streams}", chat.display())])
+        .env_remove("RUST_LOG")
+        .env("NO_COLOR", "1")
+        .env("TERM", term);
+    let mut session = Session::spawn(command).unwrap();
+    session.set_expect_timeout(Some(DEADLINE));
+    session
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_arrives_never_stands_behind_a_question() {
+    in_time(async {
+        let grape = grape(&[]).await;
+        let arguments = format!("--bootstrap {} --name ann", grape.address);
+        let ways = [
+            ("", "xterm"),
+            ("", "dumb"),
+            ("", ""),
+            ("| cat", "xterm"),
+            ("2>&1 | cat", "dumb"),
+            ("2> /dev/null", "dumb"),
+        ];
+        for (streams, term) in ways {
+            let mut chat = chat_in_shell(&arguments, streams, term);
+            see(&mut chat, "Name: ");
+            // Until the name is announced nobody can write to it.
+            while send(&grape, "ann", "hi there").await.code != Some(0) {}
+            let before = chat.expect(": hi there").unwrap();
+            let before = String::from_utf8_lossy(before.before()).into_owned();
+            let line = before.rsplit(['\n', '\r']).next().unwrap();
+            let is_alone = !line.contains("Name:");
+            assert!(is_alone, "{streams} {term}: {before:?}");
+            see(&mut chat, "Name: ");
+            chat.send("exit\r").unwrap();
+            chat.expect(Eof).unwrap();
+        }
+    })
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_log_leaves_the_line_being_typed_whole() {
+    in_time(async {
+        let grape = grape(&[]).await;
+        let mut command = Command::new(path("chat"));
+        command
+            .args(["--bootstrap", &grape.address])
+            .env("RUST_LOG", "grapevine=trace,libp2p_swarm=trace")
+            .env("NO_COLOR", "1")
+            .env("TERM", "xterm");
+        let mut chat = Session::spawn(command).unwrap();
+        chat.set_expect_timeout(Some(DEADLINE));
+        see(&mut chat, "Name: ");
+        chat.send("nobody").unwrap();
+        see(&mut chat, "Name: nobody");
+        // Every line that is logged stands at the margin, and the question below the last one.
+        chat.send("\r").unwrap();
+        let shown = chat.expect("error: nobody announces nobody").unwrap();
+        let shown = String::from_utf8_lossy(shown.before()).into_owned();
+        let logged: Vec<_> = shown
+            .lines()
+            .filter(|line| line.contains("TRACE"))
+            .collect();
+        assert!(!logged.is_empty(), "{shown:?}");
+        for line in logged {
+            let text = line.rsplit(['\r', '\x1b']).next().unwrap();
+            assert!(!text.contains("Name: "), "{line:?}");
+        }
+        see(&mut chat, "Name: ");
+    })
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn notes_and_errors_of_a_conversation_go_where_stderr_does() {
+    in_time(async {
+        let grape = grape(&[]).await;
+        let folder = tempfile::tempdir().unwrap();
+        let errors = folder.path().join("err");
+        let arguments = format!("--bootstrap {} --name ann", grape.address);
+        let streams = format!("2> {}", errors.display());
+        let mut chat = chat_in_shell(&arguments, &streams, "xterm");
+        see(&mut chat, "Name: ");
+        chat.send("nobody\r").unwrap();
+        see(&mut chat, "Name: nobody");
+        see(&mut chat, "Name: ");
+        chat.send("exit\r").unwrap();
+        let shown = chat.expect(Eof).unwrap();
+        let shown = String::from_utf8_lossy(shown.before()).into_owned();
+        assert!(!shown.contains("error"), "{shown:?}");
+        let told = std::fs::read_to_string(&errors).unwrap();
+        for says in ["announced ann\n", "\nerror: nobody announces nobody"] {
+            assert!(told.contains(says), "{told:?}");
+        }
+    })
+    .await;
+}
