@@ -6,8 +6,8 @@
 //! cargo run --release --example chat -- --to echo "hello"
 //! ```
 //!
-//! prints `Echo: hello`: where no grape answers, chat starts one inside itself, with an echo peer
-//! named `echo`, for a message to that name and for a conversation on a terminal. With the examples `grape` and `peer client1` running, without arguments:
+//! prints `Echo: hello`: where no grape answers, or nobody at it has the name, chat starts one inside
+//! itself, with an echo peer named `echo`. With the examples `grape` and `peer client1` running, without arguments:
 //!
 //! ```text
 //! empty line: another name; exit: leave
@@ -107,8 +107,8 @@ Exit codes: 0 answered, or the conversation ended; 1 the system refused somethin
 /// Talk to those who announce a name.
 ///
 /// Without --bootstrap: joins by the grape at /ip4/127.0.0.1/tcp/20001. Where none answers there, a
-/// conversation on a terminal and a message to the name "echo" start one inside this program, with an
-/// echo peer of that name.
+/// conversation on a terminal starts one inside this program, with an echo peer named "echo". A message
+/// to "echo" does so too where nobody answers to that name.
 #[derive(Debug, Parser)]
 #[command(name = "chat", version, after_help = AFTER_HELP)]
 struct Cli {

@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use grapevine::error::AnnounceError;
 use grapevine::multiaddr::Protocol;
-use grapevine::{Multiaddr, Node, Role};
+use grapevine::{Multiaddr, Node, Role, ServiceName};
 use tokio::net::TcpStream;
 use tokio::time::timeout;
 
@@ -26,6 +26,9 @@ const ECHO: &str = "echo";
 /// How long the system may take to say whether a port of this machine is open.
 const PROBE: Duration = Duration::from_secs(1);
 
+/// How long a grape may take to say whether somebody announces the echo, before it is not asked for it.
+const ASKED: Duration = Duration::from_secs(3);
+
 /// This program's own node, and what else it runs.
 pub(crate) struct Network {
     pub(crate) node: Node,
@@ -36,8 +39,10 @@ pub(crate) struct Network {
 /// What to do if no grape is given and none answers on this machine.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Otherwise {
-    /// Start one inside this program, for who asks for its echo or tries the program out.
+    /// Start one inside this program, for who tries the program out.
     StartInside,
+    /// Start one inside this program, for the echo in it: also where the grape has none.
+    EchoInside,
     /// Wait for it, as `peer` does: nobody is there to start it, and it may be on its way.
     Wait,
     /// Say so: whom the message is for cannot be found in a grape that others do not know.
@@ -46,9 +51,10 @@ pub(crate) enum Otherwise {
 
 impl Otherwise {
     pub(crate) fn of(cli: &Cli, is_typed: bool) -> Self {
-        let is_for_echo = cli.to.as_ref().is_some_and(|to| to.as_ref() == ECHO);
-        if is_typed || is_for_echo {
+        if is_typed {
             Self::StartInside
+        } else if cli.to.as_ref().is_some_and(|to| to.as_ref() == ECHO) {
+            Self::EchoInside
         } else if cli.name.is_some() && cli.to.is_none() {
             Self::Wait
         } else {
@@ -75,30 +81,22 @@ impl Network {
             return Ok(Self { node, inside: None });
         }
         let address = &cli.default.default_grape;
-        if patiently(output, || format!("the grape at {address}"), answers(&node)).await {
+        let asked = async {
+            match otherwise {
+                Otherwise::EchoInside => has_echo(&node, cli.timeout).await,
+                _ => answers(&node).await,
+            }
+        };
+        if patiently(output, || format!("the grape at {address}"), asked).await {
             return Ok(Self { node, inside: None });
         }
+        let missing = Missing::of(&node, address).await;
         shut_down(&node).await;
-        let (missing, remedy) = match is_vacant(address).await {
-            true => ("no grape at", "start one with \"grape\""),
-            false => ("no answer from the grape at", "restart it"),
-        };
         if otherwise == Otherwise::Fail {
-            let line = format!("{missing} {address}: {remedy}, or use --bootstrap");
-            return Err(Failure::new(UNREACHABLE, line));
+            return Err(Failure::new(UNREACHABLE, missing.failure(address)));
         }
         let (grape, echo) = start_inside().await?;
-        let others = match cli.announced() {
-            Some(name) => {
-                format!("others cannot find {name} in it: {remedy} first, or use --bootstrap")
-            }
-            None => "--bootstrap joins others".into(),
-        };
-        let line = format!(
-            "{missing} {address}: started one inside this program, with a peer named \"{ECHO}\"; \
-             {others}"
-        );
-        output.note(&line).await;
+        output.note(&missing.note(address, cli.announced())).await;
         flags.bootstrap = grape.addresses();
         let node = flags.builder(Role::Peer, key, listen).spawn().await?;
         let inside = Some((grape, echo));
@@ -119,6 +117,71 @@ impl Network {
     }
 }
 
+/// What is not there.
+#[derive(Clone, Copy)]
+enum Missing {
+    Grape,
+    /// Something listens in its place, or it hangs.
+    Answer,
+    /// There is a grape.
+    Echo,
+}
+
+impl Missing {
+    async fn of(node: &Node, address: &Multiaddr) -> Self {
+        if node.status().borrow().is_online() {
+            Self::Echo
+        } else if is_vacant(address).await {
+            Self::Grape
+        } else {
+            Self::Answer
+        }
+    }
+
+    fn what(self) -> &'static str {
+        match self {
+            Self::Grape => "no grape at",
+            Self::Answer => "no answer from the grape at",
+            Self::Echo => "nobody answers to \"echo\" at the grape at",
+        }
+    }
+
+    fn remedy(self) -> &'static str {
+        match self {
+            Self::Grape => "start one with \"grape\"",
+            Self::Answer => "restart it",
+            Self::Echo => "start \"peer echo\"",
+        }
+    }
+
+    fn failure(self, address: &Multiaddr) -> String {
+        format!(
+            "{} {address}: {}, or use --bootstrap",
+            self.what(),
+            self.remedy()
+        )
+    }
+
+    fn note(self, address: &Multiaddr, announced: Option<&ServiceName>) -> String {
+        let others = match announced {
+            Some(name) => format!(
+                "others cannot find {name} in it: {} first, or use --bootstrap",
+                self.remedy()
+            ),
+            None => "--bootstrap joins others".into(),
+        };
+        let what = self.what();
+        let started = match self {
+            Self::Echo => "a grape",
+            Self::Grape | Self::Answer => "one",
+        };
+        format!(
+            "{what} {address}: started {started} inside this program, with a peer named \"{ECHO}\"; \
+             {others}"
+        )
+    }
+}
+
 /// Whether the only bootstrap grape is there: known as soon as the first dial ends.
 async fn answers(node: &Node) -> bool {
     let mut status = node.status();
@@ -132,6 +195,16 @@ async fn answers(node: &Node) -> bool {
         })
         .await;
     decided.is_ok_and(|status| status.is_online())
+}
+
+/// Whether somebody can be reached who announces the echo at the only bootstrap grape. What stands
+/// in the way may take its time, and all of it must leave some.
+async fn has_echo(node: &Node, time: Duration) -> bool {
+    let asked = async {
+        let Ok(name) = ECHO.parse() else { return false };
+        answers(node).await && node.lookup(&name).await.is_ok()
+    };
+    timeout(ASKED.min(time / 2), asked).await.unwrap_or(false)
 }
 
 /// Whether nothing at all listens at an address, which is another thing than a grape that hangs.

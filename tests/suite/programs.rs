@@ -116,6 +116,73 @@ async fn one_message_works_with_nothing_else_running() {
     .await;
 }
 
+/// The first command of the README, where this stands in for the grape on this machine.
+async fn first_command(grape: &str) -> Run {
+    run("chat", &["--default-grape", grape, "--to", "echo", "hello"]).await
+}
+
+#[tokio::test]
+async fn the_first_command_has_its_echo_whatever_runs() {
+    in_time(async {
+        let bare = grape(&[]).await;
+        let stranger = Identity::generate().peer_id().to_string();
+        let closed = grape(&["--allow", &stranger]).await;
+        let stopped = grape(&[]).await;
+        stopped.signal(Signal::STOP);
+        let deserted = grape(&[]).await;
+        let mut killed = peer("echo", &deserted).await;
+        killed.signal(Signal::KILL);
+        killed.end().await;
+        let (_listener, mute) = mute();
+        let table = [
+            (&bare.address, "nobody answers to \"echo\" at the grape at"),
+            (&closed.address, "no answer from the grape at"),
+            (&stopped.address, "no answer from the grape at"),
+            (
+                &deserted.address,
+                "nobody answers to \"echo\" at the grape at",
+            ),
+            (&mute, "no answer from the grape at"),
+        ];
+        for (address, says) in table {
+            let chat = first_command(address).await;
+            assert_eq!(
+                (chat.code, &*chat.stdout),
+                (Some(0), "Echo: hello\n"),
+                "{chat:?}"
+            );
+            assert!(
+                chat.stderr.contains(&format!("{says} {address}")),
+                "{chat:?}"
+            );
+        }
+        stopped.signal(Signal::CONT);
+        // One does not stand in another's way.
+        let many = (0..8).map(|_| first_command(&bare.address));
+        for chat in futures::future::join_all(many).await {
+            assert_eq!(
+                (chat.code, &*chat.stdout),
+                (Some(0), "Echo: hello\n"),
+                "{chat:?}"
+            );
+        }
+        // Whoever has the name answers to it.
+        let mut owner = peer("echo", &bare).await;
+        let chat = first_command(&bare.address).await;
+        assert_eq!(
+            (chat.code, &*chat.stdout, &*chat.stderr),
+            (Some(0), "Echo: hello\n", "")
+        );
+        assert!(owner.line().await.ends_with(": hello"));
+        // Where a grape is named, so is who is meant.
+        let other = grape(&[]).await;
+        send(&other, "echo", "hello")
+            .await
+            .fails(3, &nobody("echo"));
+    })
+    .await;
+}
+
 #[tokio::test]
 async fn without_a_grape_nobody_but_echo_can_be_written_to() {
     in_time(async {
@@ -157,10 +224,16 @@ async fn who_wants_to_be_found_without_a_terminal_waits_for_the_grape() {
 async fn a_grape_that_is_found_is_used_as_it_is() {
     in_time(async {
         let grape = grape(&[]).await;
-        let given = ["--default-grape", &grape.address, "--to", "echo", "hello"];
+        let given = [
+            "--default-grape",
+            &grape.address,
+            "--to",
+            "client1",
+            "hello",
+        ];
         let chat = run("chat", &given).await;
-        chat.fails(3, &nobody("echo"));
-        let _peer = peer("echo", &grape).await;
+        chat.fails(3, &nobody("client1"));
+        let _peer = peer("client1", &grape).await;
         assert_eq!(run("chat", &given).await.stdout, "Echo: hello\n");
     })
     .await;
@@ -1085,7 +1158,7 @@ async fn one_message_takes_no_longer_than_it_may_also_where_the_grape_hangs() {
         let (_listener, address) = mute();
         for (flag, to) in [
             ("--default-grape", "client1"),
-            ("--default-grape", "echo"),
+            ("--bootstrap", "echo"),
             ("--bootstrap", "client1"),
         ] {
             let waiting = format!("no answer from the grape at {address} yet; Ctrl-C: leave");
