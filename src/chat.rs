@@ -2,7 +2,7 @@
 //!
 //! A peer answers two kinds of payload, each in its own form: plain text by an echo, a chat message by a
 //! receipt. Their shapes are on the page of [`proto`](crate::proto); what a stranger wrote in them is
-//! data, to be passed through [`sanitise`] or [`sanitise_line`] before it is printed.
+//! data, to be passed through [`sanitise_block`], [`sanitise_line`] or [`quote`] before it is printed.
 
 use std::time::{SystemTime, UNIX_EPOCH};
 
@@ -10,7 +10,7 @@ use crate::proto::wire::DecodeError;
 
 pub use crate::{
     proto::wire::{ChatMessage, ChatReply},
-    text::{sanitise, sanitise_line},
+    text::{quote, sanitise, sanitise_block, sanitise_line},
 };
 
 impl ChatMessage {

@@ -25,6 +25,28 @@ pub fn sanitise_line(text: &str) -> Cow<'_, str> {
     })
 }
 
+/// As [`sanitise`], with the lines kept as lines, and each one after the first indented by two spaces: what
+/// stands at the margin is the program's own. Line and paragraph separators end lines too, and an end of
+/// line at the end of the text is left out.
+pub fn sanitise_block(text: &str) -> String {
+    let text = text
+        .replace("\r\n", "\n")
+        .replace(['\u{2028}', '\u{2029}'], "\n");
+    sanitise(text.trim_end_matches('\n')).replace('\n', "\n  ")
+}
+
+/// A stranger's word as a stranger's: on one line, in quotation marks, without any inside it, and with
+/// nothing in it that cannot be seen.
+pub fn quote(text: &str) -> String {
+    let visible = |c| match c {
+        '"' => '\'',
+        c if is_hidden(c) => char::REPLACEMENT_CHARACTER,
+        c => c,
+    };
+    let visible: String = sanitise_line(text).chars().map(visible).collect();
+    format!("\"{visible}\"")
+}
+
 /// Whether `c` draws nothing by itself: Unicode's general category Cf (format, with the bidi controls)
 /// or its property Default_Ignorable_Code_Point (zero-width characters, fillers, variation selectors).
 pub(crate) fn is_hidden(c: char) -> bool {
@@ -152,7 +174,46 @@ mod tests {
         );
     }
 
+    #[test]
+    fn further_lines_are_indented_and_kept_as_lines() {
+        for (text, block) in [
+            ("", ""),
+            ("one", "one"),
+            ("one\n", "one"),
+            ("one\r\n  two\n\nlast\r\n\r\n", "one\n    two\n  \n  last"),
+            ("hi\u{2028}error:\u{2029}forged", "hi\n  error:\n  forged"),
+            (
+                "hi\rerror: \u{85}\u{b}\u{c}x",
+                "hi\u{fffd}error: \u{fffd}\u{fffd}\u{fffd}x",
+            ),
+            ("\tone\n\ttwo", "\tone\n  \ttwo"),
+        ] {
+            assert_eq!(sanitise_block(text), block, "{text:?}");
+        }
+    }
+
+    #[test]
+    fn a_quoted_word_ends_where_it_ends() {
+        for (text, quoted) in [
+            ("bob", "\"bob\""),
+            ("bob\" (you)", "\"bob' (you)\""),
+            ("b\u{200b}ob\n\u{feff}", "\"b\u{fffd}ob \u{fffd}\""),
+            ("\u{1b}[31m", "\"\u{fffd}[31m\""),
+        ] {
+            assert_eq!(quote(text), quoted, "{text:?}");
+        }
+    }
+
     proptest! {
+        #[test]
+        fn no_text_has_a_second_line_at_the_margin(text in any::<String>()) {
+            let block = sanitise_block(&text);
+            prop_assert!(block.lines().skip(1).all(|line| line.starts_with("  ")));
+            prop_assert!(!block.contains(|c: char| c.is_control() && c != '\n' && c != '\t'));
+            let quoted = quote(&text);
+            prop_assert!(quoted.matches('"').count() == 2 && !quoted.contains(is_hidden));
+        }
+
         #[test]
         fn what_is_safe_stays_as_it_is(text in any::<String>()) {
             let safe = sanitise(&text).into_owned();
