@@ -42,6 +42,10 @@ use crate::store::Registry;
 
 use listen::listen;
 
+/// How long a node that has served names stays connected after its last reply: a connection that is
+/// closed throws away what the other end has not acknowledged.
+const LINGER: Duration = Duration::from_millis(50);
+
 /// How often expired records are dropped, and lookups that nobody waits for.
 const HOUSEKEEPING: Duration = Duration::from_secs(1);
 
@@ -188,12 +192,24 @@ impl Driver {
         }
     }
 
+    /// Lets what was answered last reach those who asked.
+    async fn linger(&mut self) {
+        let end = tokio::time::Instant::now() + LINGER;
+        loop {
+            tokio::select! {
+                event = self.swarm.select_next_some() => self.on_swarm_event(event),
+                () = sleep_until(end) => return,
+            }
+        }
+    }
+
     /// Withdraws every name, lets open requests finish and stops; ends within
     /// [`SHUTDOWN_DEADLINE`].
     async fn shut_down(&mut self) {
         self.server.stop();
         let deadline = tokio::time::Instant::now() + SHUTDOWN_DEADLINE;
         let names: Vec<_> = self.discovery.announcements.names().cloned().collect();
+        let serves = !names.is_empty();
         for name in names {
             self.withdraw(&name);
         }
@@ -213,6 +229,9 @@ impl Driver {
                 () = server.idle(), if server.open_requests() > 0 => {}
                 () = sleep_until(deadline) => break,
             }
+        }
+        if serves {
+            self.linger().await;
         }
         let peers: Vec<_> = self.swarm.connected_peers().copied().collect();
         for peer in peers {
