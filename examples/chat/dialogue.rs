@@ -1,16 +1,26 @@
 //! A conversation: a name, its providers, messages and replies, until `exit` or the end of input.
 //! Or a letter: piped lines that are all for one name.
 
+use std::fmt::Display;
+
 use grapevine::{Provider, ServiceName};
 
 use crate::common::output::Output;
 use crate::common::{Failure, USAGE, short};
-use crate::mail::{Mail, Partner};
+use crate::mail::{Change, Mail, Unsent};
 use crate::patience::patiently;
 use crate::prompt::{NoLine, Prompt};
 use crate::{Cli, INTERRUPTED};
 
 const RULES: &str = "empty line: another name; exit: leave";
+
+/// Asks for a name. Whoever writes meanwhile is offered an answer in its place.
+pub(crate) const NAME: &str = "Name: ";
+
+/// Asks for a message to somebody.
+pub(crate) fn question(name: &ServiceName) -> String {
+    format!("{name}> ")
+}
 
 /// How many providers are shown by their ids.
 const SHOWN: usize = 5;
@@ -21,6 +31,13 @@ pub(crate) struct Dialogue {
     output: Output,
     /// The exit code: of a script, that of the first failure.
     code: u8,
+}
+
+/// Whom further lines are for.
+enum Addressee {
+    Named(ServiceName),
+    /// Somebody who has written, and perhaps the answer to it.
+    Writer(ServiceName, Option<String>),
 }
 
 /// What a person typed.
@@ -65,57 +82,94 @@ impl Dialogue {
         let Some(providers) = self.show_providers(name).await else {
             return;
         };
-        let mut partner = Partner::of(providers);
         loop {
             let sent = match self.read("").await {
-                Line::Text(text) => self.send(name, &text, &mut partner).await,
-                Line::Wrong(failure) => Err(failure),
+                Line::Text(text) => self.send(name, &text, providers).await,
+                Line::Wrong(failure) => Err(failure.into()),
                 Line::Empty => continue,
                 Line::Leave => return,
             };
-            if let Err(failure) = sent {
-                return self.complain(&failure).await;
+            if let Err(unsent) = sent {
+                return self.complain(&unsent.into()).await;
             }
         }
     }
 
     /// Asks for names and messages, beginning with a name that is given.
-    async fn talk(&mut self, mut name: Option<ServiceName>) {
+    async fn talk(&mut self, name: Option<ServiceName>) {
         self.output.note(RULES).await;
+        let mut next = name.map(Addressee::Named);
         loop {
-            let next = match name.take() {
-                Some(name) => Some(name),
-                None => self.ask_name().await,
+            let addressee = match next.take() {
+                Some(addressee) => addressee,
+                None => match self.next_addressee().await {
+                    Some(addressee) => addressee,
+                    None => return,
+                },
             };
-            let Some(next) = next else { return };
-            let end = match self.show_providers(&next).await {
-                Some(providers) => {
-                    self.prompt.remember(&next);
-                    self.converse(&next, providers).await
-                }
-                None => self.skip().await,
-            };
-            if let Line::Leave = end {
+            if let Line::Leave = self.address(addressee).await {
                 return;
             }
         }
     }
 
-    /// The next name that can be one; `None` to leave.
-    async fn ask_name(&mut self) -> Option<ServiceName> {
+    /// Talks to somebody until the person wants to talk to somebody else, or to leave.
+    async fn address(&mut self, addressee: Addressee) -> Line {
+        let (name, providers, answer) = match addressee {
+            Addressee::Named(name) => match self.show_providers(&name).await {
+                Some(providers) => (name, providers, None),
+                None => return self.skip().await,
+            },
+            Addressee::Writer(name, answer) => (name, 1, answer),
+        };
+        self.prompt.remember(&name);
+        self.mail.people.talk_to(Some(&name));
+        let end = self.converse(&name, providers, answer).await;
+        self.mail.people.talk_to(None);
+        end
+    }
+
+    /// Whom to talk to next: who has written meanwhile, or the next name that can be one. `None` to
+    /// leave.
+    async fn next_addressee(&mut self) -> Option<Addressee> {
         loop {
-            match self.ask("Name: ").await {
+            if self.prompt.is_typed()
+                && let Some(name) = self.mail.people.take_writer()
+            {
+                return Some(Addressee::Writer(name, None));
+            }
+            let line = self.ask(NAME).await;
+            let offered = self.mail.people.take_offered();
+            match line {
                 Line::Leave => return None,
+                // The question has become one for an answer.
+                Line::Text(text) if self.prompt.asked() != NAME => {
+                    if let Some(name) = offered.and_then(|writer| self.mail.people.answer(writer)) {
+                        return Some(Addressee::Writer(name, Some(text)));
+                    }
+                    continue;
+                }
                 Line::Empty => continue,
                 Line::Wrong(failure) => self.complain(&failure).await,
                 Line::Text(text) => match text.trim().parse::<ServiceName>() {
-                    Ok(name) => return Some(name),
-                    Err(error) => self.complain(&Failure::new(USAGE, error)).await,
+                    Ok(name) => return Some(Addressee::Named(name)),
+                    Err(error) => {
+                        let failure = Failure::new(USAGE, self.no_name(&error));
+                        self.complain(&failure).await;
+                    }
                 },
             }
             if let Line::Leave = self.skip().await {
                 return None;
             }
+        }
+    }
+
+    /// Why a name is asked for again, and what else it could have been meant for.
+    fn no_name(&self, error: &impl Display) -> String {
+        match self.mail.people.writer().filter(|_| self.prompt.is_typed()) {
+            Some(writer) => format!("{error}; to answer {writer}, press Enter first"),
+            None => error.to_string(),
         }
     }
 
@@ -126,39 +180,71 @@ impl Dialogue {
             return Line::Empty;
         }
         loop {
-            match self.ask("Message: ").await {
+            match self.ask("").await {
                 Line::Text(_) | Line::Wrong(_) => {}
                 end => return end,
             }
         }
     }
 
-    /// Sends messages to one name, until the person wants another one or to leave.
-    async fn converse(&mut self, name: &ServiceName, providers: usize) -> Line {
-        let mut partner = Partner::of(providers);
+    /// Sends messages to one name, the first of which may be there already, until the person wants
+    /// another one or to leave.
+    async fn converse(
+        &mut self,
+        name: &ServiceName,
+        providers: usize,
+        mut answer: Option<String>,
+    ) -> Line {
+        let question = question(name);
         loop {
-            let sent = match self.ask("Message: ").await {
-                Line::Text(text) => self.send(name, &text, &mut partner).await,
-                Line::Wrong(failure) => Err(failure),
+            let line = match answer.take() {
+                Some(text) => Line::Text(text),
+                None => self.ask(&question).await,
+            };
+            let sent = match line {
+                Line::Text(text) => match self.send(name, &text, providers).await {
+                    Err(Unsent::Changed(change)) if self.prompt.is_typed() => {
+                        match self.confirm(&change).await {
+                            Line::Leave => return Line::Leave,
+                            Line::Empty => answer = Some(text),
+                            _ => self.output.note("not sent").await,
+                        }
+                        continue;
+                    }
+                    sent => sent,
+                },
+                Line::Wrong(failure) => Err(failure.into()),
                 end => return end,
             };
-            let Err(failure) = sent else { continue };
-            self.complain(&failure).await;
+            let Err(unsent) = sent else { continue };
+            self.complain(&unsent.into()).await;
             if !self.prompt.is_typed() {
                 return self.skip().await;
             }
         }
     }
 
+    /// Asks whether somebody else may have what was meant for the one who is gone: an empty line
+    /// allows it.
+    async fn confirm(&mut self, change: &Change) -> Line {
+        self.output.note(&change.to_string()).await;
+        let question = format!("Enter: send it to {}; no: do not> ", short(&change.now));
+        let line = self.ask(&question).await;
+        if let Line::Empty = line {
+            self.mail.accept(change);
+        }
+        line
+    }
+
     /// The next line of a conversation.
-    async fn ask(&mut self, question: &'static str) -> Line {
+    async fn ask(&mut self, question: &str) -> Line {
         match self.read(question).await {
             Line::Text(text) if text.trim() == "exit" => Line::Leave,
             line => line,
         }
     }
 
-    async fn read(&mut self, question: &'static str) -> Line {
+    async fn read(&mut self, question: &str) -> Line {
         match self.prompt.ask(question).await {
             Ok(line) if line.trim().is_empty() => Line::Empty,
             Ok(line) => Line::Text(line),
@@ -190,13 +276,8 @@ impl Dialogue {
         }
     }
 
-    async fn send(
-        &self,
-        name: &ServiceName,
-        text: &str,
-        partner: &mut Partner,
-    ) -> Result<(), Failure> {
-        let sent = self.mail.send(name, text, partner);
+    async fn send(&self, name: &ServiceName, text: &str, providers: usize) -> Result<(), Unsent> {
+        let sent = self.mail.send(name, text, providers);
         self.patiently(name, sent).await
     }
 

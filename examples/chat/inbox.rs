@@ -6,11 +6,12 @@ use grapevine::{Node, ServiceName};
 use crate::common::RUNTIME;
 use crate::common::output::Output;
 use crate::mail::UNREACHABLE;
-use crate::talk::{Answer, announce, attend};
+use crate::people::People;
+use crate::talk::{Answer, Display, announce, attend};
 
 /// Announces the person's own name and shows the messages that arrive, until the node is shut down.
 /// Returns the exit code of a program that does nothing else.
-pub(crate) async fn receive(node: Node, name: ServiceName, output: Output) -> u8 {
+pub(crate) async fn receive(node: Node, name: ServiceName, people: People, output: Output) -> u8 {
     let service = match announce(&node, &name, &output).await {
         Ok(service) => service,
         // The person has left before.
@@ -24,8 +25,13 @@ pub(crate) async fn receive(node: Node, name: ServiceName, output: Output) -> u8
         }
     };
     output.note(&format!("announced {name}")).await;
+    let display = Display::new(output);
     service
-        .serve(|request| attend(request, Answer::Receipt, Some(output.clone())))
+        .serve(|request| {
+            let people = people.clone();
+            let remark = move |from: &str, peer| people.on_arrival(from, peer);
+            attend(request, Answer::Receipt, Some(display.clone()), remark)
+        })
         .await;
     0
 }

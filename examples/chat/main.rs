@@ -6,17 +6,18 @@
 //! cargo run --release --example chat -- --to echo "hello"
 //! ```
 //!
-//! prints `Echo: hello`: where no grape answers, or nobody at it has the name, chat starts one inside
-//! itself, with an echo peer named `echo`. With the examples `grape` and `peer client1` running, without arguments:
+//! prints `Echo: hello`, on a terminal with the time and who says it: where no grape answers, or nobody
+//! at it has the name, chat starts one inside itself, with an echo peer named `echo`. With the examples
+//! `grape` and `peer client1` running, without arguments:
 //!
 //! ```text
 //! empty line: another name; exit: leave
 //! connected to the grape 12D3..w7PbsguX at /ip4/127.0.0.1/tcp/20001
 //! Name: client1
 //! client1: 1 provider: 12D3..hTpEYyh4
-//! Message: hello
-//! Echo: hello
-//! Message: exit
+//! client1> hello
+//! 21:04 client1 (12D3..hTpEYyh4): Echo: hello
+//! client1> exit
 //! ```
 //!
 //! Two people, in two terminals, who see each other's messages as they arrive:
@@ -37,17 +38,20 @@ mod lines;
 mod mail;
 mod network;
 mod patience;
+mod people;
 mod prompt;
 mod question;
 #[path = "../common/talk.rs"]
 mod talk;
 
+use std::fmt::Display;
 use std::io::{self, IsTerminal};
 use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::Duration;
 
-use clap::Parser;
+use clap::error::ErrorKind;
+use clap::{CommandFactory, Parser};
 use grapevine::ServiceName;
 use tokio::time::{Instant, timeout_at};
 
@@ -59,7 +63,7 @@ use common::{Failure, RUNTIME, USAGE, grapes, note, run};
 use dialogue::Dialogue;
 use inbox::receive;
 use lines::Lines;
-use mail::{Mail, Partner, TIMED_OUT};
+use mail::{Form, Mail, TIMED_OUT};
 use network::{Network, Otherwise};
 use patience::patiently;
 use prompt::{NoLine, Prompt};
@@ -73,8 +77,8 @@ const PIPED: &str = "-";
 
 const AFTER_HELP: &str = "\
 Examples:
-  chat --to echo \"hello\"
-          one message; works with nothing else running
+  chat echo \"hello\"
+          one message, as with --to echo; works with nothing else running
   chat --name ann
           a conversation, in which others find you as ann
   chat --bootstrap /dns/example.org/tcp/20001 --to client1 --all --timeout 3 \"hello\"
@@ -94,14 +98,19 @@ Examples:
           keeps what arrives for ann, until a signal: with --name, and neither --to nor any input,
           it does not leave when the input ends. For a service manager
 
-In a conversation on a terminal, Ctrl-C clears a line that is begun, as in a shell; on an empty one,
-or while an answer is awaited, it leaves. \"exit\" and Ctrl-D leave too.
+In a conversation on a terminal the prompt is whom the line is for. An empty line ends it: then who has
+written meanwhile can be answered, and after another empty line a name is asked for. Ctrl-C clears a line that is begun, as in a shell; on an empty one, or while an answer is awaited, it leaves.
+\"exit\" and Ctrl-D leave too.
+
+What arrives is shown with the time, the name its sender goes by and the id that is proved; further
+lines of a text are indented. Nobody owns a name: in a conversation it means who answered first.
 
 Replies and messages go to standard output, all else to standard error.
 RUST_LOG=grapevine=debug logs there too.
 
 Exit codes: 0 answered, or the conversation ended; 1 the system refused something; 2 wrong usage;
-3 no such name; 4 nobody reachable, or the connection broke; 5 timed out; 7 refused;
+3 no such name; 4 nobody reachable, or the connection broke; 5 timed out;
+6 another one stands where who has answered was: nothing was sent to them; 7 refused;
 130 interrupted by Ctrl-C or another signal (but for who only receives: 0)";
 
 /// Talk to those who announce a name.
@@ -115,8 +124,11 @@ struct Cli {
     /// Talk to this name first; with TEXT, or lines that are piped in: only send that
     #[arg(long, value_name = "NAME")]
     to: Option<ServiceName>,
+    /// The name to talk to, where --to does not give it
+    #[arg(value_name = "NAME")]
+    first: Option<String>,
     /// The message to send; without it, asks for names and messages
-    #[arg(value_name = "TEXT", requires = "to")]
+    #[arg(value_name = "TEXT")]
     words: Vec<String>,
     /// Your own name: signs what you send; without TEXT also announces you and shows what arrives
     #[arg(long, value_name = "NAME")]
@@ -124,11 +136,14 @@ struct Cli {
     /// Send to everybody who answers to the name, not just to one of them; fails if one of them fails
     #[arg(long)]
     all: bool,
+    /// Go on with another one who announces the name when the one who has answered is gone or silent
+    #[arg(long, conflicts_with = "all")]
+    any: bool,
     /// Wait for an answer so long, and with TEXT for all that comes before it too: 1 to 60
     #[arg(long, value_name = "SECONDS", default_value = "10", value_parser = timeout)]
     timeout: Duration,
     /// Keep what is typed in this file, for the next time
-    #[arg(long, value_name = "FILE", conflicts_with = "words")]
+    #[arg(long, value_name = "FILE")]
     history: Option<PathBuf>,
     #[command(flatten)]
     network: Flags,
@@ -137,6 +152,28 @@ struct Cli {
 }
 
 impl Cli {
+    /// Reads the command line. The first word is the name where --to gives none, and otherwise part of
+    /// the message. Errors end the process here.
+    fn read() -> Self {
+        let hint = "a text that begins with \"-\" is written behind --";
+        let mut cli: Self = flags::parse(Some(hint));
+        match (cli.first.take(), &cli.to) {
+            (None, _) => {}
+            (Some(name), None) => match name.parse() {
+                Ok(name) => cli.to = Some(name),
+                Err(error) => wrong(ErrorKind::ValueValidation, &error),
+            },
+            (Some(word), Some(_)) => cli.words.insert(0, word),
+        }
+        if cli.history.is_some() && !cli.words.is_empty() {
+            wrong(
+                ErrorKind::ArgumentConflict,
+                &"nothing is typed where TEXT is given: leave out --history",
+            );
+        }
+        cli
+    }
+
     /// The message to send, as a shell has split it without quotes.
     fn text(&self) -> Option<String> {
         (!self.words.is_empty()).then(|| self.words.join(" "))
@@ -149,7 +186,7 @@ impl Cli {
 }
 
 fn main() -> ExitCode {
-    let cli: Cli = flags::parse(Some("a text that begins with \"-\" is written behind --"));
+    let cli = Cli::read();
     run(|stop| chat(cli, stop))
 }
 
@@ -218,15 +255,16 @@ async fn one_message(
     };
     // What is left of the time.
     let time = end.saturating_duration_since(Instant::now());
-    let mail = Mail::new(cli, network.node.clone(), output.clone(), time);
+    let mail = Mail::new(
+        cli,
+        network.node.clone(),
+        output.clone(),
+        Form::of_stdout(),
+        time,
+    );
     let sent = match &cli.to {
         Some(to) => {
-            let mut partner = Partner::default();
-            let sent = patiently(
-                &output,
-                || mail.awaited(to),
-                mail.send(to, text, &mut partner),
-            );
+            let sent = patiently(&output, || mail.awaited(to), mail.send(to, text, 1));
             stop.or(sent).await
         }
         // Refused with the command line.
@@ -236,7 +274,7 @@ async fn one_message(
     match sent? {
         // The reply is lost, although it came.
         Ok(()) if stop.cause() == Some(Cause::Unwritable) => Err(Cause::Unwritable),
-        sent => Ok(sent.map(|()| 0)),
+        sent => Ok(sent.map(|()| 0).map_err(Failure::from)),
     }
 }
 
@@ -261,9 +299,15 @@ async fn conversation(cli: &Cli, key: &Key, stop: &Stop) -> Result<Result<u8, Fa
     if network.is_shared() {
         tokio::spawn(grapes::tell(network.node.clone(), output.clone()));
     }
-    let mail = Mail::new(cli, network.node.clone(), output.clone(), cli.timeout);
+    let form = match prompt.is_typed() {
+        true => Form::Conversation,
+        false => Form::of_stdout(),
+    };
+    let mail = Mail::new(cli, network.node.clone(), output.clone(), form, cli.timeout);
+    let people = mail.people.clone();
+    people.offer_by(prompt.ask_instead());
     let receiving = cli.announced().map(|name| {
-        let receiving = receive(network.node.clone(), name.clone(), output.clone());
+        let receiving = receive(network.node.clone(), name.clone(), people, output.clone());
         tokio::spawn(receiving)
     });
     let mut dialogue = Dialogue::new(prompt, mail, output.clone());
@@ -281,6 +325,10 @@ async fn conversation(cli: &Cli, key: &Key, stop: &Stop) -> Result<Result<u8, Fa
     drop(dialogue);
     network.leave().await;
     Ok(Ok(held?))
+}
+
+fn wrong(kind: ErrorKind, what: &dyn Display) -> ! {
+    Cli::command().error(kind, what).exit()
 }
 
 fn timeout(text: &str) -> Result<Duration, String> {

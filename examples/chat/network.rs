@@ -253,6 +253,6 @@ async fn start_inside() -> Result<(Node, Node), Failure> {
         .announce(&name)
         .await
         .map_err(|error: AnnounceError| Failure::new(RUNTIME, error))?;
-    tokio::spawn(service.serve(|request| attend(request, Answer::Echo, None)));
+    tokio::spawn(service.serve(|request| attend(request, Answer::Echo, None, |_, _| None)));
     Ok((grape, echo))
 }

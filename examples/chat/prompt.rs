@@ -97,14 +97,12 @@ impl Prompt {
     }
 
     /// The question that was asked last, as it was when it was answered.
-    #[allow(dead_code, reason = "for who changes it")]
     pub(crate) fn asked(&self) -> &str {
         &self.asked
     }
 
     /// Makes an open question another one, unless somebody has begun to answer it, or it cannot be
     /// told whether somebody has. Returns whether it did.
-    #[allow(dead_code, reason = "for who changes it")]
     pub(crate) fn ask_instead(&self) -> impl Fn(&str, &str) -> bool + Send + Sync + 'static {
         #[cfg(unix)]
         let editor = match &self.input {

@@ -18,6 +18,7 @@ use grapevine::error::SpawnError;
 use grapevine::identity::IdentityError;
 use grapevine::text::sanitise_line;
 use grapevine::{Node, PeerId};
+use terminal_size::{Width, terminal_size};
 use tracing_subscriber::filter::Targets;
 use tracing_subscriber::layer::SubscriberExt;
 use tracing_subscriber::util::SubscriberInitExt;
@@ -29,6 +30,9 @@ pub(crate) const USAGE: u8 = 2;
 
 /// Exit code: the system refused something.
 pub(crate) const RUNTIME: u8 = 1;
+
+/// Rows of a narrower terminal are not worth to be wrapped.
+const NARROW: u16 = 20;
 
 /// Shutting down takes 2 seconds at most; a program that is asked to end is gone within 3.
 const SHUTDOWN: Duration = Duration::from_millis(2_500);
@@ -104,6 +108,21 @@ pub(crate) fn complain(message: &str) {
 /// One line on stderr.
 pub(crate) fn note(line: &str) {
     output::to_stderr(&format!("{}\n", sanitise_line(line)));
+}
+
+/// Text as the rows of a terminal. What does not fit is continued indented, as further lines are: a row
+/// that begins at the margin is the program's own.
+#[allow(dead_code, reason = "a grape shows nobody's words")]
+pub(crate) fn wrapped(text: &str) -> String {
+    let Some((Width(columns), _)) =
+        terminal_size().filter(|(Width(columns), _)| *columns >= NARROW)
+    else {
+        return text.into();
+    };
+    let options = textwrap::Options::new(columns.into()).subsequent_indent("  ");
+    let text = text.replace('\t', "    ");
+    let rows = text.split('\n').map(|line| textwrap::fill(line, &options));
+    rows.collect::<Vec<_>>().join("\n")
 }
 
 /// Withdraws a node's names and closes it.

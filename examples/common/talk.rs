@@ -2,17 +2,20 @@
 
 use std::io::{self, IsTerminal};
 use std::pin::pin;
+use std::sync::Arc;
 use std::time::Duration;
 
-use grapevine::chat::{ChatMessage, Incoming, echo_reply, sanitise_line};
+use grapevine::chat::{ChatMessage, Incoming, echo_reply, quote, sanitise_block};
 use grapevine::error::AnnounceError;
 use grapevine::proto::wire::MAX_TEXT;
 use grapevine::{Multiaddr, Node, PeerId, Request, Service, ServiceName, Status};
-use tokio::time::sleep;
+use jiff::ZonedDateTime;
+use tokio::sync::Mutex;
+use tokio::time::{sleep, timeout};
 
 use crate::common::flags::{Flags, dial_address};
 use crate::common::output::Output;
-use crate::common::{no_color, short};
+use crate::common::{no_color, short, wrapped};
 
 /// The grape to join by when no other is given.
 #[derive(Clone, Debug, clap::Args)]
@@ -79,22 +82,57 @@ pub(crate) enum Answer {
     Receipt,
 }
 
-/// Shows what came in, and answers it.
-pub(crate) async fn attend(request: Request, answer: Answer, output: Option<Output>) {
+/// How long a message may wait until those before it are shown. Where nobody takes them it is refused,
+/// and never shown: its sender can send it again.
+const TURN: Duration = Duration::from_secs(3);
+
+/// Where messages are shown, one at a time. Cheap to clone.
+#[derive(Clone)]
+pub(crate) struct Display {
+    output: Output,
+    turn: Arc<Mutex<()>>,
+}
+
+impl Display {
+    pub(crate) fn new(output: Output) -> Self {
+        let turn = Arc::default();
+        Self { output, turn }
+    }
+
+    /// Shows a message; an error says why it is not shown.
+    async fn show(&self, message: impl FnOnce() -> String) -> Result<(), String> {
+        let Ok(_turn) = timeout(TURN, self.turn.lock()).await else {
+            return Err("nobody reads the messages here at the moment; send it later".into());
+        };
+        let shown = self.output.try_print(message()).await;
+        shown.map_err(|error| format!("the message cannot be shown: {error}"))
+    }
+}
+
+/// Shows what came in, and answers it if it was shown: what is answered has been read, or can be.
+/// `remark` is asked what is to be said of who wrote under a name.
+pub(crate) async fn attend(
+    request: Request,
+    answer: Answer,
+    display: Option<Display>,
+    remark: impl FnOnce(&str, PeerId) -> Option<String>,
+) {
     let peer = request.peer();
     let (message, text) = match Incoming::parse(request.payload()) {
         Ok(Incoming::Echo(text)) => (None, text.to_owned()),
         Ok(Incoming::Chat(message)) => (Some(message.clone()), message.text),
         Err(error) => return request.unread(&error),
     };
-    if let Some(output) = output {
-        let from = message.as_ref().map_or("", |message| &message.from);
-        // What nobody can read is not delivered.
-        if output.try_print(line(from, peer, &text)).await.is_err() {
-            return request.refuse("the message cannot be shown");
+    if let Some(display) = display {
+        let from = message.as_ref().map_or("", |message| message.from.trim());
+        let line = || said(from, peer, remark(from, peer).as_deref(), &text);
+        if let Err(reason) = display.show(line).await {
+            return request.fail(reason);
         }
     }
     match message {
+        // Nobody in particular wrote, and a person is no echo.
+        None if answer == Answer::Receipt => request.reply(""),
         None => request.reply(echo_reply(&text)),
         Some(message) => receipt(request, &message, answer),
     }
@@ -110,13 +148,44 @@ fn receipt(request: Request, message: &ChatMessage, answer: Answer) {
     }
 }
 
-/// A message on one line, whatever its sender put into it. What it says of its sender is a claim.
-fn line(from: &str, peer: PeerId, text: &str) -> String {
-    let sender = match from.trim() {
-        "" => short(&peer),
-        from => sanitise_line(from).into_owned(),
+/// What somebody says: when it came, the name that they go by, the id that is proved, what is to be
+/// said of them, and the text. None of it but the text can have another line, and its lines are
+/// indented, so that nobody's words pass for somebody else's.
+pub(crate) fn said(from: &str, peer: PeerId, remark: Option<&str>, text: &str) -> String {
+    let (id, remark) = (
+        short(&peer),
+        remark.map_or_else(String::new, |remark| format!(", {remark}")),
+    );
+    let sender = match from {
+        "" => strong(&id),
+        from => format!("{} ({id}{remark})", strong(&claimed(from))),
     };
-    format!("{}: {}", strong(&sender), sanitise_line(text))
+    let said = format!("{} {sender}: {}", time(), sanitise_block(text));
+    match io::stdout().is_terminal() {
+        true => wrapped(&said),
+        false => said,
+    }
+}
+
+/// A name that somebody goes by. What is none, or could be taken for more than one, is quoted.
+fn claimed(from: &str) -> String {
+    let is_odd = |c: char| matches!(c, '"' | '(' | ')' | ':' | ',');
+    let is_plain = from
+        .parse::<ServiceName>()
+        .is_ok_and(|name| name.as_ref() == from);
+    match is_plain && !from.contains(is_odd) && !from.starts_with("12D3") {
+        true => from.into(),
+        false => quote(from),
+    }
+}
+
+/// The time of day on a terminal, and the whole time where it is kept.
+fn time() -> String {
+    let form = match io::stdout().is_terminal() {
+        true => "%H:%M",
+        false => "%Y-%m-%dT%H:%M:%S%:z",
+    };
+    ZonedDateTime::now().strftime(form).to_string()
 }
 
 /// Makes a word stand out on a terminal.

@@ -12,8 +12,8 @@
 //! cargo run --release --example chat -- --to client1 --name ann "hello"
 //! ```
 //!
-//! prints `Echo: hello` there and `ann: hello` here. It runs until Ctrl-C, which takes the name back
-//! at once. Started before its grape it says so, waits, and announces when the grape comes.
+//! prints `Echo: hello` there and `ann (12D3..HN1WsiJR): hello` here, with the time before it. It runs
+//! until Ctrl-C, which takes the name back at once. Started before its grape it says so, waits, and announces when the grape comes.
 
 #[path = "../common/mod.rs"]
 mod common;
@@ -29,7 +29,7 @@ use common::flags::{self, Flags};
 use common::output::Output;
 use common::stop::Stop;
 use common::{Failure, RUNTIME, grapes, run, shut_down};
-use talk::{Answer, DefaultGrape, announce, attend};
+use talk::{Answer, DefaultGrape, Display, announce, attend};
 
 const AFTER_HELP: &str = "\
 Examples:
@@ -40,7 +40,9 @@ Examples:
   peer client1 --listen /ip4/0.0.0.0/tcp/1337 --external /ip4/203.0.113.7/tcp/1337
           behind a router that forwards port 1337
 
-Messages go to standard output, one line each; news of the grapes and errors to standard error.
+Messages go to standard output, each with the time, the name its sender goes by and the id that is
+proved; further lines of a text are indented. One that cannot be written is refused. News of the
+grapes and errors go to standard error.
 RUST_LOG=grapevine=debug logs there too.
 
 Exit codes: 0 stopped by a signal; 1 the system refused something, or no grape that was given
@@ -99,9 +101,9 @@ async fn serve_name(node: &Node, name: &ServiceName, output: &Output) -> Result<
         .await
         .map_err(|error| Failure::new(RUNTIME, error))?;
     output.print(format!("announced {name}")).await;
-    let output = output.clone();
-    let answered =
-        service.serve(move |request| attend(request, Answer::Echo, Some(output.clone())));
+    let display = Display::new(output.clone());
+    let answered = service
+        .serve(move |request| attend(request, Answer::Echo, Some(display.clone()), |_, _| None));
     tokio::spawn(answered);
     Ok(())
 }

@@ -185,13 +185,16 @@
 //!
 //! | kind | payload of the request | payload of the reply |
 //! | --- | --- | --- |
-//! | echo | any UTF-8 text | the text `Echo: ` and that text |
+//! | echo | any UTF-8 text | the text `Echo: ` and that text; where a person reads it, an empty text |
 //! | chat | `{"id": bytes(16), "from": text, "text": text, "sent_at": uint}` | `{"id": bytes(16), "reply": text?}` |
 //!
 //! `id` is random, the same whenever the same message is sent again, and comes back in the reply. `from`
 //! is the name the sender goes by, which proves nothing; `sent_at` is in milliseconds since 1970. `reply`
 //! is an answer given on the spot, and absent (or null) where there is none. Unknown keys are skipped, so
 //! that fields can be added; known ones occur once.
+//!
+//! A reply says that the text was shown, or is kept where it will be read; where that fails the request is
+//! answered with `handler-failed`. Who gets a receipt with the id of another message has none.
 //!
 //! # The registry of grapes
 //!

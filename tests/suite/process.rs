@@ -137,6 +137,13 @@ impl Program {
         Self::spawn(name, command(name, arguments), file.into())
     }
 
+    /// With its standard output into a file.
+    pub(crate) fn start_into(file: File, name: &str, arguments: &[&str]) -> Self {
+        let mut command = command(name, arguments);
+        command.stdout(file);
+        Self::spawn(name, command, Stdio::piped())
+    }
+
     /// Starts a program that is none of ours.
     pub(crate) fn start_other(name: &str, command: Command) -> Self {
         Self::spawn(name, piped(command), Stdio::piped())

@@ -1,5 +1,6 @@
 //! The programs as processes: what a person sees, the exit codes, signals, lost grapes and peers.
 
+mod delivery;
 mod scripts;
 mod terminal;
 
@@ -50,6 +51,20 @@ fn peer_by(name: &str, bootstrap: &str) -> Program {
 /// One message by a grape.
 async fn send(grape: &Program, name: &str, text: &str) -> Run {
     run("chat", &["--bootstrap", &grape.address, "--to", name, text]).await
+}
+
+/// A message that was shown, behind the time when it came.
+#[track_caller]
+fn message(line: &str) -> String {
+    let (time, message) = line.split_once(' ').unwrap();
+    let is_time = time.len() == "2026-11-27T21:04:05+00:00".len() && time.contains('T');
+    assert!(is_time, "{line}");
+    message.into()
+}
+
+/// An id as the programs show it.
+fn short(id: &str) -> String {
+    format!("12D3..{}", &id[id.len() - 8..])
 }
 
 /// What `chat` says of a name that nobody announces.
@@ -262,7 +277,7 @@ async fn peers_of_either_grape_are_reached_by_either_grape() {
                         (Some(0), "Echo: hello\n"),
                         "{chat:?}"
                     );
-                    let printed = peer.line().await;
+                    let printed = message(&peer.line().await);
                     assert!(printed.starts_with("12D3..") && printed.ends_with(": hello"));
                 }
             }
@@ -449,8 +464,11 @@ async fn a_message_shows_its_sender_and_nothing_that_a_terminal_obeys() {
             &[&by[..], &["--name", "ann", "hi \x1b[2J\nyou"]].concat(),
         )
         .await;
-        assert_eq!(signed.stdout, "Echo: hi \u{fffd}[2J\nyou\n");
-        assert_eq!(peer.line().await, "ann: hi \u{fffd}[2J you");
+        assert_eq!(signed.stdout, "Echo: hi \u{fffd}[2J\n  you\n");
+        let first = message(&peer.line().await);
+        assert!(first.starts_with("ann (12D3.."), "{first}");
+        assert!(first.ends_with("): hi \u{fffd}[2J"), "{first}");
+        assert_eq!(peer.line().await, "  you");
     })
     .await;
 }
@@ -473,11 +491,19 @@ async fn people_see_each_others_messages() {
         let chat = run("chat", &bob).await;
         assert_eq!((chat.code, &*chat.stdout), (Some(0), ""), "{chat:?}");
         assert!(chat.stderr.starts_with("delivered to 12D3.."), "{chat:?}");
-        assert_eq!(ann.line().await, "bob: hello");
+        let printed = message(&ann.line().await);
+        assert!(printed.starts_with("bob (12D3..") && printed.ends_with("): hello"));
+        // Nor does a person echo what nobody in particular writes, in whatever form.
         let chat = send(&grape, "ann", "hello").await;
         assert_eq!((chat.code, &*chat.stdout), (Some(0), ""), "{chat:?}");
-        let printed = ann.line().await;
+        let printed = message(&ann.line().await);
         assert!(printed.starts_with("12D3..") && printed.ends_with(": hello"));
+        let other = node(&grape).await;
+        let reply = other
+            .request(&"ann".parse().unwrap(), "hello")
+            .await
+            .unwrap();
+        assert_eq!(reply.text(), Ok(""));
         // As long as a message may be, and so without room for its echo.
         let mut client1 = peer("client1", &grape).await;
         let long = "x".repeat(64 << 10);
@@ -1203,8 +1229,11 @@ async fn a_peer_whose_messages_nobody_reads_ends_in_peace() {
         let grape = grape(&[]).await;
         let mut peer = peer("client1", &grape).await;
         peer.closes_output();
-        send(&grape, "client1", "hello").await;
+        let chat = send(&grape, "client1", "hello").await;
         assert_eq!(peer.end().await.code(), Some(0));
+        assert_eq!((chat.code, &*chat.stdout), (Some(7), ""), "{chat:?}");
+        let reason = "handler-failed: the message cannot be shown: ";
+        assert!(chat.stderr.contains(reason), "{chat:?}");
     })
     .await;
 }
@@ -1626,14 +1655,43 @@ async fn a_conversation_stays_with_who_has_answered_while_they_are_there() {
             true => (&anns[0], &anns[1]),
             false => (&anns[1], &anns[0]),
         };
+        // Who stands in another's place gets nothing that was meant for them, unless that is allowed.
+        let mut allowing = loop {
+            let mut chat = Program::start("chat", &["--bootstrap", &grape.address, "--any"]);
+            chat.types("ann").await;
+            chat.types("first").await;
+            if chat.line().await == first {
+                break chat;
+            }
+        };
         one.shutdown().await;
         let other = other.peer_id().to_string();
-        for n in 0..5 {
-            chat.types(format!("last {n}")).await;
-            assert_eq!(chat.line().await, other);
+        let says = format!(
+            "the ann you talked to, {}, is gone, and {} answers to the name now",
+            short(&first),
+            short(&other)
+        );
+        // An answer that comes later than the end of the connections.
+        let _client1 = peer("client1", &grape).await;
+        for program in [&mut chat, &mut allowing] {
+            for line in ["", "client1", "hello", "", "ann"] {
+                program.types(line).await;
+            }
+            assert_eq!(program.line().await, "Echo: hello");
         }
-        chat.says(&format!("ann is 12D3..{} now", &other[other.len() - 8..]))
-            .await;
+        chat.types("for the first").await;
+        let says_what = format!("{says}; --any sends to them");
+        chat.says_of("error: line ", &says_what).await;
+        chat.closes_input();
+        assert_eq!(chat.end().await.code(), Some(6));
+        assert_eq!(chat.output().await, "");
+        for n in 0..5 {
+            allowing.types(format!("last {n}")).await;
+            if n == 0 {
+                allowing.says(&says).await;
+            }
+            assert_eq!(allowing.line().await, other);
+        }
     })
     .await;
 }

@@ -40,7 +40,7 @@ async fn chat_in_shell(streams: &str) -> Run {
 async fn a_dash_is_a_message_of_several_lines_that_are_piped_in() {
     in_time(async {
         let table: &[(&[u8], &str)] = &[
-            (b"one\n\n  two\nexit\n", "Echo: one\n\n  two\nexit\n"),
+            (b"one\n\n  two\nexit\n", "Echo: one\n  \n    two\n  exit\n"),
             (b"no end", "Echo: no end\n"),
             (b"\xef\xbb\xbfwith a mark\r\n", "Echo: with a mark\n"),
         ];

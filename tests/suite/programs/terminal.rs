@@ -6,7 +6,8 @@ use std::time::Duration;
 
 use expectrl::process::unix::WaitStatus;
 use expectrl::session::OsSession;
-use expectrl::{ControlCode, Eof, Expect, Session};
+use expectrl::{ControlCode, Eof, Expect, Regex, Session};
+use futures::FutureExt;
 use grapevine::Request;
 use grapevine::chat::ChatMessage;
 use rustix::process::{Pid, Signal, kill_process};
@@ -85,14 +86,14 @@ async fn a_conversation_asks_shows_and_goes_on() {
         see(&mut chat, "Name: ");
         chat.send_line("client1").unwrap();
         see(&mut chat, "client1: 1 provider: 12D3..");
-        see(&mut chat, "Message: ");
+        see(&mut chat, "client1> ");
         chat.send_line("hello").unwrap();
         see(&mut chat, "Echo: hello");
-        see(&mut chat, "Message: ");
+        see(&mut chat, "client1> ");
         chat.send_line("").unwrap();
         see(&mut chat, "Name: ");
         chat.send_line("client2").unwrap();
-        see(&mut chat, "Message: ");
+        see(&mut chat, "client2> ");
         chat.send_line("and you").unwrap();
         see(&mut chat, "Echo: and you");
         chat.send_line("").unwrap();
@@ -123,7 +124,7 @@ async fn a_message_that_arrives_leaves_the_line_being_typed_whole() {
         see(&mut ann, "Name: clie");
         ann.send("nt1\r").unwrap();
         see(&mut ann, "client1: 1 provider: ");
-        see(&mut ann, "Message: ");
+        see(&mut ann, "client1> ");
         ann.send(CTRL_C).unwrap();
         ends_with(&mut ann, 130);
     })
@@ -136,10 +137,10 @@ async fn a_name_of_the_command_line_is_talked_to_first() {
         let mut chat = chat(&["--default-grape", super::NOBODY, "--to", "echo"]);
         see(&mut chat, "started one inside this program");
         see(&mut chat, "echo: 1 provider: ");
-        see(&mut chat, "Message: ");
+        see(&mut chat, "echo> ");
         chat.send_line("hello").unwrap();
         see(&mut chat, "Echo: hello");
-        see(&mut chat, "Message: ");
+        see(&mut chat, "echo> ");
         chat.send(ControlCode::EndOfTransmission).unwrap();
         ends(&mut chat);
     })
@@ -195,24 +196,24 @@ async fn ctrl_c_clears_a_line_that_is_begun_and_leaves_an_empty_one() {
         }
         chat.send_line("silent").unwrap();
         see(&mut chat, "silent: 1 provider: ");
-        see(&mut chat, "Message: ");
+        see(&mut chat, "silent> ");
         chat.send("half a mess").unwrap();
         see(&mut chat, "half a mess");
         chat.send(CTRL_C).unwrap();
-        see(&mut chat, "Message: ");
+        see(&mut chat, "silent> ");
         chat.send_line("whole").unwrap();
         let request = service.next().await.unwrap();
         assert_eq!(text_of(&request), "whole");
         request.reply("yes");
         see(&mut chat, "yes");
-        see(&mut chat, "Message: ");
+        see(&mut chat, "silent> ");
         // Typed and taken back: an empty line.
         chat.send("z\x7f").unwrap();
         chat.send(CTRL_C).unwrap();
         ends_with(&mut chat, 130);
         let mut chat = chat_by(&grape, &[]);
         chat.send_line("silent").unwrap();
-        see(&mut chat, "Message: ");
+        see(&mut chat, "silent> ");
         chat.send_line("hello").unwrap();
         let _request = service.next().await.unwrap();
         chat.send(CTRL_C).unwrap();
@@ -231,7 +232,7 @@ async fn what_was_typed_is_kept_where_one_asks_for_it() {
         let keep = ["--history", file.to_str().unwrap()];
         let mut chat = chat_by(&grape, &keep);
         chat.send_line("client1").unwrap();
-        see(&mut chat, "Message: ");
+        see(&mut chat, "client1> ");
         chat.send(CTRL_C).unwrap();
         ends_with(&mut chat, 130);
         let mode = std::fs::metadata(&file).unwrap().permissions().mode();
@@ -299,7 +300,7 @@ async fn a_history_that_cannot_be_kept_is_a_failure_at_the_start() {
 async fn every_line_that_is_sent_at_once_is_a_line() {
     in_time(async {
         let mut chat = chat(&["--default-grape", super::NOBODY, "--to", "echo"]);
-        see(&mut chat, "Message: ");
+        see(&mut chat, "echo> ");
         // As a paste without marks, a script of `expect`, and what is typed ahead reach a terminal.
         chat.send("one\rtwo\nthree\r").unwrap();
         for line in ["one", "two", "three"] {
@@ -340,7 +341,7 @@ async fn what_is_typed_ahead_waits_for_its_question() {
         let second = service.next().await.unwrap();
         assert_eq!(text_of(&second), "second");
         second.reply("two");
-        see(&mut chat, "Message: thi");
+        see(&mut chat, "silent> thi");
         chat.send("rd\r").unwrap();
         let third = service.next().await.unwrap();
         assert_eq!(text_of(&third), "third");
@@ -381,7 +382,7 @@ async fn a_chat_that_was_stopped_goes_on_as_it_was() {
     in_time(async {
         let mut shell = shell();
         shell.send_line(command("--to echo")).unwrap();
-        see(&mut shell, "Message: ");
+        see(&mut shell, "echo> ");
         for number in 0..50 {
             let typed = format!("line {number}");
             shell.send(&typed).unwrap();
@@ -391,13 +392,13 @@ async fn a_chat_that_was_stopped_goes_on_as_it_was() {
             see(&mut shell, "sh$ ");
             assert!(reads_lines(&shell), "the shell's user sees nothing");
             shell.send_line("fg").unwrap();
-            see(&mut shell, &format!("Message: {typed}"));
+            see(&mut shell, &format!("echo> {typed}"));
             assert!(!reads_lines(&shell), "the editor reads no keys");
             shell.send("!\r").unwrap();
             let shown = shell.expect(format!("Echo: {typed}!\r\n")).unwrap();
             let shown = String::from_utf8_lossy(shown.before());
             assert_eq!(shown.matches('\n').count(), 1, "echoed twice: {shown:?}");
-            see(&mut shell, "Message: ");
+            see(&mut shell, "echo> ");
         }
         shell.send("\x04").unwrap();
         see(&mut shell, "sh$ ");
@@ -421,7 +422,7 @@ async fn a_chat_in_the_background_comes_back_whole() {
         shell.send_line(stopped).unwrap();
         see(&mut shell, "it 2\r\n");
         shell.send_line("fg").unwrap();
-        see(&mut shell, "Message: ");
+        see(&mut shell, "echo> ");
         shell.send("half a line").unwrap();
         see(&mut shell, "half a line");
         // Another way back.
@@ -431,10 +432,10 @@ async fn a_chat_in_the_background_comes_back_whole() {
         see(&mut shell, "it 2\r\n");
         assert!(reads_lines(&shell), "the shell's user sees nothing");
         shell.send_line("fg").unwrap();
-        see(&mut shell, "Message: half a line");
+        see(&mut shell, "echo> half a line");
         shell.send("!\r").unwrap();
         see(&mut shell, "Echo: half a line!\r\n");
-        see(&mut shell, "Message: ");
+        see(&mut shell, "echo> ");
         // It ends while it is stopped, and touches a terminal that is not its own no more.
         shell.send("\x1a").unwrap();
         see(&mut shell, "sh$ ");
@@ -450,7 +451,7 @@ async fn what_is_typed_behind_the_end_is_the_shells() {
     in_time(async {
         let mut shell = shell();
         shell.send_line(command("--to echo")).unwrap();
-        see(&mut shell, "Message: ");
+        see(&mut shell, "echo> ");
         shell.send("hello\rexit\recho and $((40 + 2))\r").unwrap();
         see(&mut shell, "Echo: hello\r\n");
         see(&mut shell, "and 42\r\n");
@@ -462,7 +463,7 @@ async fn what_is_typed_behind_the_end_is_the_shells() {
 async fn a_second_signal_leaves_the_terminal_in_order_too() {
     in_time(async {
         let mut chat = chat(&["--default-grape", super::NOBODY, "--to", "echo"]);
-        see(&mut chat, "Message: ");
+        see(&mut chat, "echo> ");
         let pid = Pid::from_raw(chat.get_process().pid().as_raw()).unwrap();
         kill_process(pid, Signal::TERM).unwrap();
         kill_process(pid, Signal::INT).unwrap();
@@ -571,6 +572,153 @@ async fn notes_and_errors_of_a_conversation_go_where_stderr_does() {
         let told = std::fs::read_to_string(&errors).unwrap();
         for says in ["announced ann\n", "\nerror: nobody announces nobody"] {
             assert!(told.contains(says), "{told:?}");
+        }
+    })
+    .await;
+}
+
+/// A conversation in which others find its person, at its first question.
+async fn person(name: &str, grape: &Program) -> OsSession {
+    let mut session = chat(&["--bootstrap", &grape.address, "--name", name]);
+    see(&mut session, &format!("announced {name}"));
+    see(&mut session, "Name: ");
+    session
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn whoever_writes_can_be_answered() {
+    in_time(async {
+        let grape = grape(&[]).await;
+        let _client1 = peer("client1", &grape).await;
+        let (mut ann, mut bob) = (person("ann", &grape).await, person("bob", &grape).await);
+        ann.send_line("bob").unwrap();
+        see(&mut ann, "bob> ");
+        ann.send_line("how are you?").unwrap();
+        // The question becomes one for an answer, and the answer goes to who has written.
+        see(&mut bob, "ann (12D3..");
+        see(&mut bob, "): how are you?");
+        see(&mut bob, "ann> ");
+        bob.send_line("fine, and you?").unwrap();
+        see(&mut bob, "delivered to 12D3..");
+        see(&mut bob, "ann> ");
+        see(&mut ann, "bob (12D3..");
+        see(&mut ann, "): fine, and you?");
+        see(&mut ann, "bob> ");
+        // The line goes to whom the prompt names, whoever writes meanwhile.
+        bob.send_line("").unwrap();
+        see(&mut bob, "Name: ");
+        bob.send_line("client1").unwrap();
+        see(&mut bob, "client1> ");
+        ann.send_line("still there?").unwrap();
+        see(&mut bob, "): still there?");
+        see(&mut bob, "client1> ");
+        bob.send_line("for client1").unwrap();
+        see(&mut bob, "client1 (12D3..");
+        see(&mut bob, "): Echo: for client1");
+        // An empty line leads to who has written, and another one to names.
+        bob.send_line("").unwrap();
+        see(&mut bob, "ann> ");
+        bob.send_line("").unwrap();
+        see(&mut bob, "Name: ");
+        // A name that is begun stays one.
+        bob.send("clie").unwrap();
+        see(&mut bob, "clie");
+        ann.send_line("hello?").unwrap();
+        see(&mut bob, "): hello?");
+        see(&mut bob, "Name: clie");
+        bob.send_line("nt1").unwrap();
+        see(&mut bob, "client1> ");
+        bob.send_line("exit").unwrap();
+        ends(&mut bob);
+    })
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_was_meant_for_somebody_waits_before_another_gets_it() {
+    in_time(async {
+        let grape = grape(&[]).await;
+        let [rob, mallory] = [node(&grape).await, node(&grape).await];
+        let mut of_rob = service(&rob, "rob").await;
+        let mut ann = person("ann", &grape).await;
+        ann.send_line("rob").unwrap();
+        see(&mut ann, "rob> ");
+        ann.send_line("it is me").unwrap();
+        of_rob.next().await.unwrap().reply("hello");
+        see(&mut ann, "): hello");
+        let mut of_mallory = service(&mallory, "rob").await;
+        rob.shutdown().await;
+        let id = super::short(&mallory.peer_id().to_string());
+        for (answer, says) in [("no", "not sent"), ("", "")] {
+            loop {
+                ann.send_line("a secret").unwrap();
+                let seen = Regex("the rob you talked to, 12D3|error: the connection to 12D3");
+                let found = ann.expect(seen).unwrap();
+                // That the connection is closed may be known only now.
+                if !found.get(0).unwrap().starts_with(b"error") {
+                    break;
+                }
+            }
+            see(&mut ann, &format!("{id} answers to the name now"));
+            see(&mut ann, &format!("Enter: send it to {id}; no: do not> "));
+            let asked = of_mallory.next().now_or_never();
+            assert!(asked.is_none(), "before it was allowed");
+            ann.send_line(answer).unwrap();
+            see(&mut ann, says);
+        }
+        let request = of_mallory.next().await.unwrap();
+        let message = ChatMessage::decode(request.payload()).unwrap();
+        assert_eq!(message.text, "a secret");
+        request.reply("thanks");
+        see(&mut ann, &format!("rob ({id}): thanks"));
+        see(&mut ann, "rob> ");
+    })
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn no_row_of_a_message_begins_at_the_margin() {
+    in_time(async {
+        let grape = grape(&[]).await;
+        let mut ann = person("ann", &grape).await;
+        ann.get_process_mut().set_window_size(60, 20).unwrap();
+        let forged = "error: nobody announces bob";
+        for filler in [" ".repeat(200), "x".repeat(200), "x ".repeat(100)] {
+            let mallory = send(&grape, "ann", &format!("hi{filler}{forged}")).await;
+            assert_eq!(mallory.code, Some(0));
+            let found = ann.expect("nobody announces bob").unwrap();
+            let shown = String::from_utf8_lossy(found.before()).into_owned();
+            let rows = shown.split("12D3..").last().unwrap().split("\r\n");
+            let mut rows = rows.skip(1).peekable();
+            assert!(rows.peek().is_some(), "{shown:?}");
+            assert!(
+                rows.all(|row| row.starts_with("  ") && row.len() <= 60),
+                "{shown:?}"
+            );
+            see(&mut ann, "Name: ");
+        }
+    })
+    .await;
+}
+
+/// What waits unseen is not delivered, and what is delivered was seen.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_arrives_while_a_key_is_awaited_is_shown_at_once() {
+    in_time(async {
+        let grape = grape(&[]).await;
+        let mut ann = person("ann", &grape).await;
+        for (key, undo) in [
+            ("\x12", "\x07"),
+            ("\x16", "a\x7f"),
+            ("x\x16", "a\x7f\x7f"),
+            ("\x1b", "b"),
+            ("\t\t", ""),
+        ] {
+            ann.send(key).unwrap();
+            let sent = send(&grape, "ann", "hello").await;
+            assert_eq!(sent.code, Some(0), "{sent:?}");
+            see(&mut ann, ": hello\r\n");
+            ann.send(undo).unwrap();
         }
     })
     .await;
