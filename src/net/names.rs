@@ -28,8 +28,8 @@ const FIND_DEADLINE: Duration = Duration::from_secs(3);
 /// What the driver must know of an answer.
 #[derive(Debug)]
 pub(crate) enum Learned {
-    /// A grape keeps these names, which no grape has kept before.
-    Kept(Vec<ServiceName>),
+    /// Nothing more: a grape was told of this node's names.
+    Told,
     /// A grape has no registry; these names were asked for.
     NoRegistry(PeerId, Vec<ServiceName>),
     /// A grape named providers of each of these names; `None`: it did not answer.
@@ -241,8 +241,8 @@ impl Names {
             Reply::NoRegistry => Answer::NoRegistry,
             Reply::Nothing => Answer::Failed,
         };
-        let kept = self.registrations.on_answer(&grape, answer, now);
-        Learned::Kept(kept)
+        self.registrations.on_answer(&grape, answer, now);
+        Learned::Told
     }
 
     fn on_found(

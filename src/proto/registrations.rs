@@ -12,9 +12,13 @@
 //! * One that has no registry is left to Kademlia and rendezvous until it reconnects. One that does not
 //!   answer is tried again after growing pauses.
 //!
+//! A name is *published* when who looks it up finds it: as soon as one grape keeps it where all are
+//! responsible, otherwise when half of those closest to its key do, or all of them have been told and some
+//! grape keeps it.
+//!
 //! Does no I/O: it takes what happened and `now`.
 
-use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
+use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet, VecDeque};
 use std::ops::Bound;
 use std::time::{Duration, Instant};
 
@@ -104,6 +108,8 @@ pub(crate) struct Registrations {
     /// How many grapes have no registry, and those of which that has just turned out.
     without_registry: usize,
     found_without: Vec<PeerId>,
+    /// Those that have just been published.
+    published: VecDeque<ServiceName>,
 }
 
 #[derive(Debug)]
@@ -112,9 +118,21 @@ struct Name {
     /// Some grape was told of it, and may keep it even if it has not answered.
     told: bool,
     /// A grape keeps it, or has.
-    confirmed: bool,
+    kept: bool,
+    /// Who looks it up finds it.
+    published: bool,
+    /// What has become of it at the closest grapes, from the end of its first walk until it is published.
+    telling: Option<Telling>,
     /// Its entry in [`Registrations::walks`].
     walk: Option<Instant>,
+}
+
+/// How far the grapes closest to a name have been told of it.
+#[derive(Debug)]
+struct Telling {
+    open: BTreeSet<PeerId>,
+    kept: usize,
+    enough: usize,
 }
 
 #[derive(Debug)]
@@ -169,6 +187,7 @@ impl Registrations {
             walking: 0,
             without_registry: 0,
             found_without: Vec::new(),
+            published: VecDeque::new(),
         }
     }
 
@@ -197,7 +216,9 @@ impl Registrations {
         let entry = Name {
             name: name.clone(),
             told,
-            confirmed: false,
+            kept: false,
+            published: false,
+            telling: None,
             walk: None,
         };
         self.names.insert(number, entry);
@@ -249,6 +270,7 @@ impl Registrations {
             self.share_out(now);
         }
         self.drop_unknown(known, now);
+        let mut found_without = Vec::new();
         for known in known {
             let every = known.is_bootstrap || scope == Scope::All;
             let grape = self
@@ -258,6 +280,7 @@ impl Registrations {
             if known.is_foreign && grape.ledger.take().is_some() {
                 self.without_registry += 1;
                 self.found_without.push(known.peer);
+                found_without.push((known.peer, grape.closest_to.iter().copied().collect()));
             }
             if every
                 && !grape.every
@@ -273,6 +296,9 @@ impl Registrations {
             }
             grape.every = every;
         }
+        for (grape, numbers) in found_without {
+            self.is_told(&grape, numbers);
+        }
         self.reschedule_all(now);
     }
 
@@ -286,6 +312,7 @@ impl Registrations {
                 for entry in self.names.values_mut() {
                     entry.walk = None;
                 }
+                self.look_whether_published(self.names.keys().copied().collect::<Vec<_>>());
             }
         }
     }
@@ -422,32 +449,73 @@ impl Registrations {
             }
         }
         self.reschedule_all(now);
+        self.begin_telling(number, closest);
     }
 
-    /// What became of the message that was under way to a grape. Returns the names that it keeps and
-    /// that no grape has kept before.
-    pub(crate) fn on_answer(
-        &mut self,
-        peer: &PeerId,
-        answer: Answer,
-        now: Instant,
-    ) -> Vec<ServiceName> {
+    /// From now on it counts which of the closest grapes keep a name.
+    fn begin_telling(&mut self, number: Number, closest: &[PeerId]) {
+        let grapes = &self.grapes;
+        let ours = closest.iter().filter(|peer| {
+            let grape = grapes.get(*peer);
+            grape.is_some_and(|grape| grape.ledger.is_some())
+        });
+        let (told, open): (BTreeSet<_>, _) = ours.partition(|peer| {
+            let grape = grapes.get(*peer);
+            grape.is_some_and(|grape| grape.has_been_told(number))
+        });
+        let Some(entry) = self.names.get_mut(&number) else {
+            return;
+        };
+        if entry.published {
+            return;
+        }
+        entry.telling = Some(Telling {
+            kept: told.len(),
+            enough: (told.len() + open.len()).div_ceil(2),
+            open,
+        });
+        self.look_whether_published([number]);
+    }
+
+    /// Looks whether names are published that have not been so far.
+    fn look_whether_published(&mut self, numbers: impl IntoIterator<Item = Number>) {
+        for number in numbers {
+            if let Some(entry) = self.names.get_mut(&number)
+                && entry.is_published_now(self.scope)
+            {
+                self.published.push_back(entry.name.clone());
+            }
+        }
+    }
+
+    /// The next name that is published now and was not before.
+    pub(crate) fn poll_published(&mut self) -> Option<ServiceName> {
+        self.published.pop_front()
+    }
+
+    /// What became of the message that was under way to a grape.
+    pub(crate) fn on_answer(&mut self, peer: &PeerId, answer: Answer, now: Instant) {
         let Some(told) = self.grapes.get_mut(peer).and_then(|g| g.in_flight.take()) else {
-            return Vec::new();
+            return;
         };
-        let confirmed = match answer {
+        let announced = told.announce.clone();
+        match answer {
             Answer::Taken { lease, refused } => self.on_taken(peer, &told, lease, &refused, now),
-            Answer::NoRegistry => {
-                self.on_no_registry(peer, now);
-                Vec::new()
-            }
-            Answer::Failed => {
-                self.on_failed(peer, told, now);
-                Vec::new()
-            }
-        };
+            Answer::NoRegistry => self.on_no_registry(peer, now),
+            Answer::Failed => self.on_failed(peer, told, now),
+        }
         self.reschedule(peer, now);
-        confirmed
+        self.is_told(peer, announced);
+    }
+
+    /// A grape needs not be waited for any more, for these names to be published.
+    fn is_told(&mut self, peer: &PeerId, numbers: Vec<Number>) {
+        for number in &numbers {
+            if let Some(telling) = self.names.get_mut(number).and_then(|e| e.telling.as_mut()) {
+                telling.open.remove(peer);
+            }
+        }
+        self.look_whether_published(numbers);
     }
 
     fn on_taken(
@@ -457,33 +525,36 @@ impl Registrations {
         lease: Duration,
         refused: &BTreeSet<usize>,
         now: Instant,
-    ) -> Vec<ServiceName> {
+    ) {
         let Some(grape) = self.grapes.get_mut(peer) else {
-            return Vec::new();
+            return;
         };
         (grape.failures, grape.not_before) = (0, None);
         let Some(ledger) = &mut grape.ledger else {
-            return Vec::new();
+            return;
         };
         ledger.keeps_until = ledger.keeps_until.max(now + lease.min(LONGEST));
         // A longer one is no reason to be heard of less often.
         ledger.lease = lease.clamp(MIN_LEASE, LEASE);
         ledger.next_round = ledger.next_round.min(now + ledger.renewal());
-        let mut confirmed = Vec::new();
         for (index, number) in told.announce.iter().enumerate() {
             let Some(entry) = self.names.get_mut(number) else {
                 continue;
             };
             if refused.contains(&index) {
                 ledger.refused.insert(*number);
-            } else if !std::mem::replace(&mut entry.confirmed, true) {
-                confirmed.push(entry.name.clone());
+                continue;
+            }
+            entry.kept = true;
+            if let Some(telling) = &mut entry.telling
+                && telling.open.remove(peer)
+            {
+                telling.kept += 1;
             }
         }
         if !ledger.refused.is_empty() {
             ledger.retry.get_or_insert(now + REFUSED);
         }
-        confirmed
     }
 
     fn on_failed(&mut self, peer: &PeerId, told: InFlight, now: Instant) {
@@ -547,11 +618,13 @@ impl Registrations {
         let Some(grape) = self.grapes.get_mut(peer) else {
             return;
         };
+        let closest_to = grape.closest_to.iter().copied().collect();
         if grape.ledger.take().is_some() {
             self.without_registry += 1;
             self.found_without.push(*peer);
         }
         self.reschedule(peer, now);
+        self.is_told(peer, closest_to);
     }
 
     /// The next grape that turned out to have no registry.
@@ -611,7 +684,37 @@ impl Registrations {
     }
 }
 
+impl Name {
+    /// Whether who looks it up finds it, and did not before.
+    fn is_published_now(&mut self, scope: Scope) -> bool {
+        let is_found = match (scope, &self.telling) {
+            (Scope::All, _) => self.kept,
+            (Scope::Closest, None) => false,
+            (Scope::Closest, Some(telling)) => {
+                let by_enough = telling.kept > 0 && telling.kept >= telling.enough;
+                by_enough || self.kept && telling.open.is_empty()
+            }
+        };
+        if !is_found || self.published {
+            return false;
+        }
+        self.published = true;
+        self.telling = None;
+        true
+    }
+}
+
 impl Grape {
+    /// Whether it was told of a name that it is to keep, and has taken it.
+    fn has_been_told(&self, number: Number) -> bool {
+        let ledger = self.ledger.as_ref();
+        let in_flight = self.in_flight.as_ref();
+        let is_taken = ledger.is_some_and(|ledger| {
+            !ledger.pending.contains(&number) && !ledger.refused.contains(&number)
+        });
+        is_taken && !in_flight.is_some_and(|told| told.announce.contains(&number))
+    }
+
     fn new(now: Instant) -> Self {
         Self {
             every: false,
@@ -837,7 +940,8 @@ mod tests {
         }
 
         fn answer(&mut self, peer: &PeerId, answer: Answer) -> Vec<ServiceName> {
-            self.registrations.on_answer(peer, answer, self.now)
+            self.registrations.on_answer(peer, answer, self.now);
+            std::iter::from_fn(|| self.registrations.poll_published()).collect()
         }
 
         /// Lets every grape keep what it is told; returns how many messages that took.
@@ -886,6 +990,72 @@ mod tests {
         assert_eq!(first.announce, [name(1)]);
         assert_eq!(scene.answer(&first.grape, taken()), [name(1)]);
         assert_eq!(scene.answer(&second.grape, taken()), []);
+    }
+
+    #[test]
+    fn in_a_large_network_a_name_is_published_when_half_of_the_closest_keep_it() {
+        let all = grapes(24);
+        let (bootstrap, closest) = (all[0], &all[1..5]);
+        let mut scene = Scene::new(&[]);
+        let kinds = all.iter().map(|grape| Known {
+            is_bootstrap: *grape == bootstrap,
+            ..known(*grape)
+        });
+        let kinds: Vec<_> = kinds.collect();
+        let now = scene.now;
+        scene.registrations.on_grapes(&kinds, Scope::Closest, now);
+        let (failed, lacks) = (Answer::Failed, Answer::NoRegistry);
+        // How many keep it, and how many have answered, when it is published.
+        for (number, answers, kept, answered) in [
+            (1, [taken(), taken(), taken(), taken()], 2, 2),
+            (
+                2,
+                [
+                    failed.clone(),
+                    failed.clone(),
+                    failed.clone(),
+                    failed.clone(),
+                ],
+                0,
+                4,
+            ),
+            (
+                3,
+                [failed.clone(), taken(), failed.clone(), failed.clone()],
+                1,
+                4,
+            ),
+            (4, [failed.clone(), taken(), lacks, failed], 1, 4),
+        ] {
+            scene.announce([number]);
+            let update = scene.update().unwrap();
+            assert_eq!(update.grape, bootstrap);
+            assert_eq!(
+                scene.answer(&bootstrap, taken()),
+                [],
+                "others do not ask it"
+            );
+            assert_eq!(scene.registrations.poll_walk(now), Some(name(number)));
+            scene.registrations.on_walked(&name(number), closest, now);
+            let mut keep = HashMap::new();
+            loop {
+                let update = scene.update().unwrap();
+                let index = closest.iter().position(|grape| *grape == update.grape);
+                let answer = answers[index.unwrap()].clone();
+                let keeps = matches!(answer, Answer::Taken { .. });
+                keep.insert(update.grape, keeps);
+                if scene.answer(&update.grape, answer).contains(&name(number)) {
+                    break;
+                }
+            }
+            let keepers = keep.values().filter(|keeps| **keeps).count();
+            assert_eq!((keepers, keep.len()), (kept, answered), "{number}");
+            scene.withdraw(number);
+            for grape in &all {
+                scene.registrations.on_connected(grape, now);
+            }
+            scene.settle();
+        }
     }
 
     #[test]
