@@ -1311,7 +1311,8 @@ async fn announce_and_vanish(grape: &Node, name: &str, at: SocketAddr) {
         let peer = peer.external([address.parse().unwrap()]).spawn().await;
         peer.unwrap().announce(&name).await.unwrap()
     });
-    let _service = announced.await.unwrap();
+    // To drop it might take the name back before the runtime has ended.
+    std::mem::forget(announced.await.unwrap());
     runtime.shutdown_background();
 }
 
