@@ -115,7 +115,8 @@ pub enum LookupError {
     /// No grape can be asked.
     #[error("no grape to ask: {0}")]
     NoGrape(NoGrape),
-    /// No answer within [`LOOKUP_DEADLINE`](crate::limits::LOOKUP_DEADLINE).
+    /// No answer within [`LOOKUP_DEADLINE`](crate::limits::LOOKUP_DEADLINE), or none from most of the grapes
+    /// that are responsible.
     #[error("looking up {0} took too long")]
     TimedOut(ServiceName),
     /// The node was shut down.

@@ -382,7 +382,10 @@ impl NetworkRun {
                 for _ in 0..LOOKUPS_EACH {
                     let name = &names[rand::rng().random_range(0..names.len())];
                     let begun = Instant::now();
-                    failed += usize::from(node.lookup(name).await.is_err());
+                    if let Err(error) = node.lookup(name).await {
+                        eprintln!("missed after {:?}: {error}", begun.elapsed());
+                        failed += 1;
+                    }
                     latencies.saturating_record(micros(begun.elapsed()));
                 }
                 (latencies, failed)

@@ -7,8 +7,8 @@ use std::time::Instant;
 
 use libp2p::core::Endpoint;
 use libp2p::kad::{
-    self, GetClosestPeersError, GetProvidersError, GetProvidersOk, InboundRequest, ProgressStep,
-    QueryId, QueryResult, RecordKey,
+    self, GetClosestPeersError, GetClosestPeersOk, GetProvidersError, GetProvidersOk,
+    InboundRequest, ProgressStep, QueryId, QueryResult, QueryStats, RecordKey,
 };
 use libp2p::swarm::{ConnectionId, NetworkBehaviour};
 use libp2p::{Multiaddr, PeerId};
@@ -20,7 +20,7 @@ use crate::limits::MAX_ADDRESSES;
 use crate::name::{Key, ServiceName};
 use crate::proto::addresses;
 use crate::proto::announce::{Announcements, Place};
-use crate::proto::lookup::{Lookups, Outcome};
+use crate::proto::lookup::{Answered, Lookups, Outcome};
 use crate::store::Records;
 
 /// The Kademlia behaviour of the Swarm.
@@ -263,8 +263,11 @@ impl Discovery {
     ) -> Option<Learned> {
         match event {
             kad::Event::OutboundQueryProgressed {
-                id, result, step, ..
-            } => self.on_progress(kad, id, result, &step, now),
+                id,
+                result,
+                step,
+                stats,
+            } => self.on_progress(kad, id, result, (&step, &stats), now),
             kad::Event::InboundRequest {
                 request: InboundRequest::AddProvider { record },
             } => record.map(Learned::Record),
@@ -280,7 +283,7 @@ impl Discovery {
         kad: &mut Kademlia,
         id: QueryId,
         result: QueryResult,
-        step: &ProgressStep,
+        (step, stats): (&ProgressStep, &QueryStats),
         now: Instant,
     ) -> Option<Learned> {
         let last = step.last;
@@ -294,25 +297,24 @@ impl Discovery {
                     providers.into_iter().collect(),
                 ))
             }
-            QueryResult::GetProviders(
-                Ok(GetProvidersOk::FinishedWithNoAdditionalRecord { closest_peers })
-                | Err(GetProvidersError::Timeout { closest_peers, .. }),
-            ) if last => {
+            QueryResult::GetProviders(result) if last => {
                 self.lookups
-                    .on_query_ended(&id, !closest_peers.is_empty(), now);
+                    .on_query_ended(&id, answered(&result, stats), now);
                 None
             }
-            QueryResult::GetClosestPeers(result) if last => {
-                let closest = match result {
-                    Ok(found) => found.peers,
-                    Err(GetClosestPeersError::Timeout { peers, .. }) => peers,
-                };
-                let closest: Vec<_> = closest.into_iter().map(|info| info.peer_id).collect();
-                Some(match self.walks.remove(&id)? {
-                    Walk::Around => Learned::LookedAround(!closest.is_empty()),
-                    Walk::For(name) => Learned::Walked(name, closest),
-                })
-            }
+            QueryResult::GetClosestPeers(result) if last => Some(match self.walks.remove(&id)? {
+                Walk::Around => {
+                    let (Ok(GetClosestPeersOk { peers, .. })
+                    | Err(GetClosestPeersError::Timeout { peers, .. })) = result;
+                    Learned::LookedAround(!peers.is_empty())
+                }
+                Walk::For(name) => {
+                    // Who was met until its time was over need not be close.
+                    let closest = result.map(|found| found.peers).unwrap_or_default();
+                    let closest = closest.into_iter().map(|info| info.peer_id);
+                    Learned::Walked(name, closest.collect())
+                }
+            }),
             QueryResult::StartProviding(result) => {
                 let provided = result.is_ok() && Self::knows_grapes(kad);
                 match self.providing.remove(&id)? {
@@ -353,6 +355,22 @@ impl Discovery {
         addresses::plain(&peer, &addresses)
             .take(MAX_ADDRESSES)
             .collect()
+    }
+}
+
+/// Who has answered a query that is over.
+fn answered(result: &Result<GetProvidersOk, GetProvidersError>, stats: &QueryStats) -> Answered {
+    let (is_whole, closest) = match result {
+        Ok(GetProvidersOk::FinishedWithNoAdditionalRecord { closest_peers }) => {
+            (true, closest_peers.as_slice())
+        }
+        Ok(GetProvidersOk::FoundProviders { .. }) => (true, [].as_slice()),
+        Err(GetProvidersError::Timeout { closest_peers, .. }) => (false, closest_peers.as_slice()),
+    };
+    match closest.is_empty() {
+        true => Answered::Nobody,
+        false if is_whole && stats.num_successes() >= stats.num_failures() => Answered::Most,
+        false => Answered::Fewer,
     }
 }
 

@@ -150,7 +150,8 @@ impl Node {
     /// # Errors
     /// [`LookupError::NotFound`] as soon as it is known, [`LookupError::Unreachable`] if the name is
     /// announced and no provider answers, [`LookupError::NoGrape`] if there is nobody to ask,
-    /// [`LookupError::TimedOut`] after [`LOOKUP_DEADLINE`], [`LookupError::Closed`].
+    /// [`LookupError::TimedOut`] after [`LOOKUP_DEADLINE`] or when most grapes that are responsible have not
+    /// answered, [`LookupError::Closed`].
     pub async fn lookup(&self, name: &ServiceName) -> Result<Vec<Provider>, LookupError> {
         let live = self.wait_for(name, Waiter::All).await?;
         Ok(live.into_iter().map(|peer| Provider { peer }).collect())

@@ -17,7 +17,10 @@
 //!   it for as long as a candidate may still answer ([`Lookups::want_all`]), and then says who was named
 //!   and not reached. Who wants some is not kept waiting for that.
 //! * An empty answer of Kademlia is asked again once: its queries can end empty although the key
-//!   exists.
+//!   exists. One that comes from fewer grapes than have not answered says nothing: the lookup then fails as
+//!   one that took too long, and never says that nobody announces the name.
+//! * Who is late with a connection or an answer makes room for others and is waited for all the same, while
+//!   nobody is live: to be slow is not to be gone.
 //! * At most [`MAX_CANDIDATES`] are dialled for a lookup, an equal part of them for each source, so
 //!   that one that makes providers up cannot hide those that another one names.
 //!
@@ -39,6 +42,10 @@ use crate::proto::grapes::SURELY_SMALL;
 
 /// How long the grapes that were asked may take before Kademlia is asked as well: many round trips.
 const PATIENCE: Duration = Duration::from_millis(200);
+
+/// How long a candidate that is late is waited for while nobody is live: with [`DIAL_DEADLINE`] as long as
+/// a request may take. A machine that is so busy that it answers later answers no request in time.
+const LATE: Duration = Duration::from_secs(7);
 
 /// The grapes of a small network that are asked: one that is dead or lies hides nobody from the others.
 const WITNESSES: usize = 3;
@@ -147,6 +154,15 @@ pub(crate) enum Outcome {
     TimedOut,
 }
 
+/// Who has answered a query of Kademlia's.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Answered {
+    /// At least as many of the grapes that were asked as not.
+    Most,
+    Fewer,
+    Nobody,
+}
+
 /// Who names providers.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(crate) enum Source {
@@ -166,6 +182,8 @@ struct Candidate {
     tried: Vec<Multiaddr>,
     /// Those that came while a dial was under way; tried if it fails.
     untried: Vec<Multiaddr>,
+    /// Until when it is waited for although it is late.
+    patience: Option<Instant>,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -176,6 +194,10 @@ enum State {
     Dialling(Instant),
     /// Asked, until this time.
     Asked(Instant),
+    /// Dialled for longer than others wait for it.
+    LateDial,
+    /// Asked for longer than that, the last time until then.
+    LateAnswer(Instant),
     Live,
     /// Says that it does not serve the name.
     Withdrawn,
@@ -188,6 +210,8 @@ struct Lookup<Q> {
     first_live: Option<Instant>,
     /// A source has answered.
     answered: bool,
+    /// Too few grapes have answered Kademlia to believe that they know of nobody.
+    doubtful: bool,
     query: Query<Q>,
     /// Those that were asked, and those of them that have not answered.
     asked: HashSet<PeerId>,
@@ -274,6 +298,7 @@ impl<Q: Copy + Eq + Hash> Lookups<Q> {
             started: now,
             first_live: None,
             answered: false,
+            doubtful: false,
             query: Query::Deferred,
             sources: points.len() + 1,
             asked: points.clone(),
@@ -413,8 +438,8 @@ impl<Q: Copy + Eq + Hash> Lookups<Q> {
         self.queries.get(id)
     }
 
-    /// A query has ended; `answered` tells whether any grape has answered it.
-    pub(crate) fn on_query_ended(&mut self, id: &Q, answered: bool, now: Instant) {
+    /// A query has ended.
+    pub(crate) fn on_query_ended(&mut self, id: &Q, answered: Answered, now: Instant) {
         let Some(name) = self.queries.remove(id) else {
             return;
         };
@@ -422,12 +447,13 @@ impl<Q: Copy + Eq + Hash> Lookups<Q> {
             return;
         };
         let first_time = matches!(lookup.query, Query::Running { again: false, .. });
-        lookup.answered |= answered;
-        if first_time && answered && lookup.candidates.is_empty() {
+        lookup.answered |= answered != Answered::Nobody;
+        if first_time && answered != Answered::Nobody && lookup.candidates.is_empty() {
             lookup.query = Query::Starting { again: true };
             self.steps.push_back(Step::Query(name));
             return;
         }
+        lookup.doubtful = answered == Answered::Fewer;
         lookup.query = Query::Done;
         self.settle(&name, now);
     }
@@ -505,7 +531,9 @@ impl<Q: Copy + Eq + Hash> Lookups<Q> {
                         candidate.dial(peer, now, &mut self.steps)
                     }
                     // Beside a dial that is under way: the addresses that came first may be wrong ones.
-                    State::Unreachable | State::Dialling(_) if !candidate.untried.is_empty() => {
+                    State::Unreachable | State::Dialling(_) | State::LateDial
+                        if !candidate.untried.is_empty() =>
+                    {
                         candidate.dial(peer, now, &mut self.steps)
                     }
                     _ => return,
@@ -522,7 +550,7 @@ impl<Q: Copy + Eq + Hash> Lookups<Q> {
             if let Some(candidate) = lookup.candidates.get_mut(peer)
                 && matches!(
                     candidate.state,
-                    State::Waiting | State::Dialling(_) | State::Unreachable
+                    State::Waiting | State::Dialling(_) | State::LateDial | State::Unreachable
                 )
             {
                 let until = candidate.ask(name, *peer, now, &mut self.steps);
@@ -542,9 +570,10 @@ impl<Q: Copy + Eq + Hash> Lookups<Q> {
             let Some(candidate) = lookup.candidates.get_mut(peer) else {
                 continue;
             };
-            if !matches!(candidate.state, State::Dialling(_) | State::Unreachable) {
+            let (State::Dialling(_) | State::LateDial | State::Unreachable) = candidate.state
+            else {
                 continue;
-            }
+            };
             // Nobody has refused, so that it may only stand still: who wants all has it dialled again.
             let is_late = matches!(candidate.state, State::Dialling(until) if now >= until);
             let again = is_late && !others && wants_all;
@@ -579,16 +608,23 @@ impl<Q: Copy + Eq + Hash> Lookups<Q> {
             return;
         };
         let wants_all = lookup.wants_all(now);
+        let is_waited_for = wants_all || lookup.live.is_empty();
         let Some(candidate) = lookup.candidates.get_mut(peer) else {
             return;
         };
-        let State::Asked(until) = candidate.state else {
+        let (State::Asked(until) | State::LateAnswer(until)) = candidate.state else {
             return;
         };
         // It took the question and is slow, or stands still for a while.
-        if serves.is_none() && now >= until && wants_all {
+        if serves.is_none() && now >= until && is_waited_for {
             let until = candidate.ask(name, *peer, now, &mut self.steps);
-            return self.wake(name, until);
+            let mut wake_at = until;
+            if !wants_all {
+                candidate.state = State::LateAnswer(until);
+                wake_at = candidate.be_patient(now);
+            }
+            self.wake(name, wake_at);
+            return self.settle(name, now);
         }
         candidate.state = match serves {
             Some(true) => State::Live,
@@ -625,6 +661,7 @@ impl<Q: Copy + Eq + Hash> Lookups<Q> {
         };
         let wants_all = lookup.wants_all(now);
         let mut dialled = Vec::new();
+        let mut late = None;
         for (peer, candidate) in &mut lookup.candidates {
             match candidate.state {
                 // These were put back; a dial that has hung so long may be given up meanwhile.
@@ -632,11 +669,19 @@ impl<Q: Copy + Eq + Hash> Lookups<Q> {
                     dialled.push(candidate.dial(*peer, now, &mut self.steps));
                 }
                 // Who wants all waits for the end of a dial and of a question, however long that takes.
-                State::Dialling(until) | State::Asked(until) if now >= until && !wants_all => {
-                    candidate.state = State::Unreachable;
+                State::Dialling(until) if now >= until && !wants_all => {
+                    candidate.state = State::LateDial;
+                    late = late.max(Some(candidate.be_patient(now)));
+                }
+                State::Asked(until) if now >= until && !wants_all => {
+                    candidate.state = State::LateAnswer(until);
+                    late = late.max(Some(candidate.be_patient(now)));
                 }
                 _ => {}
             }
+        }
+        if let Some(until) = late {
+            self.wake(name, until);
         }
         for until in dialled {
             self.wake(name, until);
@@ -804,7 +849,10 @@ impl<Q> Lookup<Q> {
     fn is_complete(&self, expecting: bool, now: Instant) -> bool {
         let may_learn = expecting && self.live.is_empty() && now < self.started + LOOKUP_SETTLE;
         let sources_done = self.query_done() && self.points.is_empty() && !may_learn;
-        sources_done && !self.candidates.values().any(Candidate::is_open)
+        let is_awaited = |candidate: &Candidate| {
+            candidate.is_open() || candidate.is_late(now) && self.live.is_empty()
+        };
+        sources_done && !self.candidates.values().any(is_awaited)
     }
 
     /// Whether who wants some has waited long enough.
@@ -824,7 +872,7 @@ impl<Q> Lookup<Q> {
             Outcome::Unreachable(unanswered)
         } else if complete && !self.answered && self.candidates.is_empty() {
             Outcome::Unanswered
-        } else if complete {
+        } else if complete && !self.doubtful {
             Outcome::NotFound
         } else {
             Outcome::TimedOut
@@ -852,6 +900,7 @@ impl Candidate {
             state: State::Waiting,
             tried: Vec::new(),
             untried: Vec::new(),
+            patience: None,
         };
         candidate.add(addresses, MAX_ADDRESSES);
         candidate
@@ -893,6 +942,17 @@ impl Candidate {
 
     fn is_open(&self) -> bool {
         matches!(self.state, State::Dialling(_) | State::Asked(_))
+    }
+
+    /// Whether it may answer yet although others are not kept waiting for it.
+    fn is_late(&self, now: Instant) -> bool {
+        let is_late = matches!(self.state, State::LateDial | State::LateAnswer(_));
+        is_late && self.patience.is_some_and(|until| now < until)
+    }
+
+    /// It is late, and waited for until then.
+    fn be_patient(&mut self, now: Instant) -> Instant {
+        *self.patience.get_or_insert(now + LATE)
     }
 
     /// Whether another one has to wait for it.
@@ -969,7 +1029,8 @@ mod tests {
         }
 
         fn query_ends(&mut self, id: u32) {
-            self.lookups.on_query_ended(&id, true, self.now);
+            let most = Answered::Most;
+            self.lookups.on_query_ended(&id, most, self.now);
             self.collect();
         }
 
@@ -1069,7 +1130,9 @@ mod tests {
     #[test]
     fn a_query_that_had_nobody_to_ask_is_not_repeated() {
         let mut scene = Scene::new(&[]);
-        scene.lookups.on_query_ended(&1, false, scene.now);
+        scene
+            .lookups
+            .on_query_ended(&1, Answered::Nobody, scene.now);
         scene.collect();
         assert_eq!(scene.outcome(), Some(&Outcome::Unanswered));
     }
@@ -1198,13 +1261,63 @@ mod tests {
     }
 
     #[test]
-    fn one_that_never_answers_is_unreachable_after_its_deadline() {
+    fn one_that_never_answers_is_unreachable_in_the_end() {
         let peer = PeerId::random();
-        let mut scene = Scene::new(&[]);
-        scene.candidate(peer, &[], true);
-        scene.query_ends(1);
-        scene.passes(SERVES_DEADLINE);
-        assert_eq!(scene.outcome(), Some(&Outcome::Unreachable(1)));
+        for is_told in [false, true] {
+            let mut scene = Scene::new(&[]);
+            scene.candidate(peer, &[], true);
+            scene.query_ends(1);
+            scene.passes(SERVES_DEADLINE);
+            if is_told {
+                // It is asked again, but not by who has heard that it cannot be.
+                scene.answer(peer, None);
+                let asks = scene.steps.iter();
+                let asks = asks.filter(|step| matches!(step, Step::Ask(..)));
+                assert_eq!(asks.count(), 2);
+            }
+            assert_eq!(scene.outcome(), None);
+            scene.passes(LATE);
+            assert_eq!(scene.outcome(), Some(&Outcome::Unreachable(1)));
+        }
+    }
+
+    #[test]
+    fn one_that_is_slow_is_found_and_keeps_nobody_from_being_asked() {
+        let (slow, point) = (PeerId::random(), PeerId::random());
+        for is_connected in [false, true] {
+            let mut scene = small(&[point], true);
+            scene.named_by(Source::Point(point), slow, &[A], is_connected);
+            scene.says(point, true);
+            assert!(!scene.asks_kademlia());
+            scene.passes(DIAL_DEADLINE);
+            assert!(scene.asks_kademlia());
+            scene.lookups.on_query_started(&scene.name, 1);
+            scene.query_ends(1);
+            scene.passes(Duration::from_secs(1));
+            if !is_connected {
+                scene.connects(slow);
+            }
+            scene.answer(slow, Some(true));
+            assert_eq!(scene.outcome(), Some(&Outcome::Live(vec![slow])));
+        }
+    }
+
+    #[test]
+    fn an_empty_answer_of_a_few_of_those_that_were_asked_is_no_answer() {
+        for (answered, expected) in [
+            (Answered::Most, Outcome::NotFound),
+            (Answered::Fewer, Outcome::TimedOut),
+            (Answered::Nobody, Outcome::NotFound),
+        ] {
+            let mut scene = Scene::new(&[]);
+            scene.lookups.on_query_ended(&1, Answered::Fewer, scene.now);
+            scene.collect();
+            assert_eq!(scene.outcome(), None, "it is asked again");
+            scene.lookups.on_query_started(&scene.name, 2);
+            scene.lookups.on_query_ended(&2, answered, scene.now);
+            scene.collect();
+            assert_eq!(scene.outcome(), Some(&expected), "{answered:?}");
+        }
     }
 
     #[test]
@@ -1221,8 +1334,9 @@ mod tests {
         let mut scene = Scene::new(&[]);
         scene.candidate(peer, &[A], false);
         scene.query_ends(1);
-        assert_eq!(scene.outcome(), None);
         scene.passes(DIAL_DEADLINE);
+        assert_eq!(scene.outcome(), None);
+        scene.passes(LATE);
         assert_eq!(scene.outcome(), Some(&Outcome::Unreachable(1)));
     }
 
@@ -1256,6 +1370,7 @@ mod tests {
         assert_eq!(scene.dials_of(peer).len(), 3);
         scene.query_ends(1);
         scene.passes(DIAL_DEADLINE);
+        scene.passes(LATE);
         assert_eq!(scene.outcome(), Some(&Outcome::Unreachable(1)));
     }
 
@@ -1315,7 +1430,9 @@ mod tests {
         let mut scene = Scene::new(&[]);
         let local = scene.lookups.local;
         scene.candidate(local, &[A], false);
-        scene.lookups.on_query_ended(&1, false, scene.now);
+        scene
+            .lookups
+            .on_query_ended(&1, Answered::Nobody, scene.now);
         scene.collect();
         assert_eq!(scene.outcome(), Some(&Outcome::Unanswered));
     }
@@ -1383,6 +1500,7 @@ mod tests {
         scene.answer(peers[1], Some(false));
         assert_eq!(scene.dialled(), room + 2);
         scene.passes(DIAL_DEADLINE);
+        scene.passes(LATE);
         assert_eq!(scene.outcome(), Some(&Outcome::Unreachable(room + 1)));
         // One that is named again and again takes no room.
         for _ in 0..2 * NAMED * MAX_CANDIDATES {
@@ -1658,7 +1776,11 @@ mod tests {
                 Step::Query(name) => {
                     queries += 1;
                     lookups.on_query_started(&name, queries);
-                    lookups.on_query_ended(&queries, kademlia_answers, now);
+                    let answered = match kademlia_answers {
+                        true => Answered::Most,
+                        false => Answered::Nobody,
+                    };
+                    lookups.on_query_ended(&queries, answered, now);
                 }
                 Step::Done(_, outcome) => return outcome,
                 _ => {}

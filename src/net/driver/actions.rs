@@ -50,6 +50,10 @@ impl Driver {
             let kad = &mut self.swarm.behaviour_mut().kad;
             self.discovery.walk(kad, name);
         }
+        while let Some(name) = self.names.registrations.poll_published() {
+            let published = self.discovery.announcements.on_kept(&name);
+            self.on_published(published, &name);
+        }
         while let Some(grape) = self.names.registrations.poll_without_registry() {
             self.on_no_registry(grape);
         }
@@ -210,7 +214,7 @@ impl Driver {
                 self.routes.looked_up(&name, live, now);
                 match outcome {
                     // A grape alone knows all there is to know.
-                    Outcome::Unanswered if !self.registrar => {
+                    Outcome::Unanswered if !self.registrar || self.knows_others() => {
                         let silent = self.connectivity.bootstraps.silent();
                         self.discovery.refuse(&name, LookupError::NoGrape(silent));
                     }
@@ -219,6 +223,10 @@ impl Driver {
                 self.release_held();
             }
         }
+    }
+
+    fn knows_others(&self) -> bool {
+        !self.known_grapes.borrow().is_empty()
     }
 
     pub(super) fn dial_candidate(&mut self, peer: PeerId, addresses: Vec<Multiaddr>, now: Instant) {
@@ -235,8 +243,10 @@ impl Driver {
         // Kademlia may be dialling it with fewer addresses; the connection limits bear a second.
         // A port of its own, as for every dial here: one that is dialled from again and again is
         // refused by the system while an earlier connection to the same address winds down.
+        // In the form of Kademlia's, so that none that it knows too is dialled twice.
+        let with_id = |address: Multiaddr| address.with_p2p(peer).unwrap_or_else(|other| other);
         let opts = DialOpts::peer_id(peer)
-            .addresses(new.clone())
+            .addresses(new.iter().cloned().map(with_id).collect())
             .extend_addresses_through_behaviour()
             .condition(PeerCondition::Disconnected)
             .allocate_new_port()

@@ -291,12 +291,7 @@ impl Driver {
             self.discovery.lookups.on_more_grapes();
         }
         match learned {
-            names::Learned::Kept(names) => {
-                for name in names {
-                    let published = self.discovery.announcements.on_kept(&name);
-                    self.on_published(published, &name);
-                }
-            }
+            names::Learned::Told => {}
             names::Learned::NoRegistry(grape, sought) => {
                 for name in sought {
                     self.discovery.lookups.on_no_registry(&grape, &name);
