@@ -226,19 +226,13 @@ impl Connectivity {
         self.peers.get(peer)?.connections.values().next()
     }
 
-    /// This node listens on an address.
-    pub(crate) fn on_listening(&mut self, address: Multiaddr) {
-        let address = address.with_p2p(self.local).unwrap_or_else(|other| other);
-        if !self.addresses.contains(&address) {
-            self.addresses.push(address);
-            self.publish();
-        }
-    }
-
-    /// This node does not listen on an address any more.
-    pub(crate) fn on_unlistened(&mut self, address: Multiaddr) {
-        let address = address.with_p2p(self.local).unwrap_or_else(|other| other);
-        self.addresses.retain(|known| *known != address);
+    /// This node can be dialled at these addresses.
+    pub(crate) fn on_addresses(&mut self, addresses: &[Multiaddr]) {
+        let with_id = |address: &Multiaddr| address.clone().with_p2p(self.local);
+        let addresses = addresses.iter().map(with_id);
+        self.addresses = addresses
+            .map(|told| told.unwrap_or_else(|other| other))
+            .collect();
         self.publish();
     }
 

@@ -20,6 +20,7 @@ use void::Void;
 use super::connectivity::{Connectivity, KnownGrape};
 use super::discovery::{self, Discovery, Waiter};
 use super::forms::Forms;
+use super::interfaces::Interfaces;
 use super::names::Names;
 use super::rendezvous::Rendezvous;
 use super::rpc::link::{Lane, Link};
@@ -40,7 +41,7 @@ use crate::proto::registrations::Registrations;
 use crate::proto::routes::Routes;
 use crate::store::Registry;
 
-use listen::listen;
+use listen::{Listening, listen};
 
 /// How long a node that has served names stays connected after its last reply: a connection that is
 /// closed throws away what the other end has not acknowledged.
@@ -72,7 +73,12 @@ pub(super) async fn start(settings: Settings) -> Result<Handle, SpawnError> {
     let registry = Registry::new(local, settings.limits.store.clone(), settings.lease, now);
     let kept = settings.registrar.then(|| Arc::clone(&registry));
     let server = Server::new(&settings.limits, kept, Arc::clone(&metrics));
-    let mut swarm = build(&settings, Arc::clone(&server), Arc::clone(&registry))
+    let interfaces = match settings.is_of_this_machine() {
+        true => Interfaces::constant(),
+        false => Interfaces::watched(),
+    };
+    let ties = interfaces.ties();
+    let mut swarm = build(&settings, Arc::clone(&server), Arc::clone(&registry), &ties)
         .map_err(|error| SpawnError::Transport(error.to_string()))?;
     let early = listen(&mut swarm, &settings.listen).await?;
     let bootstrap = settings.bootstrap.clone();
@@ -90,6 +96,8 @@ pub(super) async fn start(settings: Settings) -> Result<Handle, SpawnError> {
         keep_alive: now + keep_alive_interval,
         keep_alive_interval,
         connectivity,
+        interfaces,
+        listening: Listening::new(local, settings.external),
         discovery: Discovery::new(local),
         names: Names::new(),
         forms: Forms::default(),
@@ -108,9 +116,7 @@ pub(super) async fn start(settings: Settings) -> Result<Handle, SpawnError> {
         routes: Arc::clone(&routes),
         metrics: Arc::clone(&metrics),
     };
-    for address in settings.external {
-        driver.on_address(address);
-    }
+    driver.on_addresses();
     for event in early {
         driver.on_swarm_event(event);
     }
@@ -138,6 +144,8 @@ struct Driver {
     keep_alive: Instant,
     keep_alive_interval: Duration,
     connectivity: Connectivity,
+    interfaces: Interfaces,
+    listening: Listening,
     discovery: Discovery,
     names: Names,
     forms: Forms,
@@ -181,6 +189,7 @@ impl Driver {
                 event = self.swarm.select_next_some() => self.on_swarm_event(event),
                 Some((name, handler)) = self.dropped.next() => self.on_handler_gone(&name, &handler),
                 answered = self.names.next() => self.on_names(answered),
+                () = self.interfaces.changed() => self.on_interfaces(),
                 command = self.commands.recv() => match command {
                     Some(Command::Shutdown(done)) => return Err(Stop::Asked(done)),
                     Some(command) => self.on_command(command),

@@ -11,6 +11,8 @@ pub(crate) mod discovery;
 mod dns;
 mod driver;
 mod forms;
+mod interfaces;
+mod liveness;
 mod names;
 mod rendezvous;
 pub(crate) mod rpc;
@@ -76,6 +78,16 @@ pub(crate) struct Settings {
     /// The longest lease that is granted: from [`MIN_LEASE`](crate::limits::MIN_LEASE) to [`LEASE`](crate::limits::LEASE).
     pub(crate) lease: Duration,
     pub(crate) limits: Limits,
+}
+
+impl Settings {
+    /// Whether nothing but this machine is reached from this node, and it from nothing else, whatever
+    /// becomes of the network.
+    fn is_of_this_machine(&self) -> bool {
+        let is_loopback = |address: &Multiaddr| host(address).is_some_and(|ip| ip.is_loopback());
+        let mut all = self.listen.iter().chain(&self.bootstrap);
+        self.transport == Transport::Memory || all.all(is_loopback)
+    }
 }
 
 /// What a node asks its driver to do.

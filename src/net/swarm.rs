@@ -18,12 +18,12 @@ use libp2p::{
     quic, swarm, tcp,
 };
 
-use super::forms;
+use super::interfaces::Ties;
 use super::rpc::serve::Server;
 use super::rpc::{single, streams};
 use super::yamux::Yamux;
 use super::{Settings, Transport};
-use super::{admission, dns};
+use super::{admission, dns, forms, liveness};
 use crate::limits::{
     AGENT_VERSION, CONNECT_TIMEOUT, FRAME_DEADLINE, IDENTIFY_VERSION, KAD_PROTOCOL,
     LOOKUP_DEADLINE, Limits, MAX_RENDEZVOUS_STREAMS, MAX_REQUEST_TIME, MAX_RPC_STREAMS,
@@ -48,6 +48,7 @@ pub(crate) struct Behaviour {
     /// Before `single`, which speaks the same protocol and accepts no stream.
     pub(crate) streams: streams::Behaviour,
     pub(crate) single: single::Behaviour,
+    liveness: liveness::Behaviour,
 }
 
 /// Builds a node's Swarm. It does not listen or dial yet.
@@ -55,11 +56,12 @@ pub(crate) fn build(
     settings: &Settings,
     server: Arc<Server>,
     registry: Arc<Registry>,
+    ties: &Ties,
 ) -> io::Result<Swarm<Behaviour>> {
     let keypair = settings.identity.keypair();
     let peer = settings.identity.peer_id();
     let transport = match settings.transport {
-        Transport::Network => network(keypair)?,
+        Transport::Network => network(keypair, ties)?,
         Transport::Memory => memory(keypair)?,
     };
     let config = swarm::Config::with_tokio_executor()
@@ -134,6 +136,7 @@ fn behaviour(
                 .with_request_timeout(MAX_REQUEST_TIME)
                 .with_max_concurrent_streams(MAX_RPC_STREAMS),
         ),
+        liveness: liveness::Behaviour::default(),
     }
 }
 
@@ -184,14 +187,25 @@ fn kademlia(settings: &Settings, registry: Arc<Registry>) -> kad::Behaviour<Reco
     kad
 }
 
-fn network(keypair: &identity::Keypair) -> io::Result<Boxed<(PeerId, StreamMuxerBox)>> {
-    let transport = dns::Transport::new(tcp_and_quic(keypair)?);
+fn network(
+    keypair: &identity::Keypair,
+    ties: &Ties,
+) -> io::Result<Boxed<(PeerId, StreamMuxerBox)>> {
+    let transport = dns::Transport::new(tcp_and_quic(keypair, ties)?);
     Ok(TransportTimeout::new(transport, CONNECT_TIMEOUT).boxed())
 }
 
-fn tcp_and_quic(keypair: &identity::Keypair) -> io::Result<Boxed<(PeerId, StreamMuxerBox)>> {
+fn tcp_and_quic(
+    keypair: &identity::Keypair,
+    ties: &Ties,
+) -> io::Result<Boxed<(PeerId, StreamMuxerBox)>> {
+    let (of_tcp, of_quic) = (ties.clone(), ties.clone());
     let noise = noise::Config::new(keypair).map_err(io::Error::other)?;
     let tcp = tcp::tokio::Transport::new(tcp::Config::default().nodelay(true))
+        .map(move |stream, _| {
+            let local = stream.0.local_addr().ok();
+            of_tcp.tie(stream, local.map(|local| local.ip()))
+        })
         .upgrade(Version::V1Lazy)
         .authenticate(noise)
         .multiplex(Yamux::new())
@@ -202,8 +216,10 @@ fn tcp_and_quic(keypair: &identity::Keypair) -> io::Result<Boxed<(PeerId, Stream
     quic.keep_alive_interval = QUIC_KEEP_ALIVE;
     quic.max_idle_timeout = 3 * QUIC_KEEP_ALIVE.as_millis() as u32;
     quic.max_concurrent_stream_limit = MAX_STREAMS as u32;
-    let quic = quic::tokio::Transport::new(quic)
-        .map(|(peer, muxer), _| (peer, StreamMuxerBox::new(muxer)));
+    let quic = quic::tokio::Transport::new(quic).map(move |(peer, muxer), ends| {
+        let muxer = of_quic.tie_between(muxer, &ends);
+        (peer, StreamMuxerBox::new(muxer))
+    });
     Ok(quic
         .or_transport(tcp)
         .map(|either, _| either.into_inner())

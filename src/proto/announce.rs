@@ -144,6 +144,20 @@ impl Announcements {
         }
     }
 
+    /// This node has other addresses: every name is published again.
+    pub(crate) fn on_addresses(&mut self) {
+        // What is under way tells the old ones.
+        self.stale.extend(self.in_flight.iter().cloned());
+        let points = self.grapes.iter().copied().map(Place::Rendezvous);
+        let places: Vec<_> = points.chain([Place::Kademlia]).collect();
+        let names: Vec<_> = self.names.keys().cloned().collect();
+        for name in &names {
+            for place in &places {
+                self.publish(name, *place);
+            }
+        }
+    }
+
     /// A bootstrap grape is gone.
     pub(crate) fn on_grape_gone(&mut self, grape: &PeerId) {
         self.grapes.remove(grape);

@@ -131,6 +131,17 @@ impl<C: Copy + Eq> Bootstraps<C> {
         entry.last_failure = Some(failure);
     }
 
+    /// The machine has come into another network: what failed may succeed, what is under way may be on
+    /// a way that is gone, and the node's own address may be another's.
+    pub(crate) fn on_other_network(&mut self, now: Instant) {
+        for entry in &mut self.entries {
+            if !matches!(entry.state, State::Connected(..) | State::Astray(_)) {
+                entry.state = State::Due(now);
+            }
+            entry.backoff = backoff();
+        }
+    }
+
     /// A peer has said what it is, and it is no grape; returns whether it was taken for one.
     pub(crate) fn on_no_grape(&mut self, peer: &PeerId) -> bool {
         let mut was_taken = false;
@@ -382,6 +393,36 @@ mod tests {
         bootstraps.on_failed(1, DialFailure::OwnAddress, now);
         assert!(bootstraps.next_due().is_some());
         assert!(!bootstraps.is_hopeless());
+    }
+
+    #[test]
+    fn in_another_network_every_address_is_dialled_at_once() {
+        let now = Instant::now();
+        let addresses = [
+            "/ip4/10.0.0.1/tcp/1",
+            "/ip4/10.0.0.2/tcp/1",
+            "/ip4/10.0.0.3/tcp/1",
+        ];
+        let mut bootstraps = bootstraps(&[ADDRESS, addresses[0], addresses[1], addresses[2]], now);
+        for (index, connection) in (0..4).enumerate() {
+            bootstraps.on_dialling(index, connection);
+        }
+        let grape = PeerId::random();
+        bootstraps.on_connected(0, grape, now);
+        bootstraps.on_failed(1, unreachable(), now);
+        bootstraps.on_failed(2, DialFailure::OwnAddress, now);
+        assert!(bootstraps.due(now).is_none());
+        bootstraps.on_other_network(now);
+        for index in 1..4 {
+            assert_eq!(bootstraps.due(now).unwrap().0, index);
+            bootstraps.on_dialling(index, 10);
+        }
+        assert!(bootstraps.due(now).is_none());
+        assert!(
+            !bootstraps.on_failed(3, unreachable(), now),
+            "it is forgotten"
+        );
+        assert_eq!(bootstraps.connected(), [grape]);
     }
 
     #[test]

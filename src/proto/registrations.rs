@@ -355,6 +355,24 @@ impl Registrations {
         self.reschedule(peer, now);
     }
 
+    /// This node has other addresses. A grape keeps them once for all names, so that one name has to be
+    /// told again.
+    pub(crate) fn on_addresses(&mut self, now: Instant) {
+        let first = self.names.keys().next().copied();
+        for grape in self.grapes.values_mut() {
+            let Some(ledger) = &mut grape.ledger else {
+                continue;
+            };
+            let number = match grape.every {
+                true => first,
+                false => grape.closest_to.first().copied(),
+            };
+            ledger.pending.extend(number);
+            (grape.failures, grape.not_before) = (0, None);
+        }
+        self.reschedule_all(now);
+    }
+
     /// A grape's last connection has closed: what it keeps is told again soon, which connects.
     pub(crate) fn on_disconnected(&mut self, peer: &PeerId, now: Instant) {
         let Some(grape) = self.grapes.get_mut(peer) else {

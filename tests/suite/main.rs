@@ -19,3 +19,5 @@ mod namespace;
 mod network;
 mod process;
 mod programs;
+#[cfg(target_os = "linux")]
+mod roaming;

@@ -132,6 +132,14 @@ impl Machine {
         Program::start_other(name, self.command(&path(name), arguments))
     }
 
+    /// As [`start`](Self::start), with what it does in detail on stderr.
+    pub(crate) fn start_telling(&self, name: &str, arguments: &[&str]) -> Program {
+        let mut command = self.namespace.enter();
+        command.args(["env", "RUST_LOG=grapevine=debug"]);
+        command.arg(path(name)).args(arguments);
+        Program::start_other(name, command)
+    }
+
     /// Runs one of our programs to its end, without input.
     pub(crate) async fn run(&self, name: &str, arguments: &[&str]) -> Run {
         run_other(self.command(&path(name), arguments)).await

@@ -15,7 +15,6 @@ use crate::net::rpc::kept::Question;
 use crate::net::rpc::link::Lane;
 use crate::net::rpc::single::Outbound;
 use crate::net::{discovery, names};
-use crate::proto::addresses;
 use crate::proto::announce::Place;
 use crate::proto::capabilities::Capability;
 use crate::proto::lookup::{Outcome, Step};
@@ -398,20 +397,38 @@ impl Driver {
         self.discovery.look_around(kad, local);
     }
 
-    pub(super) fn on_address(&mut self, address: Multiaddr) {
-        let local = *self.swarm.local_peer_id();
-        let Some(address) = addresses::plain(&local, [&address]).next() else {
-            return tracing::warn!(%address, "an address of another node is not told to others");
-        };
-        // Kademlia and rendezvous tell others of external addresses only.
-        self.swarm.add_external_address(address.clone());
+    /// The machine has other addresses, or others can be reached by them.
+    pub(super) fn on_interfaces(&mut self) {
+        tracing::debug!("the addresses of this machine have changed");
         self.on_addresses();
-        self.connectivity.on_listening(address);
+        let now = Instant::now();
+        self.connectivity.bootstraps.on_other_network(now);
+        self.dial_bootstraps(now);
     }
 
+    /// This node may be reached at other addresses: those that keep its names are told.
     pub(super) fn on_addresses(&mut self) {
-        let addresses: Vec<_> = self.swarm.external_addresses().cloned().collect();
+        let addresses = self
+            .listening
+            .told(|address| self.interfaces.has_lost(address));
+        // Kademlia tells others of external addresses only.
+        let before: Vec<_> = self.swarm.external_addresses().cloned().collect();
+        let gone = before.iter().filter(|known| !addresses.contains(known));
+        let new = addresses.iter().filter(|address| !before.contains(address));
+        let (gone, new): (Vec<_>, Vec<_>) = (gone.collect(), new.collect());
+        if gone.is_empty() && new.is_empty() {
+            return;
+        }
+        for address in gone {
+            self.swarm.remove_external_address(address);
+        }
+        for address in new {
+            self.swarm.add_external_address(address.clone());
+        }
+        self.connectivity.on_addresses(&addresses);
         self.registry.on_addresses(&addresses);
         self.rendezvous.on_addresses(addresses);
+        self.names.registrations.on_addresses(Instant::now());
+        self.discovery.announcements.on_addresses();
     }
 }

@@ -47,11 +47,15 @@ impl Driver {
             } => {
                 self.on_dial_failed(connection_id, peer_id, &error, now);
             }
-            SwarmEvent::NewListenAddr { address, .. } => self.on_address(address),
-            SwarmEvent::ExpiredListenAddr { address, .. } => {
-                self.swarm.remove_external_address(&address);
+            SwarmEvent::NewListenAddr { address, .. } => {
+                self.listening.on_bound(address);
                 self.on_addresses();
-                self.connectivity.on_unlistened(address);
+                self.interfaces.look();
+            }
+            SwarmEvent::ExpiredListenAddr { address, .. } => {
+                self.listening.on_expired(&address);
+                self.on_addresses();
+                self.interfaces.look();
             }
             SwarmEvent::ListenerError { error, .. } => {
                 tracing::warn!(%error, "a listener has trouble");

@@ -1,4 +1,4 @@
-//! Listens, before the loop begins.
+//! Listens, before the loop begins, and keeps the addresses that others are told.
 
 use std::io;
 use std::net::{IpAddr, SocketAddr};
@@ -7,16 +7,63 @@ use std::time::Duration;
 use futures::{FutureExt, StreamExt};
 use libp2p::multiaddr::Protocol;
 use libp2p::swarm::SwarmEvent;
-use libp2p::{Multiaddr, Swarm};
+use libp2p::{Multiaddr, PeerId, Swarm};
 use socket2::{Domain, Socket, Type};
 use tokio::time::timeout;
 
 use crate::error::{SpawnError, explain};
+use crate::net::host;
 use crate::net::swarm::{Behaviour, BehaviourEvent};
+use crate::proto::addresses;
 
 /// How long an address may take to be listened on. The system answers at once; interfaces are told
 /// by events that follow within milliseconds.
 const LISTEN_DEADLINE: Duration = Duration::from_secs(5);
+
+/// The addresses at which others reach this node.
+#[derive(Debug)]
+pub(super) struct Listening {
+    /// Those that were given: who forwards them knows why.
+    external: Vec<Multiaddr>,
+    /// Those that listeners have, also while the machine has lost them.
+    bound: Vec<Multiaddr>,
+}
+
+impl Listening {
+    pub(super) fn new(local: PeerId, given: Vec<Multiaddr>) -> Self {
+        let mut external = Vec::new();
+        for address in given {
+            match addresses::plain(&local, [&address]).next() {
+                Some(address) => external.push(address),
+                None => {
+                    tracing::warn!(%address, "an address of another node is not told to others");
+                }
+            }
+        }
+        let bound = Vec::new();
+        Self { external, bound }
+    }
+
+    /// A listener has an address, as the system tells it.
+    pub(super) fn on_bound(&mut self, address: Multiaddr) {
+        if !self.bound.contains(&address) {
+            self.bound.push(address);
+        }
+    }
+
+    /// A listener has it no more.
+    pub(super) fn on_expired(&mut self, address: &Multiaddr) {
+        self.bound.retain(|known| known != address);
+    }
+
+    /// Those that others are told of, each once.
+    pub(super) fn told(&self, is_lost: impl Fn(&IpAddr) -> bool) -> Vec<Multiaddr> {
+        let is_there = |address: &&Multiaddr| !host(address).is_some_and(|ip| is_lost(&ip));
+        let bound = self.bound.iter().filter(is_there);
+        let bound = bound.filter(|address| !self.external.contains(address));
+        self.external.iter().chain(bound).cloned().collect()
+    }
+}
 
 /// Listens on every address. Returns all that has happened meanwhile: others may connect to the first
 /// address before the last one is bound.
@@ -86,5 +133,33 @@ fn probe(address: &Multiaddr) -> io::Result<()> {
             socket.bind(&address.into())
         }
         _ => Ok(()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn address(text: &str) -> Multiaddr {
+        text.parse().unwrap()
+    }
+
+    #[test]
+    fn what_the_machine_has_lost_is_told_again_when_it_is_back() {
+        let (own, given) = (
+            address("/ip4/10.0.0.1/tcp/1"),
+            address("/ip4/10.0.0.1/tcp/2"),
+        );
+        let mut listening = Listening::new(PeerId::random(), vec![given.clone()]);
+        listening.on_bound(own.clone());
+        listening.on_bound(own.clone());
+        listening.on_bound(given.clone());
+        assert_eq!(listening.told(|_| false), [given.clone(), own.clone()]);
+        let forwarded = listening.told(|_| true);
+        assert_eq!(forwarded, std::slice::from_ref(&given));
+        assert_eq!(listening.told(|_| false), [given.clone(), own.clone()]);
+        listening.on_expired(&own);
+        listening.on_expired(&given);
+        assert_eq!(listening.told(|_| false), [given]);
     }
 }
