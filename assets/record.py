@@ -207,11 +207,11 @@ def perform(stage):
         stage.see(chat, "connected to the grape")
         stage.type(chat, "Name: ", "client1")
         stage.see(chat, "^client1: 1 provider: ")
-        for message in ("hello", "how are the grapes?"):
-            stage.type(chat, "Message: ", message)
-            stage.see(chat, f"^Echo: {re.escape(message)}$")
+        for message in ("hello", "how are you?"):
+            stage.type(chat, "client1> ", message)
+            stage.see(chat, f": Echo: {re.escape(message)}$")
             stage.see(peer, f": {re.escape(message)}$")
-        stage.type(chat, "Message: ", "exit")
+        stage.type(chat, "client1> ", "exit")
         stage.until_end(chat)
     finally:
         for program in panes:
