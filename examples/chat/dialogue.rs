@@ -229,11 +229,15 @@ impl Dialogue {
     async fn confirm(&mut self, change: &Change) -> Line {
         self.output.note(&change.to_string()).await;
         let question = format!("Enter: send it to {}; no: do not> ", short(&change.now));
-        let line = self.ask(&question).await;
-        if let Line::Empty = line {
-            self.mail.accept(change);
+        let typed = self.prompt.confirm(&question).await;
+        match self.line(typed).await {
+            Line::Text(text) if text.trim() == "exit" => Line::Leave,
+            Line::Empty => {
+                self.mail.accept(change);
+                Line::Empty
+            }
+            line => line,
         }
-        line
     }
 
     /// The next line of a conversation.
@@ -245,7 +249,12 @@ impl Dialogue {
     }
 
     async fn read(&mut self, question: &str) -> Line {
-        match self.prompt.ask(question).await {
+        let line = self.prompt.ask(question).await;
+        self.line(line).await
+    }
+
+    async fn line(&mut self, line: Result<String, NoLine>) -> Line {
+        match line {
             Ok(line) if line.trim().is_empty() => Line::Empty,
             Ok(line) => Line::Text(line),
             Err(NoLine::Wrong(failure)) => Line::Wrong(failure),

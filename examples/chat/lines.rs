@@ -36,6 +36,12 @@ impl Lines {
         self.count
     }
 
+    /// Drops what was read and is not asked for yet.
+    pub(crate) fn drop_read(&mut self) {
+        let read = self.input.buffer().len();
+        self.input.consume(read);
+    }
+
     pub(crate) async fn next(&mut self) -> Result<String, NoLine> {
         let read = self.read().await;
         if !matches!(read, Ok(None)) {

@@ -5,6 +5,8 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 use grapevine::ServiceName;
+#[cfg(unix)]
+use rustix::termios::{QueueSelector, tcflush};
 
 use crate::common::Failure;
 use crate::common::output::heed;
@@ -69,8 +71,27 @@ impl Prompt {
 
     /// The next line.
     pub(crate) async fn ask(&mut self, question: &str) -> Result<String, NoLine> {
+        let line = self.read(question).await?;
+        if self.is_typed() {
+            self.keep(&line).await;
+        }
+        Ok(line)
+    }
+
+    /// A line that is typed from now on: what was typed ahead was not meant for this question, and is
+    /// dropped.
+    pub(crate) async fn confirm(&mut self, question: &str) -> Result<String, NoLine> {
+        if let Input::Typed { lines, .. } = &mut self.input {
+            lines.drop_read();
+        }
+        #[cfg(unix)]
+        let _ = tcflush(io::stdin(), QueueSelector::IFlush);
+        self.read(question).await
+    }
+
+    async fn read(&mut self, question: &str) -> Result<String, NoLine> {
         self.asked = question.into();
-        let line = match &mut self.input {
+        match &mut self.input {
             #[cfg(unix)]
             Input::Editor(editor) => {
                 let completes = match question.starts_with("Name") {
@@ -79,7 +100,7 @@ impl Prompt {
                 };
                 let line = editor.ask(question, completes).await;
                 self.asked = editor.asked();
-                line?
+                line
             }
             Input::Typed {
                 lines,
@@ -88,12 +109,10 @@ impl Prompt {
                 open.ask(question);
                 let line = lines.next().await;
                 open.is_answered();
-                line?
+                line
             }
-            Input::Piped(lines) => return lines.next().await,
-        };
-        self.keep(&line).await;
-        Ok(line)
+            Input::Piped(lines) => lines.next().await,
+        }
     }
 
     /// The question that was asked last, as it was when it was answered.

@@ -168,7 +168,11 @@ struct Log;
 
 impl Write for Log {
     fn write(&mut self, line: &[u8]) -> io::Result<usize> {
-        output::to_stderr(&String::from_utf8_lossy(line));
+        // What a stranger said may be in it; colours are.
+        let text = String::from_utf8_lossy(line);
+        let shown = text.trim_end_matches('\n').replace('\n', "\n  ");
+        let is_obeyed = |c: char| c.is_control() && !matches!(c, '\n' | '\t' | '\x1b');
+        output::to_stderr(&format!("{}\n", shown.replace(is_obeyed, "\u{fffd}")));
         Ok(line.len())
     }
 
