@@ -11,6 +11,7 @@ mod names;
 mod prefix;
 mod providers;
 mod registry;
+mod ring;
 mod slab;
 pub(crate) mod values;
 mod weights;
@@ -22,7 +23,7 @@ use std::time::Duration;
 pub(crate) use batches::BatchRefused;
 pub(crate) use names::NotTaken;
 pub(crate) use prefix::Prefix;
-pub(crate) use providers::{NewRecord, Origin, Providers, Stats};
+pub(crate) use providers::{NewRecord, Origin, Parting, Providers, Stats};
 pub(crate) use registry::{Records, Registry};
 
 /// Nanoseconds since a table was made.

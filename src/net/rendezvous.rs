@@ -522,8 +522,8 @@ fn discover(
 ) -> Result<Page, Status> {
     let namespace = discovery.namespace.as_ref();
     let after = match &discovery.cookie {
-        Some(cookie) => cookie.sequence_for(namespace)?,
-        None => 0,
+        Some(cookie) => Some(cookie.sequence_for(namespace)?),
+        None => None,
     };
     let key = match namespace {
         Some(namespace) => Some(key_of(namespace).ok_or(Status::InvalidNamespace)?),

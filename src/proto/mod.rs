@@ -141,8 +141,9 @@
 //! `lease` says for how many milliseconds the grape keeps what was announced, and of a provider how
 //! many are left; renew after a third. `refused` has the places, counted from 0, of the announced
 //! names that it does not keep, because the sender or others hold too many or because they come too
-//! fast: try them again later. `found` has a list for each name looked up, of providers drawn in
-//! turn if there are more. A provider's `peer` is its id and its addresses are multiaddrs, both in
+//! fast: try them again later. `found` has a list for each name looked up, of providers: those
+//! first that are connected to the grape, those last whose connection broke, and equals in turn if there
+//! are more. A provider's `peer` is its id and its addresses are multiaddrs, both in
 //! binary; one without an address is a grape that Kademlia knows. `grapes` is how many grapes
 //! this one knows, itself included.
 //!

@@ -39,6 +39,11 @@ impl<O: Order> Heap<O> {
         self.slots.len()
     }
 
+    /// All slots, in no order.
+    pub(super) fn slots(&self) -> impl Iterator<Item = u32> {
+        self.slots.iter().copied()
+    }
+
     /// The slot that is due first.
     pub(super) fn first(&self) -> Option<u32> {
         self.slots.first().copied()

@@ -9,7 +9,6 @@ use std::net::IpAddr;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use libp2p::kad::RecordKey;
 use libp2p::{Multiaddr, PeerId};
 
 use super::{NewRecord, Origin, Prefix, Registry};
@@ -211,31 +210,12 @@ impl Registry {
 
     /// The providers of a name, this grape and those that carry requests for it included.
     fn named(&self, name: &ServiceName, now: Instant) -> Vec<Provided> {
-        let key = name.key();
-        let mut provided = self.announced(&key, now);
-        for carrier in self.carriers(&RecordKey::new(&key), MAX_PROVIDERS) {
-            let is_known = |known: &Provided| known.peer == carrier.provider;
-            if !provided.iter().any(is_known) {
-                let lease = millis(self.granted());
-                provided.push(Provided::new(carrier.provider, carrier.addresses, lease));
-            }
-        }
-        Provided::that_fit(provided.into_iter())
-    }
-
-    fn announced(&self, key: &[u8], now: Instant) -> Vec<Provided> {
-        let places = self.places(&self.local());
-        let store = self.providers();
-        let own = store.own(key).map(|own| {
-            let lease = millis(store.lease());
-            Provided::new(own.provider, places, lease)
-        });
-        let sample = store.sample(key, MAX_PROVIDERS, now);
-        let others = sample.into_iter().map(|provider| {
+        let providers = self.providers_of(&name.key(), MAX_PROVIDERS, now);
+        let provided = providers.into_iter().map(|provider| {
             let lease = millis(provider.expires.saturating_duration_since(now));
             Provided::new(provider.peer, provider.addresses, lease)
         });
-        own.into_iter().chain(others).collect()
+        Provided::that_fit(provided)
     }
 
     fn granted(&self) -> Duration {
@@ -259,6 +239,7 @@ fn millis(lease: Duration) -> u64 {
 #[cfg(test)]
 mod tests {
     use libp2p::identity::Keypair;
+    use libp2p::kad::RecordKey;
 
     use super::*;
     use crate::limits::{Bounds, LEASE};
@@ -344,11 +325,13 @@ mod tests {
         };
         assert_eq!(scene.find(&names[0]), [expected]);
         let key = names[0].key();
-        let page =
-            scene
-                .registry
-                .providers()
-                .registrations(Some(&key), 0, 9, Form::Standard, scene.now);
+        let page = scene.registry.providers().registrations(
+            Some(&key),
+            None,
+            9,
+            Form::Standard,
+            scene.now,
+        );
         assert_eq!(page.registrations[0].namespace.as_ref(), names[0].as_ref());
         let records = Records(Arc::clone(&scene.registry));
         let kademlia = || {
@@ -381,7 +364,7 @@ mod tests {
         };
         let held = |form| {
             let store = scene.registry.providers();
-            let page = store.registrations(Some(&name[0].key()), 0, 9, form, scene.now);
+            let page = store.registrations(Some(&name[0].key()), None, 9, form, scene.now);
             let envelopes = page.registrations.into_iter();
             let envelopes = envelopes.map(|registration| registration.envelope.to_vec());
             envelopes.collect::<Vec<_>>()

@@ -11,20 +11,19 @@
 //! * A full store is shared fairly: prefixes share the store, the peers of a prefix share the
 //!   prefix. Who holds more makes room for who holds less, never the other way round.
 //! * A peer's addresses and envelope are held once and only while it has a record.
+//! * Whoever is connected is named before all others, then who was heard of lately, and last who was
+//!   cut off; of equals each in turn.
 //!
 //! What it leaves to others: whether a record is true, who may announce it, and how often.
 
 use std::{
     collections::hash_map::RandomState,
-    collections::{BTreeMap, HashMap},
+    collections::{BTreeMap, HashMap, HashSet},
     hash::BuildHasher,
-    iter, mem,
+    mem,
     num::{NonZeroU32, NonZeroU64},
     ops::Bound,
-    sync::{
-        Arc,
-        atomic::{AtomicU32, Ordering},
-    },
+    sync::Arc,
     time::{Duration, Instant},
 };
 
@@ -41,6 +40,7 @@ use crate::proto::wire::{MAX_ADDRESS, MAX_RECORD};
 
 use super::heap::{Heap, Order};
 use super::index::Index;
+use super::ring::{Linked, Links, Ring};
 use super::slab::Slab;
 use super::weights::{Weight, Weights};
 use super::withdrawn::Withdrawn;
@@ -48,13 +48,6 @@ use super::{Nanos, Prefix, nanos};
 
 /// Bytes of a key: room for the multihash of any common hash; a name's has 34.
 const MAX_KEY: usize = 64;
-
-/// Providers in one answer of Kademlia, which cuts its answers at the replication factor of 20.
-pub(super) const KADEMLIA_ANSWER: usize = 20;
-
-/// Bytes of one provider's addresses in such an answer: four with an id, or one of the longest. Who
-/// asked drops an answer of more than 16 KiB, half of which other grapes may take.
-const KADEMLIA_ADDRESSES: usize = 256;
 
 /// Longest rendezvous namespace in bytes, from the rendezvous specification.
 const MAX_NAMESPACE_BYTES: usize = 255;
@@ -123,6 +116,23 @@ pub(crate) enum Refused {
     /// It comes by Kademlia, and the peer has just taken the name back.
     #[error("the peer has taken the name back")]
     Withdrawn,
+}
+
+/// How a connection with a peer has ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Parting {
+    /// This node has closed it, because nothing was said over it any more.
+    AtRest,
+    /// It has broken, or the peer has closed it: most often that is gone.
+    CutOff,
+}
+
+/// Live providers of a key, in the order in which they are worth asking.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Sample {
+    /// Those that are connected.
+    pub(crate) near: Vec<Provider>,
+    pub(crate) far: Vec<Provider>,
 }
 
 /// A live provider of a key.
@@ -200,6 +210,8 @@ pub(crate) struct Providers {
     by_key: Index,
     peers: Slab<Peer>,
     by_peer: Index,
+    /// Everybody who is connected, also who has no record.
+    connected: HashSet<PeerId>,
     records: Slab<Record>,
     by_id: Index,
     by_expiry: Heap<OfAll>,
@@ -236,6 +248,7 @@ impl Providers {
             by_key: Index::default(),
             peers: Slab::default(),
             by_peer: Index::default(),
+            connected: HashSet::new(),
             records: Slab::default(),
             by_id: Index::default(),
             by_expiry: Heap::default(),
@@ -295,44 +308,85 @@ impl Providers {
         withdrawn
     }
 
-    /// Up to `limit` live providers of `key`, own announcements not included.
-    ///
-    /// Each call goes on where the last one for this key stopped, so that n providers have all been
-    /// returned after n / `limit` calls.
-    pub(crate) fn sample(&self, key: &[u8], limit: usize, now: Instant) -> Vec<Provider> {
-        let Some((_, key)) = self.key(key) else {
-            return Vec::new();
-        };
-        let now = self.nanos(now);
-        let sampled: Vec<_> = self
-            .records_of_key(key)
-            .filter(|(_, record)| record.expires > now)
-            .take(limit)
-            .collect();
-        if let Some((_, record)) = sampled.last() {
-            key.next_sample
-                .store(record.next.index(), Ordering::Relaxed);
+    /// A peer has a connection, its first. What it announces from now on is near.
+    pub(crate) fn on_connected(&mut self, peer: PeerId) {
+        self.connected.insert(peer);
+        let slot = self.peer(&peer).map(|(slot, _)| slot);
+        if let Some(peer) = slot.and_then(|slot| self.peers.get_mut(slot.0)) {
+            peer.is_connected = true;
         }
-        let provider = |(_, record)| self.provider(record);
-        sampled.into_iter().filter_map(provider).collect()
     }
 
-    /// Up to `limit` live registrations with a number above `after` whose records are held in that
-    /// form, lowest number first: those of one namespace's `key`, or all. Of all, so many are looked
-    /// at that a page may be short and not the last one.
+    /// A peer has no connection any more.
+    pub(crate) fn on_disconnected(&mut self, peer: &PeerId, parting: Parting) {
+        self.connected.remove(peer);
+        let slot = self.peer(peer).map(|(slot, _)| slot);
+        let Some(peer) = slot.and_then(|slot| self.peers.get_mut(slot.0)) else {
+            return;
+        };
+        peer.is_connected = false;
+        let is_near = |slot: &u32| {
+            let record = self.records.get(*slot);
+            record.is_some_and(|record| record.standing == Standing::Near)
+        };
+        let count = peer.near as usize;
+        let near: Vec<_> = peer.records.slots().filter(is_near).take(count).collect();
+        let standing = match parting {
+            Parting::AtRest => Standing::Far,
+            Parting::CutOff => Standing::CutOff,
+        };
+        for slot in near {
+            self.place(RecordSlot::new(slot), standing);
+        }
+    }
+
+    /// Up to `limit` live providers of `key`, own announcements not included: first those that are
+    /// connected, then those that were heard of lately, then the others.
     ///
-    /// Every registration and re-registration takes a new number. An `after` that this store has not
-    /// given out yet counts as 0.
+    /// Each call goes on where the last one for this key stopped, so that n equal providers have all
+    /// been returned after n / `limit` calls.
+    pub(crate) fn sample(&self, key: &[u8], limit: usize, now: Instant) -> Sample {
+        let Some((_, key)) = self.key(key) else {
+            return Sample::default();
+        };
+        let preferred = self.preferred(key, limit, self.nanos(now), |_| true);
+        let mut sample = Sample::default();
+        for (_, record) in preferred {
+            let kind = match record.standing {
+                Standing::Near => &mut sample.near,
+                Standing::Far | Standing::CutOff => &mut sample.far,
+            };
+            kind.extend(self.provider(record));
+        }
+        sample
+    }
+
+    /// Up to `limit` live registrations whose records are held in that form: those of one namespace's
+    /// `key`, or all. Of all, so many are looked at that a page may be short and not the last one.
+    ///
+    /// Every registration and re-registration takes a new number. With an `after`, those with a higher
+    /// number are returned, lowest first; one that this store has not given out yet counts as 0.
+    /// Without, and if a namespace has more than `limit`, those are that are worth asking most, as
+    /// [`sample`](Self::sample) has it; the page after it begins with the lowest number.
     pub(crate) fn registrations(
         &self,
         key: Option<&[u8]>,
-        after: u64,
+        after: Option<u64>,
         limit: usize,
         form: Form,
         now: Instant,
     ) -> Page {
         let now = self.nanos(now);
-        let after = if after < self.next_sequence { after } else { 0 };
+        if let (Some(key), None) = (key, after)
+            && let Some(registrations) = self.crowd(key, limit, form, now)
+        {
+            return Page {
+                registrations,
+                last: 0,
+            };
+        }
+        let after = after.filter(|after| *after < self.next_sequence);
+        let after = after.unwrap_or(0);
         let numbered: &mut dyn Iterator<Item = (NonZeroU64, RecordSlot)> = match key {
             Some(key) => &mut self.numbers_of(key, after, now).into_iter(),
             None => &mut self.all_numbers(after, now),
@@ -460,13 +514,14 @@ impl Providers {
 
     fn add_record(&mut self, id: RecordId, expires: Nanos) -> RecordSlot {
         let slot = RecordSlot::new(self.records.vacant());
+        let peer = self.peers.get(id.peer.0);
         self.records.insert(Record {
             id,
             expires,
             sequence: None,
             ttl_seconds: 0,
-            next: slot,
-            previous: slot,
+            standing: Standing::when_heard(peer),
+            links: Links::default(),
             in_all: 0,
             in_peer: 0,
         });
@@ -478,7 +533,7 @@ impl Providers {
         self.reweigh(id.peer, |peer, records| {
             peer.records.insert(slot.index(), records);
         });
-        self.link(slot, id.key);
+        self.link(slot);
         slot
     }
 
@@ -487,6 +542,8 @@ impl Providers {
             id: new.peer,
             prefix: new.prefix,
             payload,
+            is_connected: self.connected.contains(&new.peer),
+            near: 0,
             records: Heap::default(),
             registrations: 0,
         }));
@@ -504,8 +561,7 @@ impl Providers {
         let slot = KeySlot(self.keys.insert(Key {
             bytes: new.key.into(),
             namespace: None,
-            providers: 0,
-            next_sample: AtomicU32::new(0),
+            rings: Default::default(),
         }));
         let (keys, hasher) = (&self.keys, &self.hasher);
         let hash_of = |slot| {
@@ -517,13 +573,17 @@ impl Providers {
         slot
     }
 
-    /// The record that goes when `new` comes to a full key: of the most crowded prefix there, the
-    /// soonest to expire. One pass over the key's records, so at most [`Bounds::per_key`] steps.
+    /// The record that goes when `new` comes to a full key: of a peer that was cut off, or else of the
+    /// most crowded prefix there, the soonest to expire. One pass over the key's records, so at most
+    /// [`Bounds::per_key`] steps.
     fn crowded_out_by(&self, new: &NewRecord<'_>) -> Result<Option<RecordSlot>, Refused> {
-        let full = |key: &Key| key.providers as usize >= self.bounds.per_key;
+        let full = |key: &Key| key.providers() >= self.bounds.per_key;
         let Some((_, key)) = self.key(new.key).filter(|(_, key)| full(key)) else {
             return Ok(None);
         };
+        if let Some(slot) = key.ring(Standing::CutOff).turn() {
+            return Ok(Some(RecordSlot::new(slot)));
+        }
         let mut crowds: HashMap<Prefix, (usize, (Nanos, RecordSlot))> = HashMap::new();
         for (slot, record) in self.records_of_key(key) {
             let candidate = (record.expires, slot);
@@ -624,8 +684,20 @@ impl Providers {
                 peer.records.update(slot.index(), &mut self.records);
             }
         }
+        self.on_heard(slot);
         // The lease is renewed whether or not there is room for what else changed.
         let _ = self.refresh(peer, new);
+    }
+
+    /// A peer was heard of: its record has the place of one that lives.
+    fn on_heard(&mut self, slot: RecordSlot) {
+        let Some(record) = self.records.get(slot.index()) else {
+            return;
+        };
+        let standing = Standing::when_heard(self.peers.get(record.id.peer.0));
+        if record.standing != standing {
+            self.place(slot, standing);
+        }
     }
 
     /// Gives the record a number, unless there was no room for its peer's envelope.
@@ -667,6 +739,30 @@ impl Providers {
             .collect();
         numbered.sort_unstable();
         numbered
+    }
+
+    /// The registrations of a key that are worth asking most, if there are more of them than `limit`.
+    fn crowd(&self, key: &[u8], limit: usize, form: Form, now: Nanos) -> Option<Vec<Registration>> {
+        let (_, key) = self.key(key)?;
+        let is_registered = |record: &Record| {
+            let peer = self.peers.get(record.id.peer.0);
+            let envelope = peer.and_then(|peer| peer.payload.envelope.as_ref()?.of(form));
+            record.sequence.is_some() && envelope.is_some()
+        };
+        let is_live = |record: &Record| record.expires > now && is_registered(record);
+        let live = self
+            .records_of_key(key)
+            .filter(|(_, record)| is_live(record));
+        if live.take(limit + 1).count() <= limit {
+            return None;
+        }
+        let preferred = self.preferred(key, limit, now, is_registered);
+        let slots = preferred.into_iter().map(|(slot, _)| slot);
+        Some(
+            slots
+                .filter_map(|slot| self.registration(slot, form))
+                .collect(),
+        )
     }
 
     fn all_numbers(
@@ -734,62 +830,60 @@ impl Providers {
         if let Some(sequence) = sequence {
             self.by_sequence.remove(&sequence);
         }
-        self.reweigh(id.peer, |peer, records| peer.forget(slot, records));
         self.unlink(slot);
+        self.drop_empty(id.key);
+        self.reweigh(id.peer, |peer, records| peer.forget(slot, records));
         self.records.remove(slot.index());
         true
     }
 
-    /// Puts a record among those of its key, where the next sample comes to it last.
-    fn link(&mut self, slot: RecordSlot, key: KeySlot) {
-        let Some(key) = self.keys.get_mut(key.0) else {
-            return;
-        };
-        key.providers += 1;
-        let start = key.next_sample.get_mut();
-        if key.providers == 1 {
-            *start = slot.index();
-            return;
+    /// Gives a record another place among those of its key.
+    fn place(&mut self, slot: RecordSlot, standing: Standing) {
+        self.unlink(slot);
+        if let Some(record) = self.records.get_mut(slot.index()) {
+            record.standing = standing;
         }
-        let next = RecordSlot::new(*start);
-        let Some(previous) = self.records.get(*start).map(|next| next.previous) else {
-            return;
-        };
-        self.join(previous, slot);
-        self.join(slot, next);
+        self.link(slot);
     }
 
-    /// Takes a record from among those of its key, and drops the key with its last one.
+    /// Puts a record among those of its key and its standing, where its turn comes last.
+    fn link(&mut self, slot: RecordSlot) {
+        let Some(Record { id, standing, .. }) = self.records.get(slot.index()) else {
+            return;
+        };
+        let (id, standing) = (*id, *standing);
+        let Some(key) = self.keys.get_mut(id.key.0) else {
+            return;
+        };
+        key.rings[standing as usize].insert(slot.index(), &mut self.records);
+        if let Some(peer) = self.peers.get_mut(id.peer.0) {
+            peer.near += u32::from(standing == Standing::Near);
+        }
+    }
+
+    /// Takes a record from among those of its key.
     fn unlink(&mut self, slot: RecordSlot) {
-        let Some(record) = self.records.get(slot.index()) else {
+        let Some(Record { id, standing, .. }) = self.records.get(slot.index()) else {
             return;
         };
-        let (key_slot, previous, next) = (record.id.key, record.previous, record.next);
-        let Some(key) = self.keys.get_mut(key_slot.0) else {
+        let (id, standing) = (*id, *standing);
+        let Some(key) = self.keys.get_mut(id.key.0) else {
             return;
         };
-        key.providers -= 1;
-        if key.providers == 0 {
-            let hash = self.hasher.hash_one(key.bytes.as_slice());
-            self.by_key.remove(hash, key_slot.0);
-            self.keys.remove(key_slot.0);
-            return;
+        key.rings[standing as usize].remove(slot.index(), &mut self.records);
+        if let Some(peer) = self.peers.get_mut(id.peer.0) {
+            peer.near -= u32::from(standing == Standing::Near);
         }
-        let start = key.next_sample.get_mut();
-        if *start == slot.index() {
-            *start = next.index();
-        }
-        self.join(previous, next);
     }
 
-    /// Makes two records of a key neighbours.
-    fn join(&mut self, before: RecordSlot, after: RecordSlot) {
-        if let Some(record) = self.records.get_mut(before.index()) {
-            record.next = after;
-        }
-        if let Some(record) = self.records.get_mut(after.index()) {
-            record.previous = before;
-        }
+    /// Drops a key that has no record any more.
+    fn drop_empty(&mut self, slot: KeySlot) {
+        let Some(key) = self.keys.get(slot.0).filter(|key| key.providers() == 0) else {
+            return;
+        };
+        let hash = self.hasher.hash_one(key.bytes.as_slice());
+        self.by_key.remove(hash, slot.0);
+        self.keys.remove(slot.0);
     }
 
     /// Changes a peer, keeps its weight in step and drops it with its last record.
@@ -842,11 +936,31 @@ impl Providers {
         Some((PeerSlot(slot), self.peers.get(slot)?))
     }
 
-    /// The records of a key, expired or not, from where the next sample starts.
-    fn records_of_key(&self, key: &Key) -> impl Iterator<Item = (RecordSlot, &Record)> {
-        let start = RecordSlot::new(key.next_sample.load(Ordering::Relaxed));
-        let at = |slot: RecordSlot| Some((slot, self.records.get(slot.index())?));
-        iter::successors(at(start), move |(_, record)| at(record.next)).take(key.providers as usize)
+    /// The records of a key, expired or not, in the order in which they are worth asking. Equals have
+    /// their turns.
+    fn records_of_key<'a>(
+        &'a self,
+        key: &'a Key,
+    ) -> impl Iterator<Item = (RecordSlot, &'a Record)> {
+        let all = key.rings.iter().flat_map(|ring| ring.iter(&self.records));
+        all.map(|(slot, record)| (RecordSlot::new(slot), record))
+    }
+
+    /// The first live records of a key that are wanted, at most so many, whose turn is over then.
+    fn preferred<'a>(
+        &'a self,
+        key: &'a Key,
+        limit: usize,
+        now: Nanos,
+        is_wanted: impl Fn(&Record) -> bool,
+    ) -> Vec<(RecordSlot, &'a Record)> {
+        let live = |(_, record): &(RecordSlot, &Record)| record.expires > now && is_wanted(record);
+        let preferred: Vec<_> = self.records_of_key(key).filter(live).take(limit).collect();
+        for (slot, record) in &preferred {
+            key.ring(record.standing)
+                .turn_after(slot.index(), &self.records);
+        }
+        preferred
     }
 
     fn nanos(&self, at: Instant) -> Nanos {
@@ -885,22 +999,6 @@ impl Providers {
         };
         self.insert(new, now)
             .map_err(|_| store::Error::MaxProvidedKeys)
-    }
-
-    /// This node's own announcement, first so that no cut loses it, and a sample of the others.
-    pub(super) fn providers(&self, key: &RecordKey, now: Instant) -> Vec<ProviderRecord> {
-        let own = self.own.get(key);
-        let sample = self.sample(key.as_ref(), KADEMLIA_ANSWER, now);
-        let others = sample
-            .into_iter()
-            .filter(|provider| own.is_none_or(|own| own.provider != provider.peer))
-            .map(|provider| ProviderRecord {
-                key: key.clone(),
-                provider: provider.peer,
-                expires: Some(provider.expires),
-                addresses: those_that_fit(provider.addresses),
-            });
-        own.cloned().into_iter().chain(others).collect()
     }
 
     /// Whether anybody else has announced a key.
@@ -974,12 +1072,45 @@ struct Record {
     /// The number of the last registration; none when the record came by Kademlia only.
     sequence: Option<NonZeroU64>,
     ttl_seconds: u32,
-    /// The other records of the key, in a ring.
-    next: RecordSlot,
-    previous: RecordSlot,
+    standing: Standing,
+    /// The other records of the key and of the same standing.
+    links: Links,
     /// The places in the heap of all records and in that of the peer's.
     in_all: u32,
     in_peer: u32,
+}
+
+impl Linked for Record {
+    fn links(&self) -> Links {
+        self.links
+    }
+
+    fn links_mut(&mut self) -> &mut Links {
+        &mut self.links
+    }
+}
+
+/// How much an asker may expect of a provider, the most first.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Standing {
+    /// It is connected.
+    Near,
+    /// It was alive when it was heard of last.
+    Far,
+    /// Its connection has broken since.
+    CutOff,
+}
+
+impl Standing {
+    const COUNT: usize = 3;
+
+    /// That of what a peer says now.
+    fn when_heard(peer: Option<&Peer>) -> Self {
+        match peer.is_some_and(|peer| peer.is_connected) {
+            true => Self::Near,
+            false => Self::Far,
+        }
+    }
 }
 
 /// All records, the soonest to expire first.
@@ -1018,9 +1149,18 @@ impl Order for OfPeer {
 struct Key {
     bytes: KeyBytes,
     namespace: Option<Arc<str>>,
-    providers: u32,
-    /// The record at which the next sample starts. Atomic, because Kademlia reads through `&self`.
-    next_sample: AtomicU32,
+    /// The records of each standing.
+    rings: [Ring; Standing::COUNT],
+}
+
+impl Key {
+    fn ring(&self, standing: Standing) -> &Ring {
+        &self.rings[standing as usize]
+    }
+
+    fn providers(&self) -> usize {
+        self.rings.iter().map(Ring::len).sum()
+    }
 }
 
 /// The bytes of a key, those of a name's in place.
@@ -1053,7 +1193,10 @@ struct Peer {
     id: PeerId,
     prefix: Prefix,
     payload: Payload,
+    is_connected: bool,
     records: Heap<OfPeer>,
+    /// How many of them are near.
+    near: u32,
     registrations: u32,
 }
 
@@ -1094,17 +1237,6 @@ impl Payload {
         let bytes = addresses + self.envelope.as_ref().map_or(0, Envelopes::len);
         u32::try_from(bytes / BYTES_PER_LOAD).unwrap_or(u32::MAX)
     }
-}
-
-/// The first of a provider's addresses, as many as an answer of Kademlia has room for.
-fn those_that_fit(mut addresses: Vec<Multiaddr>) -> Vec<Multiaddr> {
-    let ends = addresses.iter().scan(0, |end, address| {
-        *end += address.len();
-        Some(*end)
-    });
-    let count = ends.take_while(|end| *end <= KADEMLIA_ADDRESSES).count();
-    addresses.truncate(count);
-    addresses
 }
 
 #[cfg(test)]
@@ -1186,17 +1318,29 @@ mod tests {
         }
 
         fn providers(&self, what: u32) -> Vec<PeerId> {
-            let sample = self.store.sample(&key(what), usize::MAX, self.now);
+            let sample = self.sample(what, usize::MAX);
             let mut providers: Vec<_> = sample.into_iter().map(|found| found.peer).collect();
             providers.sort_unstable();
             providers
         }
 
         fn page_of(&self, form: Form, after: u64) -> Page {
-            self.store.registrations(None, after, 9, form, self.now)
+            self.store
+                .registrations(None, Some(after), 9, form, self.now)
         }
 
-        fn page(&self, what: Option<u32>, after: u64, limit: usize) -> (Vec<PeerId>, u64) {
+        fn sample(&self, what: u32, limit: usize) -> Vec<Provider> {
+            let sample = self.store.sample(&key(what), limit, self.now);
+            sample.near.into_iter().chain(sample.far).collect()
+        }
+
+        fn page(
+            &self,
+            what: Option<u32>,
+            after: impl Into<Option<u64>>,
+            limit: usize,
+        ) -> (Vec<PeerId>, u64) {
+            let after = after.into();
             let key = what.map(key);
             let page =
                 self.store
@@ -1253,7 +1397,11 @@ mod tests {
         for (slot, key) in store.keys.iter() {
             let records: BTreeMap<_, _> = store.records_of_key(key).collect();
             assert!(records.values().all(|record| record.id.key.0 == slot));
-            assert_eq!(records.len(), key.providers as usize);
+            for standing in [Standing::Near, Standing::Far, Standing::CutOff] {
+                let mut ring = key.ring(standing).iter(&store.records);
+                assert!(ring.all(|(_, record)| record.standing == standing));
+            }
+            assert_eq!(records.len(), key.providers());
             assert!((1..=store.bounds.per_key).contains(&records.len()));
             held += records.len();
         }
@@ -1276,6 +1424,11 @@ mod tests {
             let soonest = store.records.get(first.index()).unwrap().expires;
             let counts = (peer.records.len(), peer.registrations, soonest);
             assert_eq!(held[&slot], counts);
+            assert_eq!(peer.is_connected, store.connected.contains(&peer.id));
+            let is_near = |slot: &u32| store.records.get(*slot).unwrap().standing == Standing::Near;
+            let near = peer.records.slots().filter(is_near).count();
+            assert_eq!(near, peer.near as usize);
+            assert!(peer.is_connected || near == 0);
             assert!(peer.records.len() <= store.bounds.per_peer);
             weights.change(slot, Weight::none(peer.prefix), peer.weight());
             assert!(weights.of(peer.prefix) as usize <= store.bounds.per_prefix);
@@ -1305,7 +1458,7 @@ mod tests {
         };
         scene.insert(new).unwrap();
         scene.now += 90 * SECOND;
-        assert_eq!(scene.store.sample(b"name", 1, scene.now), []);
+        assert_eq!(scene.store.sample(b"name", 1, scene.now), Sample::default());
     }
 
     #[test]
@@ -1336,7 +1489,7 @@ mod tests {
         scene.insert(lease(60 * SECOND)).unwrap();
         scene.now += 30 * SECOND;
         scene.insert(lease(SECOND)).unwrap();
-        let ends = |scene: &Scene| scene.store.sample(b"name", 1, scene.now)[0].expires;
+        let ends = |scene: &Scene| scene.store.sample(b"name", 1, scene.now).far[0].expires;
         assert_eq!(ends(&scene), scene.now + 30 * SECOND);
         scene.insert(lease(60 * SECOND)).unwrap();
         assert_eq!(ends(&scene), scene.now + 60 * SECOND);
@@ -1354,7 +1507,7 @@ mod tests {
             };
             scene.insert(announcement).unwrap();
             assert_eq!(
-                scene.store.sample(b"name", 1, scene.now)[0].addresses,
+                scene.store.sample(b"name", 1, scene.now).far[0].addresses,
                 found
             );
         }
@@ -1408,38 +1561,7 @@ mod tests {
         };
         scene.insert(new).unwrap();
         let found = scene.store.sample(b"name", 1, scene.now);
-        assert_eq!(found[0].addresses, addresses[1..9]);
-    }
-
-    #[test]
-    fn an_answer_of_kademlia_has_room_for_every_provider() {
-        let mut scene = Scene::new(Bounds::default());
-        for who in 0..30 {
-            let long = |n| {
-                format!("/dns4/{}.{n}/tcp/1", "d".repeat(245))
-                    .parse()
-                    .unwrap()
-            };
-            let addresses: Vec<Multiaddr> = (0..8).map(long).collect();
-            assert!(addresses.iter().all(|address| address.len() <= MAX_ADDRESS));
-            let new = NewRecord {
-                addresses: &addresses,
-                ..record(b"name", who)
-            };
-            scene.insert(new).unwrap();
-        }
-        let found = scene.store.providers(&RecordKey::new(b"name"), scene.now);
-        assert_eq!(found.len(), KADEMLIA_ANSWER);
-        let addresses = || found.iter().flat_map(|found| &found.addresses);
-        assert_eq!(
-            addresses().count(),
-            KADEMLIA_ANSWER,
-            "one of the longest for each"
-        );
-        assert!(addresses().map(Multiaddr::len).sum::<usize>() < 8 * 1_024);
-        // Ordinary ones are all there.
-        let ordinary: Vec<_> = (1..9).map(address).collect();
-        assert_eq!(those_that_fit(ordinary.clone()), ordinary);
+        assert_eq!(found.far[0].addresses, addresses[1..9]);
     }
 
     #[test]
@@ -1605,16 +1727,89 @@ mod tests {
         }
         let mut seen = BTreeSet::new();
         for _ in 0..5 {
-            let sample = scene.store.sample(&key(1), 20, scene.now);
+            let sample = scene.sample(1, 20);
             assert_eq!(sample.len(), 20);
             seen.extend(sample.into_iter().map(|found| found.peer));
             // Another key in between does not disturb the turn.
-            scene.store.sample(&key(2), 7, scene.now);
+            scene.sample(2, 7);
         }
         assert_eq!(seen.len(), 95);
         assert_eq!(scene.providers(1).len(), 95, "each once when all fit");
-        assert_eq!(scene.store.sample(&key(1), 0, scene.now), []);
-        assert_eq!(scene.store.sample(b"unknown", 20, scene.now), []);
+        assert_eq!(scene.sample(1, 0), []);
+        let unknown = scene.store.sample(b"unknown", 20, scene.now);
+        assert_eq!(unknown, Sample::default());
+    }
+
+    fn peers(found: &[Provider]) -> Vec<PeerId> {
+        found.iter().map(|found| found.peer).collect()
+    }
+
+    #[test]
+    fn who_is_connected_is_named_first_and_who_was_cut_off_last() {
+        let mut scene = Scene::new(Bounds::default());
+        let (live, resting, crowd) = (1, 2, 100..190);
+        for who in crowd.clone().chain([live, resting]) {
+            scene.store.on_connected(peer(who));
+            scene.announce(network(0), who, 1).unwrap();
+        }
+        for who in crowd.clone() {
+            scene.store.on_disconnected(&peer(who), Parting::CutOff);
+        }
+        scene.store.on_disconnected(&peer(resting), Parting::AtRest);
+        check_invariants(&scene.store);
+        let mut seen = BTreeSet::new();
+        for _ in 0..16 {
+            let sample = scene.store.sample(&key(1), 20, scene.now);
+            assert_eq!(peers(&sample.near), [peer(live)]);
+            assert_eq!(sample.far[0].peer, peer(resting));
+            seen.extend(peers(&sample.far[1..]));
+        }
+        assert_eq!(seen.len(), crowd.count(), "the others in turn");
+        // Who is heard of again is named with the living.
+        scene.store.on_connected(peer(150));
+        assert_eq!(scene.store.sample(&key(1), 9, scene.now).near.len(), 1);
+        scene.announce(network(0), 150, 1).unwrap();
+        assert_eq!(scene.store.sample(&key(1), 9, scene.now).near.len(), 2);
+        check_invariants(&scene.store);
+    }
+
+    #[test]
+    fn who_was_cut_off_makes_room_in_a_full_key() {
+        let mut scene = Scene::new(tight());
+        for who in 0..10 {
+            scene.store.on_connected(peer(who));
+            scene.announce(network(0), who, 1).unwrap();
+        }
+        assert_eq!(scene.announce(network(0), 10, 1), Err(Refused::KeyFull));
+        scene.store.on_disconnected(&peer(3), Parting::CutOff);
+        assert_eq!(scene.announce(network(0), 10, 1), Ok(()));
+        assert!(!scene.providers(1).contains(&peer(3)));
+        assert_eq!(scene.announce(network(0), 11, 1), Err(Refused::KeyFull));
+        check_invariants(&scene.store);
+    }
+
+    #[test]
+    fn discovery_of_a_crowd_begins_with_who_is_connected_and_misses_nobody() {
+        let mut scene = Scene::new(Bounds::default());
+        for who in 0..50 {
+            scene.register(who, 1);
+        }
+        scene.store.on_connected(peer(30));
+        scene.register(30, 1);
+        let (first, cookie) = scene.page(Some(1), None, 20);
+        assert_eq!((first[0], first.len(), cookie), (peer(30), 20, 0));
+        let (mut all, mut cookie) = (BTreeSet::new(), cookie);
+        loop {
+            let (page, next) = scene.page(Some(1), cookie, 20);
+            if page.is_empty() {
+                break;
+            }
+            all.extend(page);
+            cookie = next;
+        }
+        assert_eq!(all.len(), 50);
+        scene.register(31, 1);
+        assert_eq!(scene.page(Some(1), cookie, 20).0, [peer(31)]);
     }
 
     #[test]
@@ -1669,28 +1864,12 @@ mod tests {
         for who in 0..500 {
             let _ = scene.announce(network(who), who, 1);
         }
-        let found = scene.store.providers(&key(1).into(), scene.now);
-        assert_eq!((found[0].provider, found.len()), (local, 11));
+        assert!(scene.store.own(&key(1)).is_some());
+        assert_eq!(scene.providers(1).len(), 10);
         assert_eq!(scene.store.provided().count(), MAX_ANNOUNCED);
         scene.store.remove_provider(&key(1).into(), &local);
-        let found = scene.store.providers(&key(1).into(), scene.now);
-        assert!(found.iter().all(|record| record.provider != local));
+        assert!(scene.store.own(&key(1)).is_none());
         assert_eq!(scene.store.stats().own, MAX_ANNOUNCED as u64 - 1);
-    }
-
-    #[test]
-    fn kademlia_finds_what_it_stores_for_others() {
-        let mut scene = Scene::new(tight());
-        let key = RecordKey::from(key(1));
-        let record = ProviderRecord::new(key.clone(), peer(1), vec![address(1)]);
-        scene.store.add_provider(record.clone(), scene.now).unwrap();
-        let found = scene.store.providers(&key, scene.now);
-        assert_eq!(found, [record]);
-        assert_eq!(found[0].addresses, [address(1)]);
-        assert!(!found[0].is_expired(Instant::now()));
-        assert_eq!(scene.store.provided().count(), 0);
-        scene.store.remove_provider(&key, &peer(1));
-        assert_eq!(scene.store.providers(&key, scene.now), []);
     }
 
     #[test]
@@ -1752,6 +1931,8 @@ mod tests {
         },
         Withdraw(u32, u32),
         WithdrawAll(u32),
+        Connect(u32),
+        Disconnect(u32, Parting),
         Wait(u32),
         Sweep,
     }
@@ -1771,6 +1952,9 @@ mod tests {
             12 => insert,
             2 => (0..9_u32, 0..7_u32).prop_map(|(who, what)| Step::Withdraw(who, what)),
             1 => (0..9_u32).prop_map(Step::WithdrawAll),
+            2 => (0..9_u32).prop_map(Step::Connect),
+            1 => (0..9_u32).prop_map(|who| Step::Disconnect(who, Parting::AtRest)),
+            1 => (0..9_u32).prop_map(|who| Step::Disconnect(who, Parting::CutOff)),
             2 => (0..30_u32).prop_map(Step::Wait),
             1 => Just(Step::Sweep),
         ]
@@ -1836,6 +2020,8 @@ mod tests {
                 scene.store.withdraw_all(&peer(who));
                 model.retain(|(of, _), _| *of != who);
             }
+            Step::Connect(who) => scene.store.on_connected(peer(who)),
+            Step::Disconnect(who, parting) => scene.store.on_disconnected(&peer(who), parting),
             Step::Wait(seconds) => scene.now += seconds * SECOND,
             Step::Sweep => {
                 scene.store.sweep(scene.now);

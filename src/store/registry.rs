@@ -16,7 +16,7 @@ use tokio::sync::Notify;
 
 use super::batches;
 use super::names::Rates;
-use super::providers::KADEMLIA_ANSWER;
+use super::providers::Provider;
 use super::values::{NotKept, Values};
 use super::workers::Workers;
 use super::{Prefix, Providers};
@@ -25,6 +25,13 @@ use crate::name::SHA2_256;
 use crate::proto::addresses;
 use crate::proto::bep44::{DecodeError, Value};
 use crate::proto::wire::Digest;
+
+/// Providers in one answer of Kademlia, which cuts its answers at the replication factor of 20.
+const KADEMLIA_ANSWER: usize = 20;
+
+/// Bytes of one provider's addresses in such an answer: four with an id, or one of the longest. Who
+/// asked drops an answer of more than 16 KiB, half of which other grapes may take.
+const KADEMLIA_ADDRESSES: usize = 256;
 
 /// Why a value is not stored.
 #[derive(Debug, thiserror::Error)]
@@ -111,11 +118,6 @@ impl Registry {
         self.grapes.store(others as u64 + 1, Ordering::Relaxed);
     }
 
-    /// This node.
-    pub(super) fn local(&self) -> PeerId {
-        self.local
-    }
-
     /// This node can be dialled at these addresses.
     pub(crate) fn on_addresses(&self, addresses: &[Multiaddr]) {
         let addresses = addresses::plain(&self.local, addresses).take(MAX_ADDRESSES);
@@ -179,30 +181,63 @@ impl Registry {
         }
     }
 
+    /// Up to `limit` providers of a key of Kademlia's, those first that are worth asking most: this
+    /// node, who is connected, the grapes that carry requests to workers, and all others.
+    pub(super) fn providers_of(&self, key: &[u8], limit: usize, now: Instant) -> Vec<Provider> {
+        let carriers = self.carriers(key, limit, now);
+        let (own, lease, mut sample) = {
+            let store = self.providers();
+            let own = store.own(key).map(|own| own.provider);
+            (own, store.lease(), store.sample(key, limit, now))
+        };
+        // However many are connected, workers are found as well.
+        let rest = usize::from(!carriers.is_empty()) + usize::from(own.is_some());
+        sample.near.truncate(limit.saturating_sub(rest));
+        let place = |peer| Provider {
+            peer,
+            addresses: self.places(&peer),
+            expires: now + lease,
+        };
+        // Most often there is one.
+        let mut providers: Vec<_> = own.map(place).into_iter().chain(sample.near).collect();
+        for carrier in carriers {
+            // In a large network a grape provides the names that it carries requests for.
+            if !providers.iter().any(|known| known.peer == carrier) {
+                providers.push(place(carrier));
+            }
+        }
+        for other in sample.far {
+            if !providers.iter().any(|known| known.peer == other.peer) {
+                providers.push(other);
+            }
+        }
+        providers.truncate(limit);
+        providers
+    }
+
     /// The grapes that carry requests to workers of the service behind a key of Kademlia's: to a
     /// node of libp2p they are its providers.
-    pub(super) fn carriers(&self, key: &RecordKey, limit: usize) -> Vec<ProviderRecord> {
-        let digest = key.as_ref().strip_prefix(&SHA2_256);
+    fn carriers(&self, key: &[u8], limit: usize, now: Instant) -> Vec<PeerId> {
+        let digest = key.strip_prefix(&SHA2_256);
         let Some(digest) = digest.and_then(|digest| <&Digest>::try_from(digest).ok()) else {
             return Vec::new();
         };
-        let now = Instant::now();
-        let (own, others) = {
-            let workers = self.workers();
-            let own = workers.has_own(digest, now).then_some(self.local);
-            (own, workers.grapes(digest, limit, now))
-        };
-        own.into_iter()
-            .chain(others)
-            .take(limit)
-            .map(|provider| ProviderRecord {
-                key: key.clone(),
-                addresses: self.places(&provider),
-                provider,
-                expires: None,
-            })
-            .collect()
+        let workers = self.workers();
+        let own = workers.has_own(digest, now).then_some(self.local);
+        let others = workers.grapes(digest, limit, now);
+        own.into_iter().chain(others).take(limit).collect()
     }
+}
+
+/// The first of a provider's addresses, as many as an answer of Kademlia has room for.
+fn those_that_fit(mut addresses: Vec<Multiaddr>) -> Vec<Multiaddr> {
+    let ends = addresses.iter().scan(0, |end, address| {
+        *end += address.len();
+        Some(*end)
+    });
+    let count = ends.take_while(|end| *end <= KADEMLIA_ADDRESSES).count();
+    addresses.truncate(count);
+    addresses
 }
 
 /// The registry as Kademlia sees it.
@@ -239,23 +274,16 @@ impl RecordStore for Records {
 
     /// Providers that announced themselves, and grapes whose workers did.
     fn providers(&self, key: &RecordKey) -> Vec<ProviderRecord> {
-        let mut providers = self.0.providers().providers(key, Instant::now());
-        let room = KADEMLIA_ANSWER.saturating_sub(providers.len());
-        for carrier in self.0.carriers(key, room.max(1)) {
-            // In a large network a grape provides the names that it carries requests for.
-            let is_known = |known: &ProviderRecord| known.provider == carrier.provider;
-            if !providers.iter().any(is_known) {
-                providers.push(carrier);
-            }
-        }
-        for own in providers
-            .iter_mut()
-            .filter(|own| own.provider == self.0.local)
-        {
-            // Kademlia would name each address twice: it listens there, and tells others of it.
-            own.addresses = self.0.places(&own.provider);
-        }
-        providers
+        let providers = self
+            .0
+            .providers_of(key.as_ref(), KADEMLIA_ANSWER, Instant::now());
+        let record = |provider: Provider| ProviderRecord {
+            key: key.clone(),
+            provider: provider.peer,
+            expires: Some(provider.expires),
+            addresses: those_that_fit(provider.addresses),
+        };
+        providers.into_iter().map(record).collect()
     }
 
     fn provided(&self) -> Self::ProvidedIter<'_> {
@@ -265,5 +293,141 @@ impl RecordStore for Records {
 
     fn remove_provider(&mut self, key: &RecordKey, provider: &PeerId) {
         self.0.providers().remove_provider(key, provider);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::limits::LEASE;
+    use crate::name::ServiceName;
+    use crate::proto::wire::MAX_ADDRESS;
+    use crate::store::{NewRecord, Origin};
+
+    struct Scene {
+        registry: Arc<Registry>,
+        name: ServiceName,
+        now: Instant,
+    }
+
+    impl Scene {
+        fn new() -> Self {
+            let now = Instant::now();
+            Self {
+                registry: Registry::new(PeerId::random(), Bounds::default(), LEASE, now),
+                name: "client1".parse().unwrap(),
+                now,
+            }
+        }
+
+        fn key(&self) -> RecordKey {
+            RecordKey::new(&self.name.key())
+        }
+
+        fn announce(&self, addresses: &[Multiaddr]) -> PeerId {
+            let peer = PeerId::random();
+            let new = NewRecord {
+                key: &self.name.key(),
+                peer,
+                prefix: Prefix::Local,
+                addresses,
+                origin: Origin::Kademlia,
+                ttl: LEASE,
+            };
+            self.registry.providers().insert(new, self.now).unwrap();
+            peer
+        }
+
+        fn found(&self) -> Vec<ProviderRecord> {
+            Records(Arc::clone(&self.registry)).providers(&self.key())
+        }
+    }
+
+    fn address(n: u32) -> Multiaddr {
+        format!("/ip4/10.0.0.1/tcp/{n}").parse().unwrap()
+    }
+
+    #[test]
+    fn an_answer_of_kademlia_has_room_for_every_provider() {
+        let scene = Scene::new();
+        for _ in 0..30 {
+            let long = |n| {
+                format!("/dns4/{}.{n}/tcp/1", "d".repeat(245))
+                    .parse()
+                    .unwrap()
+            };
+            let addresses: Vec<Multiaddr> = (0..8).map(long).collect();
+            assert!(addresses.iter().all(|address| address.len() <= MAX_ADDRESS));
+            scene.announce(&addresses);
+        }
+        let found = scene.found();
+        assert_eq!(found.len(), KADEMLIA_ANSWER);
+        let addresses = || found.iter().flat_map(|found| &found.addresses);
+        assert_eq!(
+            addresses().count(),
+            KADEMLIA_ANSWER,
+            "one of the longest for each"
+        );
+        assert!(addresses().map(Multiaddr::len).sum::<usize>() < 8 * 1_024);
+        // Ordinary ones are all there.
+        let ordinary: Vec<_> = (1..9).map(address).collect();
+        assert_eq!(those_that_fit(ordinary.clone()), ordinary);
+    }
+
+    #[test]
+    fn kademlia_finds_what_it_stores_for_others() {
+        let scene = Scene::new();
+        let mut records = Records(Arc::clone(&scene.registry));
+        let provider = PeerId::random();
+        let record = ProviderRecord::new(scene.key(), provider, vec![address(1)]);
+        records.add_provider(record.clone()).unwrap();
+        let found = scene.found();
+        assert_eq!(found, [record]);
+        assert_eq!(found[0].addresses, [address(1)]);
+        assert!(!found[0].is_expired(Instant::now()));
+        assert_eq!(records.provided().count(), 0);
+        records.remove_provider(&scene.key(), &provider);
+        assert_eq!(scene.found(), []);
+    }
+
+    #[test]
+    fn workers_come_behind_who_is_connected_and_before_who_is_not() {
+        let scene = Scene::new();
+        let connect = |peer| scene.registry.providers().on_connected(peer);
+        let own = ProviderRecord::new(scene.key(), scene.registry.local, vec![]);
+        for _ in 0..40 {
+            scene.announce(&[]);
+        }
+        let worker = ([127, 0, 0, 1], 1).into();
+        let service = scene.name.digest();
+        let mut workers = scene.registry.workers();
+        workers
+            .announce(&service, worker, LEASE, scene.now)
+            .unwrap();
+        drop(workers);
+        let peers = || -> Vec<_> { scene.found().iter().map(|found| found.provider).collect() };
+        assert_eq!(peers()[0], scene.registry.local, "nobody is connected");
+        assert_eq!(peers().len(), KADEMLIA_ANSWER);
+        for near in 1..=40 {
+            let peer = scene.announce(&[]);
+            connect(peer);
+            // It is heard of over its connection.
+            let new = ProviderRecord::new(scene.key(), peer, vec![]);
+            scene
+                .registry
+                .providers()
+                .add_provider(new, scene.now)
+                .unwrap();
+            let at = peers()
+                .iter()
+                .position(|found| *found == scene.registry.local);
+            assert_eq!(at, Some(near.min(KADEMLIA_ANSWER - 1)));
+        }
+        // What this grape announces itself comes first of all, and once.
+        let mut records = Records(Arc::clone(&scene.registry));
+        records.add_provider(own).unwrap();
+        let local = |found: &&PeerId| **found == scene.registry.local;
+        assert_eq!(peers()[0], scene.registry.local);
+        assert_eq!(peers().iter().filter(local).count(), 1);
     }
 }

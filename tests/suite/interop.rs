@@ -860,6 +860,39 @@ mod stock_kademlia {
     }
 
     #[tokio::test]
+    async fn who_is_connected_is_found_among_many_that_are_gone() {
+        in_time(async {
+            let grape = grape().await;
+            // They say what libp2p's own implementation says, and are gone without a word.
+            let live = provider(&grape).await;
+            let id = *live.local_peer_id();
+            tokio::spawn(serve(live));
+            let mut gone = Vec::new();
+            for _ in 0..90 {
+                gone.push(tokio::spawn(serve(provider(&grape).await)));
+            }
+            while grape.metrics().stored < 91 {
+                tokio::task::yield_now().await;
+            }
+            for provider in gone {
+                provider.abort();
+            }
+            while grape.metrics().peers > 1 {
+                tokio::task::yield_now().await;
+            }
+            for _ in 0..16 {
+                let client = peer(&grape).await;
+                assert_eq!(
+                    client.lookup(&client1()).await.map(|live| live[0].peer),
+                    Ok(id)
+                );
+                client.shutdown().await;
+            }
+        })
+        .await;
+    }
+
+    #[tokio::test]
     async fn a_request_that_had_no_turn_by_its_deadline_is_timed_out() {
         in_time(async {
             let grape = grape().await;

@@ -4,6 +4,8 @@
 //! each connection; one more is closed at once. An opened stream, one that is to be kept, goes to
 //! whoever asked for it.
 //!
+//! Being part of each connection from its first moment on, it also tells a grape's table who is connected.
+//!
 //! Streams of requests and replies are accepted under several ids, all served alike: what this node
 //! can do is told by them, see [`Capabilities`](crate::proto::capabilities::Capabilities).
 
@@ -22,8 +24,8 @@ use libp2p::swarm::handler::{
     ConnectionEvent, DialUpgradeError, FullyNegotiatedInbound, FullyNegotiatedOutbound,
 };
 use libp2p::swarm::{
-    ConnectionClosed, ConnectionDenied, ConnectionHandler, ConnectionHandlerEvent, ConnectionId,
-    FromSwarm, NetworkBehaviour, NotifyHandler, Stream, SubstreamProtocol, THandler,
+    ConnectionClosed, ConnectionDenied, ConnectionError, ConnectionHandler, ConnectionHandlerEvent,
+    ConnectionId, FromSwarm, NetworkBehaviour, NotifyHandler, Stream, SubstreamProtocol, THandler,
     THandlerInEvent, THandlerOutEvent, ToSwarm,
 };
 use libp2p::{Multiaddr, PeerId, StreamProtocol};
@@ -34,6 +36,7 @@ use crate::limits::{
     KEPT_PROTOCOL, MAX_RPC_STREAMS, NAMES_PROTOCOL, REGISTRY_PROTOCOL, RPC_PROTOCOL,
 };
 use crate::net::host;
+use crate::store::Parting;
 
 /// The ids under which a peer and a grape accept streams.
 const OF_PEER: &[StreamProtocol] = &[RPC_PROTOCOL, KEPT_PROTOCOL];
@@ -75,7 +78,14 @@ impl Behaviour {
     }
 
     fn handler(&mut self, peer: PeerId, connection: ConnectionId, remote: &Multiaddr) -> Handler {
-        self.connections.entry(peer).or_default().push(connection);
+        let open = self.connections.entry(peer).or_default();
+        open.push(connection);
+        if let Some(registry) = self.server.registry()
+            && open.len() == 1
+        {
+            // Before anything is said over it.
+            registry.providers().on_connected(peer);
+        }
         let host = host(remote);
         Handler {
             remote: Remote { peer, host },
@@ -115,13 +125,22 @@ impl NetworkBehaviour for Behaviour {
         if let FromSwarm::ConnectionClosed(ConnectionClosed {
             peer_id,
             connection_id,
+            cause,
             ..
         }) = event
             && let Some(open) = self.connections.get_mut(&peer_id)
         {
             open.retain(|known| *known != connection_id);
-            if open.is_empty() {
-                self.connections.remove(&peer_id);
+            if !open.is_empty() {
+                return;
+            }
+            self.connections.remove(&peer_id);
+            if let Some(registry) = self.server.registry() {
+                let parting = match cause {
+                    None | Some(ConnectionError::KeepAliveTimeout) => Parting::AtRest,
+                    Some(ConnectionError::IO(_)) => Parting::CutOff,
+                };
+                registry.providers().on_disconnected(&peer_id, parting);
             }
         }
     }
