@@ -336,3 +336,105 @@ fn unescape(line: &str) -> String {
     }
     entry
 }
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+    use tempfile::TempDir;
+
+    use super::*;
+
+    fn entries(history: &History) -> Vec<&str> {
+        history.entries.iter().map(String::as_str).collect()
+    }
+
+    fn file(folder: &TempDir) -> PathBuf {
+        folder.path().join("history")
+    }
+
+    #[test]
+    fn a_line_that_was_not_written_to_its_end_spoils_no_other() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = file(&folder);
+        fs::write(&path, [HEADER, b"one\ntwo\nhal"].concat()).unwrap();
+        let (history, mut kept) = History::open(&path).unwrap();
+        assert_eq!(entries(&history), ["one", "two"]);
+        kept.add("three");
+        let (history, _) = History::open(&path).unwrap();
+        assert_eq!(entries(&history), ["one", "two", "hal", "three"]);
+    }
+
+    #[test]
+    fn a_file_that_gets_long_is_replaced_by_the_last_lines() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = file(&folder);
+        let link = folder.path().join("link");
+        #[cfg(unix)]
+        std::os::unix::fs::symlink(&path, &link).unwrap();
+        let (_, mut kept) = History::open(&link).unwrap();
+        let lines: Vec<_> = (0..100)
+            .map(|n| format!("{n} {}", "x".repeat(MAX_ENTRY - 4)))
+            .collect();
+        for line in &lines {
+            kept.add(line);
+            assert!(fs::metadata(&path).unwrap().len() < MAX_FILE);
+        }
+        assert!(link.is_symlink(), "a link stays one");
+        let (history, _) = History::open(&link).unwrap();
+        let last: Vec<_> = lines.iter().rev().take(30).rev().collect();
+        let known = entries(&history);
+        assert!(
+            known.len() < 100 && known[known.len() - 30..] == last,
+            "{}",
+            known.len()
+        );
+        assert_eq!(
+            fs::read_dir(folder.path()).unwrap().count(),
+            2,
+            "nothing is left behind"
+        );
+    }
+
+    #[test]
+    fn many_keep_their_lines_in_one_file() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = file(&folder);
+        std::thread::scope(|scope| {
+            for writer in 0..4 {
+                let path = &path;
+                scope.spawn(move || {
+                    let (_, mut kept) = History::open(path).unwrap();
+                    for line in 0..50 {
+                        kept.add(&format!("{writer} {line}"));
+                    }
+                });
+            }
+        });
+        let (history, _) = History::open(&path).unwrap();
+        for writer in 0..4 {
+            let start = format!("{writer} ");
+            let lines: Vec<_> = entries(&history)
+                .into_iter()
+                .filter(|line| line.starts_with(&start))
+                .collect();
+            let expected: Vec<_> = (0..50).map(|line| format!("{writer} {line}")).collect();
+            assert_eq!(lines, expected);
+        }
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(32))]
+
+        #[test]
+        fn what_was_typed_is_there_the_next_time(lines in prop::collection::vec("(\\PC|[\\\\\n\t])*", 0..8)) {
+            let folder = tempfile::tempdir().unwrap();
+            let (mut history, mut kept) = History::open(&file(&folder)).unwrap();
+            for line in &lines {
+                history.add(line);
+                kept.add(line);
+            }
+            let (again, _) = History::open(&file(&folder)).unwrap();
+            prop_assert_eq!(again.entries, history.entries);
+        }
+    }
+}

@@ -202,6 +202,8 @@ impl Input {
         }
         let question = OpenQuestion::default();
         heed(Arc::new(question.clone()));
+        #[cfg(unix)]
+        question.attend_to_jobs()?;
         let lines = Lines::of_stdin();
         Ok(Self::Typed { lines, question })
     }

@@ -31,6 +31,25 @@ impl OpenQuestion {
         show(question);
     }
 
+    /// Shows it again whenever the program goes on after it was stopped, as by Ctrl-Z: what the shell has
+    /// written stands above it.
+    #[cfg(unix)]
+    pub(crate) fn attend_to_jobs(&self) -> io::Result<()> {
+        use rustix::process::Signal;
+        use tokio::signal::unix::{SignalKind, signal};
+
+        let mut goes_on = signal(SignalKind::from_raw(Signal::CONT.as_raw()))?;
+        let question = self.clone();
+        tokio::spawn(async move {
+            while goes_on.recv().await.is_some() {
+                if let Some(question) = &question.lock().question {
+                    show(question);
+                }
+            }
+        });
+        Ok(())
+    }
+
     /// Enter has ended its line.
     pub(crate) fn is_answered(&self) {
         let mut state = self.lock();

@@ -27,7 +27,7 @@ use crate::prompt::NoLine;
 use keys::Keys;
 use line::{Beside, Effect, Line};
 use screen::Screen;
-use terminal::{Terminal, has_shell, is_ours, try_write_out, write_out};
+use terminal::{Terminal, has_shell, is_ours, soon, try_write_out, write_out};
 
 /// Cheap to share: all is behind one lock.
 pub(crate) struct Editor {
@@ -147,8 +147,7 @@ impl Editor {
 
     /// Makes the terminal as it was. What is written from now on stands below.
     pub(crate) fn close(&self) {
-        // Whoever holds it for longer waits for the terminal, and is not to be waited for.
-        if let Ok(mut state) = self.state.try_lock() {
+        if let Some(mut state) = soon(&self.state) {
             if state.phase == Phase::Runs && is_ours() {
                 write_out(&state.screen.leave(Terminal::size()));
             }

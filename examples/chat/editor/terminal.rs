@@ -5,7 +5,9 @@
 //! stopped by the system, so nothing here does.
 
 use std::io::{self, Write, stdin, stdout};
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Mutex, MutexGuard, PoisonError, TryLockError};
+use std::thread::sleep;
+use std::time::Duration;
 
 use rustix::io::{Errno, ioctl_fionread, read};
 use rustix::process::{getpgrp, getppid, getsid};
@@ -18,6 +20,10 @@ use super::screen::Size;
 
 const PASTE_IS_MARKED: &str = "\x1b[?2004h";
 const PASTE_IS_NOT_MARKED: &str = "\x1b[?2004l";
+
+/// A moment, in which a terminal takes what is drawn.
+const TRIES: usize = 50;
+const BETWEEN_TRIES: Duration = Duration::from_millis(5);
 
 /// The terminal on standard input and output.
 pub(super) struct Terminal {
@@ -65,8 +71,7 @@ impl Terminal {
 
     /// Makes it as it was.
     pub(super) fn give_back(&self) {
-        // Whoever holds it does so for a moment, or is the reason why the program must end.
-        let Ok(mut before) = self.before.try_lock() else {
+        let Some(mut before) = soon(&self.before) else {
             return;
         };
         if is_ours()
@@ -101,6 +106,19 @@ impl Terminal {
     pub(super) fn has_more() -> bool {
         ioctl_fionread(stdin()).is_ok_and(|count| count > 0)
     }
+}
+
+/// What a lock guards, when it is free within a moment. Whoever holds it for longer waits for the
+/// terminal, and may be the reason why the program must end.
+pub(super) fn soon<T>(lock: &Mutex<T>) -> Option<MutexGuard<'_, T>> {
+    for _ in 0..TRIES {
+        match lock.try_lock() {
+            Ok(guard) => return Some(guard),
+            Err(TryLockError::Poisoned(guard)) => return Some(guard.into_inner()),
+            Err(TryLockError::WouldBlock) => sleep(BETWEEN_TRIES),
+        }
+    }
+    None
 }
 
 /// Whether this job has the terminal.

@@ -407,6 +407,81 @@ async fn a_chat_that_was_stopped_goes_on_as_it_was() {
     .await;
 }
 
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_chat_that_is_stopped_while_it_waits_or_by_others_goes_on_too() {
+    in_time(async {
+        let grape = grape(&[]).await;
+        let node = node(&grape).await;
+        let mut service = service(&node, "client1").await;
+        let mut shell = shell();
+        let chat = format!(
+            "{} --bootstrap {} --to client1",
+            path("chat").display(),
+            grape.address
+        );
+        shell.send_line(chat).unwrap();
+        see(&mut shell, "client1> ");
+        for _ in 0..10 {
+            // Nobody reads keys: a signal of the terminal.
+            shell.send("hello\r").unwrap();
+            let request = service.next().await.unwrap();
+            shell.send("\x1a").unwrap();
+            see(&mut shell, "sh$ ");
+            assert!(reads_lines(&shell), "the shell's user sees nothing");
+            shell.send_line("fg").unwrap();
+            see(&mut shell, "chat");
+            request.reply("welcome");
+            see(&mut shell, "welcome\r\n");
+            see(&mut shell, "client1> ");
+            assert!(!reads_lines(&shell), "the editor reads no keys");
+        }
+        shell.send_line("exit").unwrap();
+        see(&mut shell, "sh$ ");
+        // What the shell starts in the foreground tells who it is.
+        let told = format!(
+            "sh -c 'echo pid $$.; exec {} --bootstrap {} --to client1'",
+            path("chat").display(),
+            grape.address
+        );
+        shell.send_line(told).unwrap();
+        let pid = shell.expect(Regex("pid ([0-9]+)\\.\r\n")).unwrap();
+        let pid = String::from_utf8_lossy(pid.get(1).unwrap())
+            .parse()
+            .unwrap();
+        see(&mut shell, "client1> ");
+        for signal in [Signal::TSTP, Signal::STOP].repeat(5) {
+            shell.send("half").unwrap();
+            see(&mut shell, "half");
+            kill_process(Pid::from_raw(pid).unwrap(), signal).unwrap();
+            see(&mut shell, "sh$ ");
+            shell.send_line("fg").unwrap();
+            see(&mut shell, "client1> half");
+            assert!(!reads_lines(&shell), "the editor reads no keys");
+            shell.send("\x15").unwrap();
+        }
+    })
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_chat_that_was_stopped_asks_again_where_lines_are_not_edited() {
+    in_time(async {
+        let mut shell = shell();
+        let chat = command("--to echo");
+        shell.send_line(format!("TERM=dumb {chat}")).unwrap();
+        see(&mut shell, "echo> ");
+        for _ in 0..5 {
+            shell.send("\x1a").unwrap();
+            see(&mut shell, "sh$ ");
+            shell.send_line("fg").unwrap();
+            see(&mut shell, "echo> ");
+        }
+        shell.send_line("hello").unwrap();
+        see(&mut shell, "Echo: hello\r\n");
+    })
+    .await;
+}
+
 // What a job does is read from Linux's /proc.
 #[cfg(target_os = "linux")]
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
