@@ -6,6 +6,7 @@
 mod grapes;
 mod http;
 mod node;
+mod seed;
 
 use std::collections::HashMap;
 use std::time::{Duration, Instant};
