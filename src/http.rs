@@ -18,6 +18,7 @@ use hyper::body::Incoming;
 use hyper::server::conn::http1;
 use hyper::service::service_fn;
 use hyper_util::rt::{TokioIo, TokioTimer};
+use tokio::io::{AsyncWriteExt, copy, sink};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::watch;
 use tokio::task::JoinSet;
@@ -27,7 +28,7 @@ use tower_service::Service;
 use crate::error::{ListenError, explain};
 use crate::node::Node;
 use patient::Patient;
-pub(crate) use places::{Place, Places};
+pub(crate) use places::Places;
 
 /// The connections that are served at once; the next ones wait in the system's queue, and those of a
 /// network that has [enough](Places) are closed. An idle one holds 20 KB.
@@ -43,6 +44,12 @@ const MAX_BUFFER: usize = 16 << 10;
 /// The pause after the system has refused a connection, for want of file descriptors: without it
 /// the loop would spin until one is closed.
 const REFUSED_PAUSE: Duration = Duration::from_millis(50);
+
+/// The first byte of TLS, and no byte that HTTP begins with.
+const TLS_HANDSHAKE: u8 = 0x16;
+
+/// The fatal alert `handshake_failure` of TLS 1.2.
+const TLS_ALERT: [u8; 7] = [0x15, 3, 3, 0, 2, 2, 40];
 
 /// How long requests under way may take when a server is told to stop.
 pub(crate) const DRAIN: Duration = Duration::from_secs(1);
@@ -67,6 +74,7 @@ pub(crate) struct Listener {
 pub(crate) struct Serving {
     tasks: JoinSet<()>,
     stop: watch::Sender<()>,
+    tls_clients: watch::Sender<Option<IpAddr>>,
 }
 
 impl Serving {
@@ -74,6 +82,7 @@ impl Serving {
         Self {
             tasks: JoinSet::new(),
             stop: watch::Sender::new(()),
+            tls_clients: watch::Sender::new(None),
         }
     }
 
@@ -84,7 +93,13 @@ impl Serving {
 
     /// Serves routes until they are told to stop.
     pub(crate) fn serve(&mut self, listener: Listener, routes: Router) {
-        self.spawn(listener.serve(routes, self.stopped()));
+        let tls_clients = self.tls_clients.clone();
+        self.spawn(listener.serve(routes, self.stopped(), tls_clients));
+    }
+
+    /// The last client that began to speak TLS, which no server here does.
+    pub(crate) fn tls_clients(&self) -> watch::Receiver<Option<IpAddr>> {
+        self.tls_clients.subscribe()
     }
 
     /// Runs a task that ends when they are told to stop.
@@ -118,7 +133,12 @@ impl Listener {
 
     /// Serves the routes until `stop` changes or its sender is dropped. Dropping the future cuts
     /// all connections.
-    async fn serve(self, router: Router, mut stop: watch::Receiver<()>) {
+    async fn serve(
+        self,
+        router: Router,
+        mut stop: watch::Receiver<()>,
+        tls_clients: watch::Sender<Option<IpAddr>>,
+    ) {
         let mut connections = JoinSet::new();
         let places = Places::new(MAX_CONNECTIONS);
         loop {
@@ -131,7 +151,8 @@ impl Listener {
             match accepted {
                 Ok((stream, from)) => {
                     if let Some(place) = places.take(from.ip()) {
-                        let conversation = converse(stream, router.clone(), stop.clone());
+                        let (router, tls) = (router.clone(), tls_clients.clone());
+                        let conversation = converse(stream, router, stop.clone(), tls);
                         connections.spawn(async move {
                             let _place = place;
                             conversation.await;
@@ -160,13 +181,28 @@ pub(crate) fn health(node: &Node) -> (StatusCode, &'static str) {
     }
 }
 
-async fn converse(stream: TcpStream, router: Router, mut stop: watch::Receiver<()>) {
+async fn converse(
+    stream: TcpStream,
+    router: Router,
+    mut stop: watch::Receiver<()>,
+    tls_clients: watch::Sender<Option<IpAddr>>,
+) {
     let Ok(ends) = Ends::of(&stream) else {
         // It is closed already.
         return;
     };
     // Fails only if it is closed already.
     let _ = stream.set_nodelay(true);
+    let speaks_tls = tokio::select! {
+        speaks_tls = speaks_tls(&stream) => speaks_tls,
+        _ = stop.changed() => return,
+    };
+    if speaks_tls {
+        tls_clients.send_replace(Some(ends.there));
+        // Who is gone already has no use for it.
+        let _ = timeout(DRAIN, refuse_tls(stream)).await;
+        return;
+    }
     let service = service_fn(move |mut request: Request<Incoming>| {
         request.extensions_mut().insert(ends);
         router.clone().call(request)
@@ -188,6 +224,20 @@ async fn converse(stream: TcpStream, router: Router, mut stop: watch::Receiver<(
     if let Err(error) = ended {
         tracing::debug!(%error, there = %ends.there, "a connection ended");
     }
+}
+
+/// Whether a client begins with a handshake of TLS: one with Grenache's `secure` does.
+async fn speaks_tls(stream: &TcpStream) -> bool {
+    let mut first = [0];
+    let begun = timeout(HEAD_DEADLINE, stream.peek(&mut first)).await;
+    matches!(begun, Ok(Ok(1))) && first[0] == TLS_HANDSHAKE
+}
+
+async fn refuse_tls(mut stream: TcpStream) -> io::Result<()> {
+    stream.write_all(&TLS_ALERT).await?;
+    stream.shutdown().await?;
+    // What it has sent is read, or it might see a reset instead.
+    copy(&mut stream, &mut sink()).await.map(drop)
 }
 
 impl Ends {

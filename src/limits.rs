@@ -78,8 +78,9 @@ pub const MAX_CANDIDATES: usize = 64;
 /// How long a request may take when its caller does not say, as in Grenache.
 pub const REQUEST_DEADLINE: Duration = Duration::from_secs(10);
 
-/// The longest that a caller waits for a reply, whatever its deadline.
-pub const MAX_REQUEST_TIME: Duration = Duration::from_secs(60);
+/// The longest that a caller waits for a reply, whatever its deadline: five times as long as Grenache's
+/// callers do by default, between whom and our peers a grape is a caller.
+pub const MAX_REQUEST_TIME: Duration = Duration::from_secs(300);
 
 /// How long a peer may take to send one frame it has begun, or to take one.
 pub const FRAME_DEADLINE: Duration = Duration::from_secs(10);

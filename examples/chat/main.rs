@@ -139,7 +139,7 @@ struct Cli {
     /// Go on with another one who announces the name when the one who has answered is gone or silent
     #[arg(long, conflicts_with = "all")]
     any: bool,
-    /// Wait for an answer so long, and with TEXT for all that comes before it too: 1 to 60
+    /// Wait for an answer so long, and with TEXT for all that comes before it too: 1 to 300
     #[arg(long, value_name = "SECONDS", default_value = "10", value_parser = timeout)]
     timeout: Duration,
     /// Keep what is typed in this file, for the next time
@@ -332,5 +332,5 @@ fn wrong(kind: ErrorKind, what: &dyn Display) -> ! {
 }
 
 fn timeout(text: &str) -> Result<Duration, String> {
-    flags::seconds(text, 1, 60)
+    flags::seconds(text, 1, 300)
 }

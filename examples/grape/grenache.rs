@@ -4,10 +4,11 @@ use std::net::{IpAddr, SocketAddr};
 use std::time::Duration;
 
 use grapevine::gateway::{Config, Gateway};
+use grapevine::limits::MAX_REQUEST_TIME;
 use grapevine::{Multiaddr, Node};
 use tokio::net::lookup_host;
 
-use crate::common::flags::{dial_address, port_number, quoted};
+use crate::common::flags::{dial_address, port_number, quoted, seconds};
 use crate::common::{Failure, USAGE, note};
 
 /// The flags of grenache-grape 1.0.0, under its names.
@@ -52,6 +53,14 @@ pub(crate) struct Grenache {
         value_parser = bytes
     )]
     max_payload_size: usize,
+    /// Give up a request between Grenache and other peers after so long, if its caller waits on: 1 to 300
+    #[arg(
+        long,
+        value_name = "SECONDS",
+        default_value = "300",
+        value_parser = request_timeout
+    )]
+    request_timeout: Duration,
     #[command(flatten)]
     ignored: Ignored,
 }
@@ -121,10 +130,20 @@ impl Grenache {
             lease: self.peer_max_age,
             max_body: self.max_payload_size,
             carrier_port: self.carrier_port.unwrap_or(0),
+            deadline: self.request_timeout,
             ..Config::default()
         };
         config.api = SocketAddr::new(host.unwrap_or(config.api.ip()), port);
-        Ok(Some(Gateway::spawn(node.clone(), config).await?))
+        let gateway = Gateway::spawn(node.clone(), config).await?;
+        let tls_client = gateway.tls_client();
+        tokio::spawn(async move {
+            let client = tls_client.await;
+            note(&format!(
+                "a client at {client} speaks TLS (\"secure\" in Grenache), which grapes do not: it cannot \
+                 reach Rust peers; run it without"
+            ));
+        });
+        Ok(Some(gateway))
     }
 
     fn tell_ignored(&self) {
@@ -155,6 +174,10 @@ fn grapes(text: &str) -> Result<Grapes, String> {
 fn bytes(text: &str) -> Result<usize, String> {
     text.parse()
         .map_err(|_| format!("{} is not a number of bytes", quoted(text)))
+}
+
+fn request_timeout(text: &str) -> Result<Duration, String> {
+    seconds(text, 1, MAX_REQUEST_TIME.as_secs())
 }
 
 fn milliseconds(text: &str) -> Result<Duration, String> {

@@ -38,6 +38,12 @@ const YOUNG: Duration = Duration::from_secs(5);
 /// How long such an answer is held back: well within the 2.5 seconds that Link 1.0.0 waits.
 const HELD: Duration = Duration::from_millis(1_500);
 
+/// How long a body may take to arrive.
+const BODY_DEADLINE: Duration = Duration::from_secs(10);
+
+/// How long what is too long is thrown away before its connection is closed.
+const DISCARD: Duration = Duration::from_secs(1);
+
 /// How often a name is looked up meanwhile.
 const RECHECK: Duration = Duration::from_millis(20);
 
@@ -235,8 +241,16 @@ impl FromRequest<Arc<Api>> for Payload {
         if request.uri().query().is_some() {
             return Err(Failure::said("ERR_REQ_NOTFOUND"));
         }
-        let body = body::read(request.into_body(), api.max_body).await;
-        Ok(Self(body?))
+        let body = body::read(request.into_body(), api.max_body, BODY_DEADLINE, |_| true).await;
+        match body {
+            Ok(body) => Ok(Self(body)),
+            Err(BodyError::TooLarge(body)) => {
+                body.discard(DISCARD).await;
+                Err(Failure::TOO_LARGE)
+            }
+            Err(BodyError::TooSlow) => Err(Failure::TOO_SLOW),
+            Err(BodyError::Broken | BodyError::NoRoom) => Err(Failure::INVALID),
+        }
     }
 }
 
@@ -310,16 +324,6 @@ impl Failure {
 
     pub(super) const fn said(message: &'static str) -> Self {
         Self::Said(StatusCode::OK, Cow::Borrowed(message))
-    }
-}
-
-impl From<BodyError> for Failure {
-    fn from(error: BodyError) -> Self {
-        match error {
-            BodyError::TooLarge => Self::TOO_LARGE,
-            BodyError::TooSlow => Self::TOO_SLOW,
-            BodyError::Broken => Self::INVALID,
-        }
     }
 }
 

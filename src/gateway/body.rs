@@ -2,53 +2,82 @@
 
 use std::time::Duration;
 
-use axum::body::{Body, Bytes, HttpBody};
+use axum::body::{Body, BodyDataStream, Bytes, HttpBody};
 use futures::StreamExt;
 use tokio::time::timeout;
 
-/// How long a body may take to arrive.
-const DEADLINE: Duration = Duration::from_secs(10);
-
-/// How long what is too long is thrown away before its connection is closed. A client that is
-/// still sending would otherwise see it reset instead of the answer.
-const DISCARD: Duration = Duration::from_secs(1);
+/// The bytes of a body that is too long that are looked at: enough to show whose it is.
+const BEGINNING: usize = 4 << 10;
 
 /// Why there is no body.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Debug)]
 pub(super) enum BodyError {
-    TooLarge,
+    TooLarge(TooLarge),
     TooSlow,
     Broken,
+    /// There was no room for it.
+    NoRoom,
 }
 
-/// Reads a body of at most `max` bytes.
-pub(super) async fn read(body: Body, max: usize) -> Result<Bytes, BodyError> {
-    let announced = body.size_hint().lower();
-    let mut chunks = body.into_data_stream();
+/// A body that is longer than it may be.
+#[derive(Debug)]
+pub(super) struct TooLarge {
+    /// Its first bytes, as many as have come.
+    pub(super) beginning: Vec<u8>,
+    rest: BodyDataStream,
+}
+
+/// Reads a body of at most `max` bytes. `grow` is told the bytes of each part of it but the first, and
+/// says whether there is room for them.
+pub(super) async fn read(
+    body: Body,
+    max: usize,
+    deadline: Duration,
+    mut grow: impl FnMut(usize) -> bool,
+) -> Result<Bytes, BodyError> {
+    let is_announced = body.size_hint().lower() > max as u64;
+    let mut rest = body.into_data_stream();
+    // Of what is too long in any case, what comes first will do.
+    let enough = if is_announced { 1 } else { max + 1 };
+    let mut first = Bytes::new();
+    let mut more = Vec::new();
     let whole = async {
-        if announced > max as u64 {
-            return Err(BodyError::TooLarge);
-        }
-        let Some(first) = chunks.next().await else {
-            return Ok(Bytes::new());
-        };
-        let first = first.map_err(|_| BodyError::Broken)?;
-        let mut more = Vec::new();
-        while first.len() + more.len() <= max {
-            match chunks.next().await {
-                None if more.is_empty() => return Ok(first),
-                None => return Ok([&first[..], &more[..]].concat().into()),
-                Some(chunk) => more.extend_from_slice(&chunk.map_err(|_| BodyError::Broken)?),
+        while first.len() + more.len() < enough {
+            let Some(chunk) = rest.next().await else {
+                return Ok(());
+            };
+            let chunk = chunk.map_err(|_| BodyError::Broken)?;
+            if first.is_empty() {
+                // Most have no other, and are not copied.
+                first = chunk;
+            } else if grow(chunk.len()) {
+                more.extend_from_slice(&chunk);
+            } else {
+                return Err(BodyError::NoRoom);
             }
         }
-        Err(BodyError::TooLarge)
+        Ok(())
     };
-    let read = timeout(DEADLINE, whole).await;
-    let read = read.unwrap_or(Err(BodyError::TooSlow));
-    if read == Err(BodyError::TooLarge) {
-        let discard = async { while let Some(Ok(_)) = chunks.next().await {} };
-        // Either end is the same: the connection is closed.
-        let _ = timeout(DISCARD, discard).await;
+    timeout(deadline, whole)
+        .await
+        .unwrap_or(Err(BodyError::TooSlow))?;
+    let body = match more.is_empty() {
+        true => first,
+        false => [&first[..], &more[..]].concat().into(),
+    };
+    if body.len() <= max && !is_announced {
+        return Ok(body);
     }
-    read
+    let beginning = body[..body.len().min(BEGINNING)].to_vec();
+    Err(BodyError::TooLarge(TooLarge { beginning, rest }))
+}
+
+impl TooLarge {
+    /// Throws the rest away, for so long at most. A client that is still sending when its connection is
+    /// closed would see that instead of its answer.
+    pub(super) async fn discard(mut self, patience: Duration) {
+        let discarded = async { while let Some(Ok(_)) = self.rest.next().await {} };
+        // Either end is the same.
+        let _ = timeout(patience, discarded).await;
+    }
 }

@@ -2,34 +2,41 @@
 //! and sends each request to a provider of the service it names.
 //!
 //! WebSocket at `/ws` and `/`, text frames; HTTP `POST /`, also compressed (`grc-compress: gzip`) and
-//! with the head of the message in the header `_gr`. A message that cannot be read is answered without
-//! a `rid`, where Grenache's workers answer nothing.
+//! with the head of the message in the header `_gr`. A message that cannot be read, or is too long, is
+//! answered with an error, where Grenache's workers answer nothing: with its `rid` if that can be read.
 
 use std::io::{self, Read, Write};
 use std::sync::Arc;
 use std::time::Duration;
 
 use axum::body::{Body, Bytes};
-use axum::extract::ws::{Message, WebSocket, WebSocketUpgrade};
 use axum::extract::{Request, State};
-use axum::http::{HeaderMap, StatusCode};
+use axum::http::{HeaderMap, HeaderValue, StatusCode};
 use axum::response::{IntoResponse, Response};
 use axum::routing::get;
 use axum::{Extension, Router};
 use flate2::Compression;
 use flate2::read::GzDecoder;
 use flate2::write::GzEncoder;
+use futures::future::{Either, ready};
 use futures::stream::FuturesUnordered;
 use futures::{FutureExt, SinkExt, Stream, StreamExt};
+use hyper::upgrade::{OnUpgrade, Upgraded};
+use hyper_util::rt::TokioIo;
 use serde_json::value::RawValue;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, watch};
 use tokio::time::{Instant, sleep_until, timeout};
+use tokio_tungstenite::WebSocketStream;
+use tokio_tungstenite::tungstenite::Message;
+use tokio_tungstenite::tungstenite::handshake::server::create_response_with_body;
+use tokio_tungstenite::tungstenite::protocol::{Role, WebSocketConfig};
 
 use super::body::{self, BodyError};
 use super::payload;
 use super::rpc::{self, MAX_MESSAGE, Question};
+use super::trimmed::{Arrived, Trimmed};
 use crate::error::{LookupError, RequestError};
-use crate::http::{DRAIN, Ends, Place, Places};
+use crate::http::{DRAIN, Ends, Places};
 use crate::limits::FRAME_DEADLINE;
 use crate::name::ServiceName;
 use crate::node::{Node, RequestOptions};
@@ -40,8 +47,9 @@ use crate::proto::wire::RemoteError;
 /// is still arriving.
 const MAX_SOCKETS: usize = 1_024;
 
-/// The requests open on one socket; it is not read further until one of them is answered.
-const MAX_OPEN: usize = 256;
+/// The requests open on one socket; one more is refused. As many answers that the client has not taken
+/// stop the reading.
+const MAX_OPEN: usize = 1_024;
 
 /// The bytes of all requests that are carried at once, in KiB: 64 MiB, as much as a node holds of
 /// the requests to itself. One more is refused.
@@ -52,12 +60,28 @@ const MAX_CARRIED: usize = 64 << 10;
 /// find no room.
 const MAX_ANSWERS: usize = 64 << 10;
 
+/// What is said to one request too many.
+const BUSY: &str = "this grape is busy: too many requests are open";
+
 /// The number of connections bounds such answers.
 const SMALL: usize = 4 << 10;
 
 /// A socket on which nothing happens is closed after this. Grenache's clients close theirs after
 /// two minutes.
 const SOCKET_IDLE: Duration = Duration::from_secs(150);
+
+/// How long a client may take to send a request over HTTP, which it may stream: as long as Grenache's
+/// clients wait by default.
+const BODY_DEADLINE: Duration = Duration::from_secs(60);
+
+/// The bytes of requests over HTTP that are arriving, in KiB, but for the first part of each.
+const MAX_ARRIVING: usize = 64 << 10;
+
+/// How long a request that is too long is read on behind its answer.
+const DISCARD: Duration = Duration::from_secs(10);
+
+/// How long a client may take for what is written to its socket, as to any other answer.
+const WRITE_DEADLINE: Duration = Duration::from_secs(30);
 
 /// How long sockets are waited for that close, once their time to answer has passed.
 const GOODBYE: Duration = Duration::from_millis(100);
@@ -72,6 +96,7 @@ pub(super) struct Carrier {
     sockets: Arc<Semaphore>,
     places: Places,
     carried: Semaphore,
+    arriving: Semaphore,
     answers: Arc<Semaphore>,
     stop: watch::Receiver<()>,
 }
@@ -90,6 +115,7 @@ impl Carrier {
             sockets: Arc::new(Semaphore::new(MAX_SOCKETS)),
             places: Places::new(MAX_SOCKETS),
             carried: Semaphore::new(MAX_CARRIED),
+            arriving: Semaphore::new(MAX_ARRIVING),
             answers: Arc::new(Semaphore::new(MAX_ANSWERS)),
             stop,
         }
@@ -127,6 +153,43 @@ impl Carrier {
         }))
     }
 
+    /// Answers one message, and says what that is in HTTP.
+    async fn answer(&self, message: &[u8], header: Option<&str>) -> (StatusCode, Answer) {
+        let answer = match str::from_utf8(message) {
+            Ok(message) => self.carry(message, header).await,
+            Err(_) => Err(rpc::Malformed),
+        };
+        match answer {
+            Ok(answer) => (StatusCode::OK, answer),
+            Err(rpc::Malformed) => {
+                let refused = refuse(message, header, "ERR_REQUEST_INVALID");
+                (StatusCode::BAD_REQUEST, refused)
+            }
+        }
+    }
+
+    async fn answer_zipped(&self, body: &[u8], header: Option<&str>) -> (StatusCode, Answer) {
+        match Unzipped::from(body) {
+            Unzipped::Whole(message) => self.answer(&message, header).await,
+            Unzipped::TooLong(message) => {
+                let refused = refuse(&message, header, &rpc::too_long());
+                (StatusCode::PAYLOAD_TOO_LARGE, refused)
+            }
+            // As in Grenache, what is not compressed after all is taken as it is.
+            Unzipped::Not => self.answer(body, header).await,
+        }
+    }
+
+    /// Reads the body of a request.
+    async fn read(&self, body: Body) -> Result<Bytes, BodyError> {
+        let mut room = Vec::new();
+        let grow = |bytes| {
+            let part = self.arriving.try_acquire_many(kilobytes(bytes));
+            part.map(|part| room.push(part)).is_ok()
+        };
+        body::read(body, MAX_MESSAGE, BODY_DEADLINE, grow).await
+    }
+
     /// An answer with its room; `None` if there is none.
     fn hold(&self, text: String) -> Option<Answer> {
         if text.len() <= SMALL {
@@ -141,7 +204,7 @@ impl Carrier {
     async fn request(&self, question: &Question<'_>, len: usize) -> Result<String, String> {
         let name: ServiceName = question.service.parse().map_err(to_text)?;
         let Ok(_room) = self.carried.try_acquire_many(kilobytes(len)) else {
-            return Err("this grape is busy".into());
+            return Err(BUSY.into());
         };
         let payload = question.payload.unwrap_or(RawValue::NULL);
         let (payload, form) = payload::request(payload);
@@ -175,31 +238,46 @@ impl AsRef<[u8]> for Held {
     }
 }
 
+/// A client's socket.
+type Socket = WebSocketStream<Trimmed<TokioIo<Upgraded>>>;
+
 async fn upgrade(
     State(carrier): State<Arc<Carrier>>,
     Extension(ends): Extension<Ends>,
-    upgrade: WebSocketUpgrade,
+    mut request: Request,
 ) -> Response {
+    let Ok(response) = create_response_with_body(&request, Body::empty) else {
+        return StatusCode::UPGRADE_REQUIRED.into_response();
+    };
     let place = carrier.places.take(ends.there);
     let permit = Arc::clone(&carrier.sockets).try_acquire_owned();
     let (Some(place), Ok(permit)) = (place, permit) else {
         return StatusCode::SERVICE_UNAVAILABLE.into_response();
     };
-    upgrade
-        .max_message_size(MAX_MESSAGE)
-        .max_frame_size(MAX_MESSAGE)
+    let upgraded = hyper::upgrade::on(&mut request);
+    tokio::spawn(async move {
+        let _place = (place, permit);
+        // Fails if the client is gone before it has seen the answer.
+        if let Ok(socket) = open(upgraded).await {
+            converse(socket, carrier).await;
+        }
+    });
+    response
+}
+
+async fn open(upgraded: OnUpgrade) -> hyper::Result<Socket> {
+    let stream = Trimmed::new(TokioIo::new(upgraded.await?), MAX_MESSAGE);
+    let config = WebSocketConfig::default()
+        .max_message_size(Some(MAX_MESSAGE + 1))
+        .max_frame_size(Some(MAX_MESSAGE + 1))
         .read_buffer_size(SOCKET_BUFFER)
-        .write_buffer_size(SOCKET_BUFFER)
-        .on_upgrade(move |socket| converse(socket, carrier, (place, permit)))
+        .write_buffer_size(SOCKET_BUFFER);
+    Ok(WebSocketStream::from_raw_socket(stream, Role::Server, Some(config)).await)
 }
 
 /// Serves a socket to its end. The requests open on it end with it, unless it ends because the grape
 /// is told to stop: then what is open is answered for up to [`DRAIN`].
-async fn converse(
-    mut socket: WebSocket,
-    carrier: Arc<Carrier>,
-    _place: (Place, OwnedSemaphorePermit),
-) {
+async fn converse(mut socket: Socket, carrier: Arc<Carrier>) {
     let mut stop = carrier.stop.clone();
     let mut open = FuturesUnordered::new();
     let mut patience = Duration::ZERO;
@@ -210,9 +288,12 @@ async fn converse(
                 // Who does not read has no use for answers.
                 let Some(()) = write(&mut socket, answer, &mut open).await else { return };
             }
-            message = socket.recv(), if open.len() < MAX_OPEN => match message {
+            message = socket.next(), if open.len() < 2 * MAX_OPEN => match message {
                 Some(Ok(message @ (Message::Text(_) | Message::Binary(_)))) => {
-                    open.push(reply(&carrier, message));
+                    open.push(match open.len() < MAX_OPEN {
+                        true => Either::Left(reply(&carrier, message)),
+                        false => Either::Right(ready(refuse(&message.into_data(), None, BUSY))),
+                    });
                 }
                 // Pings are answered by the library.
                 Some(Ok(_)) => {}
@@ -236,12 +317,12 @@ async fn converse(
         return;
     }
     // Who does not take the goodbye is gone already.
-    let _ = timeout(FRAME_DEADLINE, socket.send(Message::Close(None))).await;
+    let _ = timeout(FRAME_DEADLINE, socket.close(None)).await;
 }
 
 /// Writes an answer, and those that wait behind it; `None` if the client does not take them.
 async fn write(
-    socket: &mut WebSocket,
+    socket: &mut Socket,
     answer: Answer,
     open: &mut (impl Stream<Item = Answer> + Unpin),
 ) -> Option<()> {
@@ -256,64 +337,62 @@ async fn write(
         }
         socket.flush().await
     };
-    timeout(FRAME_DEADLINE, write).await.ok()?.ok()
+    timeout(WRITE_DEADLINE, write).await.ok()?.ok()
 }
 
 async fn reply(carrier: &Carrier, message: Message) -> Answer {
-    let answer = match message.to_text() {
-        Ok(text) => carrier.carry(text, None).await,
-        Err(_) => Err(rpc::Malformed),
-    };
-    answer.unwrap_or_else(|rpc::Malformed| Answer::small(refusal("ERR_REQUEST_INVALID")))
+    let message = message.into_data();
+    match Arrived::from(&message) {
+        Arrived::Whole(message) => carrier.answer(message, None).await.1,
+        Arrived::Beginning(beginning) => refuse(beginning, None, &rpc::too_long()),
+    }
 }
 
 async fn post(State(carrier): State<Arc<Carrier>>, request: Request) -> Response {
     let (head, body) = request.into_parts();
-    let body = match body::read(body, MAX_MESSAGE).await {
-        Ok(body) => body,
-        Err(error) => return refuse_body(error),
-    };
-    let is_compressed = is_compressed(&head.headers);
-    let message = match is_compressed {
-        // As in Grenache, what is not compressed after all is taken as it is.
-        true => gunzip(&body).map_or(body, Bytes::from),
-        false => body,
-    };
-    let header = head.headers.get("_gr").map(|header| header.to_str());
+    let header = head.headers.get("_gr").map(HeaderValue::to_str);
     let Ok(header) = header.transpose() else {
-        let refused = refusal("ERR_HEADER_PARSE_GR");
+        let refused = rpc::answer("null", Err("ERR_HEADER_PARSE_GR".into()));
         return (StatusCode::INTERNAL_SERVER_ERROR, refused).into_response();
     };
-    let answer = match str::from_utf8(&message) {
-        Ok(message) => carrier.carry(message, header).await,
-        Err(_) => Err(rpc::Malformed),
+    let is_compressed = is_compressed(&head.headers);
+    let (status, answer) = match carrier.read(body).await {
+        Ok(body) if is_compressed => carrier.answer_zipped(&body, header).await,
+        Ok(body) => carrier.answer(&body, header).await,
+        Err(error) => refuse_body(error, header),
     };
-    match answer {
-        Ok(Answer { text, room }) => {
-            let bytes = match is_compressed {
-                true => gzip(text.as_bytes()).unwrap_or_else(|_| text.into_bytes()),
-                false => text.into_bytes(),
-            };
-            Response::new(Bytes::from_owner(Held { bytes, _room: room }).into())
+    let bytes = match is_compressed {
+        true => gzip(answer.text.as_bytes()).unwrap_or_else(|_| answer.text.into_bytes()),
+        false => answer.text.into_bytes(),
+    };
+    let _room = answer.room;
+    let body = Bytes::from_owner(Held { bytes, _room });
+    (status, Body::from(body)).into_response()
+}
+
+fn refuse_body(error: BodyError, header: Option<&str>) -> (StatusCode, Answer) {
+    let refuse = |status, error: &str| (status, self::refuse(&[], header, error));
+    match error {
+        BodyError::TooLarge(body) => {
+            // As it is: of what is compressed, whose it is shows in the header alone.
+            let refused = self::refuse(&body.beginning, header, &rpc::too_long());
+            // It is answered at once, and may be sent to its end.
+            tokio::spawn(body.discard(DISCARD));
+            (StatusCode::PAYLOAD_TOO_LARGE, refused)
         }
-        Err(rpc::Malformed) => {
-            (StatusCode::BAD_REQUEST, refusal("ERR_REQUEST_INVALID")).into_response()
-        }
+        BodyError::TooSlow => refuse(StatusCode::REQUEST_TIMEOUT, "ERR_REQUEST_TIMEOUT"),
+        BodyError::Broken => refuse(StatusCode::BAD_REQUEST, "ERR_REQUEST_INVALID"),
+        BodyError::NoRoom => refuse(StatusCode::SERVICE_UNAVAILABLE, BUSY),
     }
 }
 
-fn refuse_body(error: BodyError) -> Response {
-    let (status, message) = match error {
-        BodyError::TooLarge => (StatusCode::PAYLOAD_TOO_LARGE, "ERR_REQUEST_SIZE"),
-        BodyError::TooSlow => (StatusCode::REQUEST_TIMEOUT, "ERR_REQUEST_TIMEOUT"),
-        BodyError::Broken => (StatusCode::BAD_REQUEST, "ERR_REQUEST_INVALID"),
-    };
-    (status, Body::from(refusal(message))).into_response()
-}
-
-/// The answer to a message whose `rid` is not known.
-fn refusal(error: &str) -> String {
-    rpc::answer("null", Err(error.into()))
+/// The answer to a message that is not carried: to whose it is, if that stands in its beginning or in its
+/// header.
+fn refuse(message: &[u8], header: Option<&str>, error: &str) -> Answer {
+    let header = header.map(str::as_bytes);
+    let rid = header.and_then(rpc::rid_in).or(rpc::rid_in(message));
+    let rid = rid.filter(|rid| rid.len() < SMALL / 2);
+    Answer::small(rpc::answer(rid.unwrap_or("null"), Err(error.into())))
 }
 
 /// What a Grenache client is told, in Grenache's words where it has them.
@@ -343,11 +422,24 @@ fn is_compressed(headers: &HeaderMap) -> bool {
     how.is_some_and(|how| how.contains("gzip"))
 }
 
-fn gunzip(body: &[u8]) -> Option<Vec<u8>> {
-    let mut message = Vec::new();
-    let mut decoder = GzDecoder::new(body).take(MAX_MESSAGE as u64 + 1);
-    decoder.read_to_end(&mut message).ok()?;
-    (message.len() <= MAX_MESSAGE).then_some(message)
+/// What comes of a body that is said to be compressed.
+enum Unzipped {
+    Whole(Vec<u8>),
+    /// It is longer than a message may be; these are its first bytes.
+    TooLong(Vec<u8>),
+    Not,
+}
+
+impl Unzipped {
+    fn from(body: &[u8]) -> Self {
+        let mut message = Vec::new();
+        let mut decoder = GzDecoder::new(body).take(MAX_MESSAGE as u64 + 1);
+        match decoder.read_to_end(&mut message) {
+            Ok(_) if message.len() <= MAX_MESSAGE => Self::Whole(message),
+            Ok(_) => Self::TooLong(message),
+            Err(_) => Self::Not,
+        }
+    }
 }
 
 fn gzip(answer: &[u8]) -> io::Result<Vec<u8>> {

@@ -19,15 +19,16 @@ mod body;
 mod carrier;
 mod payload;
 mod rpc;
+mod trimmed;
 mod values;
 mod workers;
 
-use std::net::{Ipv4Addr, SocketAddr};
+use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::time::Duration;
 
 use crate::error::ListenError;
 use crate::http::{Listener, Serving};
-use crate::limits::{MAX_REQUEST_TIME, REQUEST_DEADLINE};
+use crate::limits::MAX_REQUEST_TIME;
 use crate::node::Node;
 use api::Api;
 use carrier::Carrier;
@@ -47,8 +48,8 @@ pub struct Config {
     pub lease: Duration,
     /// The longest body of a request to the API, in bytes. 8,192 by default, as Grenache means it.
     pub max_body: usize,
-    /// How long a request may take, in either direction. 10 seconds by default, as in Grenache; at
-    /// most [`MAX_REQUEST_TIME`].
+    /// When a request that is carried is given up, in either direction. Its caller's own deadline does not
+    /// cross over, and is meant to come first: [`MAX_REQUEST_TIME`] by default, which is also the most.
     pub deadline: Duration,
 }
 
@@ -59,7 +60,7 @@ impl Default for Config {
             carrier_port: 0,
             lease: Duration::from_secs(120),
             max_body: 8_192,
-            deadline: REQUEST_DEADLINE,
+            deadline: MAX_REQUEST_TIME,
         }
     }
 }
@@ -127,6 +128,23 @@ impl Gateway {
     /// Where Grenache's callers reach libp2p peers, over WebSocket and HTTP.
     pub fn carrier_address(&self) -> SocketAddr {
         self.carrier
+    }
+
+    /// Returns when a client has begun to speak TLS, with where it is: one of Grenache's with `secure`. It
+    /// cannot use the API, nor reach libp2p peers. Cancel-safe.
+    pub fn tls_client(&self) -> impl Future<Output = IpAddr> + Send + use<> {
+        let mut clients = self.serving.tls_clients();
+        async move {
+            match clients
+                .wait_for(Option::is_some)
+                .await
+                .map(|client| *client)
+            {
+                Ok(Some(client)) => client,
+                // It is shut down.
+                _ => std::future::pending().await,
+            }
+        }
     }
 
     /// Takes no more connections, answers what is under way for up to a second, and closes. Dropping

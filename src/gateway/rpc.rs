@@ -12,6 +12,11 @@ use crate::proto::wire::MAX_PAYLOAD;
 /// The longest message, in bytes: the longest payload, half of whose characters JSON escapes.
 pub(super) const MAX_MESSAGE: usize = 2 * MAX_PAYLOAD;
 
+/// What is said of a message that is longer.
+pub(super) fn too_long() -> String {
+    format!("ERR_REQUEST_SIZE: a request through this grape has at most {MAX_MESSAGE} bytes")
+}
+
 /// A call, as its caller sent it.
 pub(super) struct Question<'a> {
     /// JSON of any kind.
@@ -80,6 +85,19 @@ pub(super) fn read_answer(message: &str) -> Result<(Option<Rid>, Answer), Malfor
         .get(2)
         .map_or_else(null, |result| (*result).to_owned());
     Ok((rid, error.map_or(Ok(result), Err)))
+}
+
+/// Whose message it is that begins like this; `None` if that does not stand there.
+pub(super) fn rid_in(beginning: &[u8]) -> Option<&str> {
+    let items = beginning.trim_ascii_start().strip_prefix(b"[")?;
+    let mut items = serde_json::Deserializer::from_slice(items).into_iter::<&RawValue>();
+    Some(items.next()?.ok()?.get())
+}
+
+/// The same of an answer to a call of ours.
+pub(super) fn own_rid_in(beginning: &[u8]) -> Option<Rid> {
+    let rid = RawValue::from_string(rid_in(beginning)?.to_owned()).ok()?;
+    Rid::parse(&text(&rid)?)
 }
 
 /// `None` where JavaScript sees no error.
@@ -155,6 +173,25 @@ mod tests {
             });
             assert_eq!(read, expected, "{message} {header:?}");
         }
+    }
+
+    #[test]
+    fn whose_a_message_is_stands_in_its_beginning() {
+        for (beginning, rid) in [
+            (&br#"["r","s",{"a"#[..], Some(r#""r""#)),
+            (b" [ 7 , \"s\",\xff", Some("7")),
+            (br#"["a \"b\"","s"#, Some(r#""a \"b\"""#)),
+            (br#"["r"#, None),
+            (b"\"r\",", None),
+            (b"[", None),
+            (b"", None),
+        ] {
+            assert_eq!(rid_in(beginning), rid);
+        }
+        let rid = Rid::random();
+        let beginning = format!("[\"{rid}\",null,\"xxx");
+        assert_eq!(own_rid_in(beginning.as_bytes()), Some(rid));
+        assert_eq!(own_rid_in(br#"["r",null,"xxx"#), None);
     }
 
     #[test]

@@ -8,6 +8,7 @@
 mod http;
 mod questions;
 mod socket;
+mod tls;
 mod worker;
 
 use std::net::SocketAddr;
@@ -24,7 +25,7 @@ use tokio::task::JoinSet;
 use tokio::time::timeout;
 
 use super::payload::{self, Form};
-use super::rpc::Answer;
+use super::rpc::{Answer, MAX_MESSAGE};
 use crate::http::DRAIN;
 use crate::name::ServiceName;
 use crate::node::{Carried, Directory, Request, ServesQuestion};
@@ -141,23 +142,28 @@ impl Workers {
     /// Tries one worker after the other.
     async fn attempts(&self, name: &ServiceName, question: &str) -> Result<Answer, RemoteError> {
         let mut left = self.of(name);
-        let mut is_busy = false;
+        let (mut is_busy, mut missed) = (false, String::new());
         while let Some(worker) = take(&mut left) {
             match worker.call(name.as_ref(), question).await {
                 Ok(answer) => return Ok(answer),
                 Err(Failed::Busy) => is_busy = true,
                 Err(Failed::NotSent(reason)) => {
                     tracing::debug!(%name, worker = %worker.address(), reason, "not reached");
+                    missed = format!("its worker at {}: {reason}", worker.address());
                 }
                 Err(Failed::Broken(reason)) => {
                     return Err(RemoteError::new(ErrorCode::HandlerFailed, reason));
+                }
+                Err(Failed::TooLarge) => {
+                    let reason = format!("the worker's answer has more than {MAX_MESSAGE} bytes");
+                    return Err(RemoteError::new(ErrorCode::TooLarge, reason));
                 }
             }
         }
         // Neither has run: callers go on to the next provider.
         Err(match is_busy {
             true => RemoteError::new(ErrorCode::Busy, "its workers are busy"),
-            false => RemoteError::new(ErrorCode::UnknownService, "its workers cannot be reached"),
+            false => RemoteError::new(ErrorCode::UnknownService, missed),
         })
     }
 

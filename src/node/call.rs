@@ -543,7 +543,11 @@ impl<'a> Call<'a> {
             ErrorCode::Busy => Verdict::Next(RequestError::Busy(self.name.clone())),
             ErrorCode::UnknownService | ErrorCode::ShuttingDown => {
                 self.message.node.routes().forget(self.name, &provider);
-                Verdict::Next(self.unreachable("it has withdrawn the name"))
+                let reason = match error.message.is_empty() {
+                    true => "it has withdrawn the name",
+                    false => &error.message,
+                };
+                Verdict::Next(self.unreachable(reason))
             }
             _ => {
                 let error = Box::new(error);

@@ -16,7 +16,7 @@ use grapevine::chat::{ChatMessage, ChatReply};
 use grapevine::error::RequestError;
 use grapevine::gateway::{Config, Gateway, GatewayError};
 use grapevine::proto::wire::ErrorCode;
-use grapevine::{Node, Request, Role, Testnet};
+use grapevine::{Node, Request, RequestOptions, Role, Testnet};
 use serde_json::{Value, json};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpSocket, TcpStream};
@@ -27,7 +27,7 @@ use tokio_tungstenite::{WebSocketStream, client_async};
 use crate::http::{answer, post, send};
 #[cfg(target_os = "linux")]
 use workers::BlackHole;
-use workers::{Transport, Worker};
+use workers::{LATE, Transport, Worker};
 
 /// No scenario takes longer than this, however busy the machine.
 async fn in_time<T>(scenario: impl Future<Output = T>) -> T {
@@ -861,7 +861,8 @@ async fn grenaches_callers_reach_a_peer() {
                 r#"["d","absent","x"]"#,
                 r#"["d","ERR_GRAPE_LOOKUP_EMPTY",null]"#,
             ),
-            (r#"["UUID"]"#, r#"[null,"ERR_REQUEST_INVALID",null]"#),
+            (r#"["UUID"]"#, r#"["UUID","ERR_REQUEST_INVALID",null]"#),
+            (r#"["r","client1",{"#, r#"["r","ERR_REQUEST_INVALID",null]"#),
             ("no JSON", r#"[null,"ERR_REQUEST_INVALID",null]"#),
         ];
         for path in ["/ws", "/"] {
@@ -920,7 +921,9 @@ async fn a_compressed_call_gets_a_compressed_answer() {
         bomb.write_all(&vec![b' '; 10 << 20]).unwrap();
         let bomb = bomb.finish().unwrap();
         let refused = send(at, "POST", "/", "grc-compress: gzip\r\n", &bomb).await;
-        assert_eq!(refused.status, 400);
+        assert_eq!(refused.status, 413);
+        let answer = std::io::read_to_string(GzDecoder::new(&refused.body[..])).unwrap();
+        assert_eq!(answer, too_long("null"));
     })
     .await;
 }
@@ -1014,23 +1017,181 @@ async fn a_peer_that_does_not_answer_is_a_timeout_to_grenaches_caller() {
     .await;
 }
 
+/// What is answered to a request that is longer than one may be.
+fn too_long(rid: &str) -> String {
+    let error = "ERR_REQUEST_SIZE: a request through this grape has at most 2097152 bytes";
+    format!(r#"[{rid},"{error}",null]"#)
+}
+
 #[tokio::test]
-async fn a_message_that_is_too_long_closes_its_socket_only() {
+async fn a_request_that_is_too_long_fails_alone() {
+    in_time(async {
+        let net = Net::start().await;
+        let peer = net.testnet.peer().await.unwrap();
+        let mut service = peer.announce(&"client1".parse().unwrap()).await.unwrap();
+        let at = net.found("client1").await;
+        let mut socket = socket(at, "/ws").await;
+        socket
+            .send(Message::text(r#"[1,"client1","first"]"#))
+            .await
+            .unwrap();
+        let first = service.next().await.unwrap();
+        let long = format!(r#"["long","client1","{}"]"#, "x".repeat(5 << 19));
+        for _ in 0..3 {
+            socket.send(Message::text(&*long)).await.unwrap();
+            assert_eq!(text(&mut socket).await, too_long(r#""long""#));
+        }
+        // No UTF-8, and no JSON.
+        socket
+            .send(Message::binary(&b"[\"u\",\"client1\",\"\xc3\"]"[..]))
+            .await
+            .unwrap();
+        assert_eq!(
+            text(&mut socket).await,
+            r#"["u","ERR_REQUEST_INVALID",null]"#
+        );
+        // Within the limit of messages, and beyond that of payloads.
+        let large = json!([2, "client1", "x".repeat((1 << 20) + 1)]).to_string();
+        socket.send(Message::text(large)).await.unwrap();
+        let answer = text(&mut socket).await;
+        assert!(
+            answer.starts_with("[2,") && answer.contains("1048576"),
+            "{answer}"
+        );
+        socket
+            .send(Message::text(r#"[3,"client1","last"]"#))
+            .await
+            .unwrap();
+        let last = service.next().await.unwrap();
+        for (rid, request) in [(1, first), (3, last)] {
+            let expected = json!([rid, null, format!("Echo: {}", request.text().unwrap())]);
+            echo(request).await;
+            assert_eq!(text(&mut socket).await, expected.to_string());
+        }
+
+        let refused = post(at, "/", &long).await;
+        assert_eq!(
+            (refused.status, refused.text()),
+            (413, &*too_long(r#""long""#))
+        );
+        let head = "_gr: [\"s\",\"client1\"]\r\n";
+        let refused = send(at, "POST", "/", head, &[b' '; 3 << 20]).await;
+        assert_eq!(refused.text(), too_long(r#""s""#));
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn an_http_connection_goes_on_behind_a_request_that_is_too_long() {
     in_time(async {
         let net = Net::start().await;
         let _peer = net.serve("client1", echo).await;
         let at = net.found("client1").await;
-        let mut good = socket(at, "/ws").await;
-        let mut bad = socket(at, "/ws").await;
-        // The socket may be closed before all of it is sent.
-        let _ = bad.send(Message::text("x".repeat(3 << 20))).await;
-        while let Some(Ok(_)) = bad.next().await {}
-        good.send(Message::text(r#"["r","client1","x"]"#))
-            .await
-            .unwrap();
-        assert_eq!(text(&mut good).await, r#"["r",null,"Echo: x"]"#);
-        let refused = post(at, "/", &"x".repeat(3 << 20)).await;
-        assert_eq!(refused.status, 413);
+        let mut stream = TcpStream::connect(at).await.unwrap();
+        let head = "POST / HTTP/1.1\r\nhost: grape\r\ncontent-length: 3145728\r\n\r\n[\"a\",";
+        stream.write_all(head.as_bytes()).await.unwrap();
+        // It is answered before the rest is sent.
+        let mut answer = vec![0; 1_024];
+        let length = stream.read(&mut answer).await.unwrap();
+        let answer = String::from_utf8_lossy(&answer[..length]);
+        assert!(answer.ends_with(&too_long(r#""a""#)), "{answer}");
+        stream.write_all(&vec![b' '; (3 << 20) - 5]).await.unwrap();
+        let call = r#"["b","client1","hello"]"#;
+        let head = format!(
+            "POST / HTTP/1.1\r\nhost: grape\r\nconnection: close\r\ncontent-length: {}\r\n\r\n{call}",
+            call.len()
+        );
+        stream.write_all(head.as_bytes()).await.unwrap();
+        let answered = self::answer(&mut stream).await;
+        assert_eq!(answered.text(), r#"["b",null,"Echo: hello"]"#);
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn an_answer_that_is_too_long_fails_its_call_alone() {
+    in_time(async {
+        let net = Net::start().await;
+        for (name, transport) in [
+            ("by-socket", Transport::Socket),
+            ("by-http", Transport::Http),
+        ] {
+            let worker = Worker::start(transport).await;
+            let caller = net.announce(name, &worker).await;
+            let name = name.parse().unwrap();
+            let held = match transport {
+                // The others share its connection.
+                Transport::Socket => 8,
+                Transport::Http | Transport::Tls => 0,
+            };
+            let held = (0..held).map(|_| caller.request(&name, "hold"));
+            let held = futures::future::join_all(held);
+            let others = async {
+                for (payload, code, message) in [
+                    ("large", ErrorCode::TooLarge, "more than 2097152 bytes"),
+                    ("broken", ErrorCode::HandlerFailed, ""),
+                    ("large", ErrorCode::TooLarge, "more than 2097152 bytes"),
+                ] {
+                    let refused = caller.request(&name, payload).await.unwrap_err();
+                    let RequestError::Remote { error, .. } = refused else {
+                        panic!("{refused}");
+                    };
+                    assert_eq!(error.code, code, "{error}");
+                    assert!(error.message.contains(message), "{error}");
+                }
+                let reply = caller.request(&name, "release").await.unwrap();
+                assert_eq!(reply.text().unwrap(), "Echo: release");
+            };
+            let (held, ()) = tokio::join!(held, others);
+            for reply in held {
+                assert_eq!(reply.unwrap().text().unwrap(), "Echo: hold");
+            }
+        }
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn who_waits_longer_than_usual_gets_a_late_answer() {
+    in_time(async {
+        let net = Net::start().await;
+        let handler = |request: Request| async move {
+            tokio::time::sleep(LATE).await;
+            echo(request).await;
+        };
+        let _peer = net.serve("peer", handler).await;
+        let at = net.found("peer").await;
+        let call = r#"["r","peer","x"]"#;
+        let by_http = post(at, "/", call);
+        let by_socket = async {
+            let mut socket = socket(at, "/ws").await;
+            socket.send(Message::text(call)).await.unwrap();
+            text(&mut socket).await
+        };
+        let mut waits = Vec::new();
+        for (name, transport) in [
+            ("by-socket", Transport::Socket),
+            ("by-http", Transport::Http),
+        ] {
+            let worker = Worker::start(transport).await;
+            let caller = net.announce(name, &worker).await;
+            waits.push(async move {
+                let options = RequestOptions {
+                    deadline: 5 * LATE,
+                    ..RequestOptions::default()
+                };
+                let name = name.parse().unwrap();
+                let _worker = worker;
+                caller.request_with(&name, "late", options).await
+            });
+        }
+        let waits = futures::future::join_all(waits);
+        let (by_http, by_socket, replies) = tokio::join!(by_http, by_socket, waits);
+        assert_eq!(by_http.text(), r#"["r",null,"Echo: x"]"#);
+        assert_eq!(by_socket, r#"["r",null,"Echo: x"]"#);
+        for reply in replies {
+            assert_eq!(reply.unwrap().text().unwrap(), "Echo: late");
+        }
     })
     .await;
 }
@@ -1185,6 +1346,45 @@ async fn a_worker_that_does_not_answer_is_a_failure_to_the_caller() {
             (error.code, &*error.message),
             (ErrorCode::HandlerFailed, message)
         );
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn a_worker_that_speaks_tls_is_said_to() {
+    in_time(async {
+        let net = Net::start().await;
+        let worker = Worker::start(Transport::Tls).await;
+        let caller = net.announce("client1", &worker).await;
+        let refused = caller.request(&"client1".parse().unwrap(), "hello").await;
+        let Err(RequestError::Unreachable { reason, .. }) = refused else {
+            panic!("{refused:?}");
+        };
+        assert!(reason.contains("it speaks TLS"), "{reason}");
+        // One that can be reached has the call.
+        let other = Worker::start(Transport::Socket).await;
+        net.announce("client1", &other).await;
+        for _ in 0..10 {
+            let reply = caller.request(&"client1".parse().unwrap(), "hello").await;
+            assert_eq!(reply.unwrap().text().unwrap(), "Echo: hello");
+        }
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn a_client_that_speaks_tls_is_refused_in_its_own_words() {
+    in_time(async {
+        let net = Net::start().await;
+        let gateway = &net.gateway;
+        for at in [gateway.api_address(), gateway.carrier_address()] {
+            let mut stream = TcpStream::connect(at).await.unwrap();
+            stream.write_all(&[0x16, 3, 1, 0, 45, 1]).await.unwrap();
+            let mut alert = [0; 7];
+            stream.read_exact(&mut alert).await.unwrap();
+            assert_eq!(alert, [0x15, 3, 3, 0, 2, 2, 40]);
+            assert!(gateway.tls_client().await.is_loopback());
+        }
     })
     .await;
 }
@@ -1369,6 +1569,10 @@ async fn in_a_large_network_only_the_responsible_grapes_know_and_all_find() {
         for grape in testnet.grapes() {
             let mut status = grape.status();
             status.wait_for(|status| status.explored).await.unwrap();
+            // One that knows fewer yet takes the network for a smaller one.
+            while grape.metrics().grapes < 29 {
+                tokio::task::yield_now().await;
+            }
         }
         let api = "127.0.0.1:0".parse().unwrap();
         let gateway = |index: usize| {

@@ -1570,9 +1570,9 @@ async fn wrong_usage_is_one_line_that_says_what_to_do() {
             ("chat", &["--to", "", "hello"], 2, "the name is empty"),
             (
                 "chat",
-                &["--to", "x", "--timeout", "61", "y"],
+                &["--to", "x", "--timeout", "301", "y"],
                 2,
-                "from 1 to 60",
+                "from 1 to 300",
             ),
             (
                 "chat",

@@ -11,7 +11,7 @@ use hyper_util::rt::{TokioExecutor, TokioTimer};
 
 use super::worker::{CONNECT_DEADLINE, Failed, Missed};
 use crate::error::innermost;
-use crate::gateway::body;
+use crate::gateway::body::{self, BodyError};
 use crate::gateway::rpc::{self, Answer, MAX_MESSAGE, Rid};
 
 /// The connections at rest to one worker. HTTP/1.1 takes one for each call that is open.
@@ -59,7 +59,12 @@ pub(super) async fn call(
     if status.is_client_error() || status == StatusCode::NOT_IMPLEMENTED {
         return Err(Missed::OtherTransport);
     }
-    let body = body::read(Body::new(response.into_body()), MAX_MESSAGE).await;
+    // How long it may take is the caller's matter.
+    let body = Body::new(response.into_body());
+    let body = body::read(body, MAX_MESSAGE, Duration::MAX, |_| true).await;
+    if let Err(BodyError::TooLarge(_)) = body {
+        return Err(Missed::Failed(Failed::TooLarge));
+    }
     let answer = body.ok().and_then(|body| {
         let answer = rpc::read_answer(str::from_utf8(&body).ok()?);
         answer.ok().map(|(_, answer)| answer)

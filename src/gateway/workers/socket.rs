@@ -2,21 +2,30 @@
 
 use std::collections::HashMap;
 use std::net::SocketAddr;
+use std::pin::pin;
+use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
+use futures::future::select;
+use futures::stream::{SplitSink, SplitStream};
 use futures::{SinkExt, StreamExt};
 use tokio::net::TcpStream;
 use tokio::sync::{mpsc, oneshot};
-use tokio::time::{Instant, sleep_until, timeout};
+use tokio::time::timeout;
 use tokio_tungstenite::tungstenite::{self, Message, protocol::WebSocketConfig};
 use tokio_tungstenite::{WebSocketStream, client_async_with_config};
 
 use super::worker::{CONNECT_DEADLINE, Failed, MAX_OPEN};
 use crate::gateway::rpc::{self, Answer, MAX_MESSAGE, Rid};
+use crate::gateway::trimmed::{Arrived, Trimmed};
 use crate::limits::FRAME_DEADLINE;
 
 /// A socket without calls is closed after this.
 const IDLE: Duration = Duration::from_secs(60);
+
+/// How long a worker may not read what is written to it: one that computes reads nothing meanwhile, and
+/// those who call it have deadlines of their own.
+const STALL: Duration = Duration::from_secs(60);
 
 /// What is read ahead on a socket at rest, which it holds as long as it lives.
 const BUFFER: usize = 8 << 10;
@@ -29,12 +38,17 @@ pub(super) struct Socket {
 struct Call {
     rid: Rid,
     message: String,
-    /// Dropped if the message was not written.
-    outcome: oneshot::Sender<Result<Answer, String>>,
+    outcome: Outcome,
 }
 
+/// Where the answer to a call goes. Dropped if the call was not written.
+type Outcome = oneshot::Sender<Result<Answer, Failed>>;
+
 /// The calls that wait for an answer.
-type Open = HashMap<Rid, oneshot::Sender<Result<Answer, String>>>;
+#[derive(Default)]
+struct Open(Mutex<HashMap<Rid, Outcome>>);
+
+type Stream = WebSocketStream<Trimmed<TcpStream>>;
 
 /// Why there is no socket.
 pub(super) enum ConnectError {
@@ -44,7 +58,7 @@ pub(super) enum ConnectError {
 }
 
 impl Socket {
-    /// Connects, and gives the worker so long for the handshake.
+    /// Connects, and gives the worker so long for the handshake; any time without a limit.
     pub(super) async fn connect(at: SocketAddr, patience: Duration) -> Result<Self, ConnectError> {
         let connected = timeout(CONNECT_DEADLINE, TcpStream::connect(at)).await;
         let unreachable = |reason: String| ConnectError::Unreachable(reason);
@@ -56,8 +70,9 @@ impl Socket {
         let config = WebSocketConfig::default()
             .read_buffer_size(BUFFER)
             .write_buffer_size(BUFFER)
-            .max_message_size(Some(MAX_MESSAGE))
-            .max_frame_size(Some(MAX_MESSAGE));
+            .max_message_size(Some(MAX_MESSAGE + 1))
+            .max_frame_size(Some(MAX_MESSAGE + 1));
+        let stream = Trimmed::with_handshake(stream, MAX_MESSAGE);
         let handshake = client_async_with_config(format!("ws://{at}/ws"), stream, Some(config));
         match timeout(patience, handshake).await {
             Ok(Ok((socket, _))) => {
@@ -87,59 +102,74 @@ impl Socket {
         };
         self.calls.send(call).await.map_err(|_| not_sent())?;
         match answered.await {
-            Ok(outcome) => outcome.map_err(Failed::Broken),
+            Ok(outcome) => outcome,
             Err(_) => Err(not_sent()),
         }
     }
 }
 
 /// Writes calls and reads answers until either side closes.
-async fn carry(mut socket: WebSocketStream<TcpStream>, mut queue: mpsc::Receiver<Call>) {
-    let mut open = Open::new();
+async fn carry(socket: Stream, queue: mpsc::Receiver<Call>) {
+    let (sink, stream) = socket.split();
+    let open = Open::default();
+    let reason = {
+        let reading = pin!(read(stream, &open));
+        let writing = pin!(write_all(sink, queue, &open));
+        // Reading comes first, so that nothing is written to a socket that is known to be closed. What
+        // waits in the queue then was not sent.
+        select(reading, writing).await.factor_first().0
+    };
+    for (_, outcome) in open.take() {
+        // Who called may have given up.
+        let _ = outcome.send(Err(Failed::Broken(reason.clone())));
+    }
+}
+
+/// Gives each answer to who waits for it, until the worker closes; returns why.
+async fn read(mut stream: SplitStream<Stream>, open: &Open) -> String {
+    while let Some(message) = stream.next().await {
+        match message {
+            Ok(message @ (Message::Text(_) | Message::Binary(_))) => settle(message, open),
+            // Pings are answered by the library.
+            Ok(_) => {}
+            Err(error) => return error.to_string(),
+        }
+    }
+    "the worker closed the connection".into()
+}
+
+/// Writes each call, until nobody calls any more; returns why.
+async fn write_all(
+    mut sink: SplitSink<Stream, Message>,
+    mut queue: mpsc::Receiver<Call>,
+    open: &Open,
+) -> String {
     let reason = loop {
-        let idle_at = Instant::now() + IDLE;
-        tokio::select! {
-            // First, so that nothing is written to a socket that is known to be closed.
-            biased;
-            message = socket.next() => match message {
-                Some(Ok(message @ (Message::Text(_) | Message::Binary(_)))) => {
-                    settle(&message, &mut open);
-                }
-                // Pings are answered by the library.
-                Some(Ok(_)) => {}
-                Some(Err(error)) => break error.to_string(),
-                None => break "the worker closed the connection".into(),
+        match timeout(IDLE, queue.recv()).await {
+            Ok(Some(call)) => match write(&mut sink, call, &mut queue, open).await {
+                Ok(()) => {}
+                Err(reason) => return reason,
             },
-            call = queue.recv() => {
-                // Nobody is left who could call, or wait for an answer.
-                let Some(call) = call else { break "nobody calls".into() };
-                if let Err(reason) = write(&mut socket, call, &mut queue, &mut open).await {
-                    break reason;
-                }
-            }
-            () = sleep_until(idle_at), if open.is_empty() => break "at rest".into(),
+            Ok(None) => break "nobody calls",
+            Err(_) if open.is_empty() => break "at rest",
+            Err(_) => {}
         }
     };
     // From here on nothing more is taken: what waits in the queue was not sent.
     drop(queue);
-    for (_, outcome) in open {
-        // Who called may have given up.
-        let _ = outcome.send(Err(reason.clone()));
-    }
     // Who does not take the goodbye is gone already.
-    let _ = timeout(FRAME_DEADLINE, socket.close(None)).await;
+    let _ = timeout(FRAME_DEADLINE, sink.close()).await;
+    reason.into()
 }
 
 /// Writes a call, and those that wait behind it.
 async fn write(
-    socket: &mut WebSocketStream<TcpStream>,
+    sink: &mut SplitSink<Stream, Message>,
     call: Call,
     queue: &mut mpsc::Receiver<Call>,
-    open: &mut Open,
+    open: &Open,
 ) -> Result<(), String> {
-    if open.len() >= 2 * MAX_OPEN {
-        open.retain(|_, outcome| !outcome.is_closed());
-    }
+    open.forget_abandoned();
     let written = async {
         let mut next = Some(call);
         while let Some(Call {
@@ -148,26 +178,69 @@ async fn write(
             outcome,
         }) = next
         {
-            open.insert(rid, outcome);
-            socket.feed(Message::text(message)).await?;
+            open.add(rid, outcome);
+            sink.feed(Message::text(message)).await?;
             next = queue.try_recv().ok();
         }
-        socket.flush().await
+        sink.flush().await
     };
-    match timeout(FRAME_DEADLINE, written).await {
-        Ok(written) => written.map_err(|error| error.to_string()),
+    match timeout(STALL, written).await {
+        Ok(written) => written.map_err(|error: tungstenite::Error| error.to_string()),
         Err(_) => Err("the worker does not read".into()),
     }
 }
 
 /// Gives an answer to who waits for it. What answers no open call is none.
-fn settle(message: &Message, open: &mut HashMap<Rid, oneshot::Sender<Result<Answer, String>>>) {
-    let Ok(text) = message.to_text() else { return };
-    let Ok((Some(rid), answer)) = rpc::read_answer(text) else {
-        return;
+fn settle(message: Message, open: &Open) {
+    let bytes = message.into_data();
+    let (beginning, otherwise) = match Arrived::from(&bytes) {
+        Arrived::Beginning(beginning) => (beginning, Failed::TooLarge),
+        Arrived::Whole(whole) => {
+            let text = str::from_utf8(whole).ok();
+            match text.and_then(|text| rpc::read_answer(text).ok()) {
+                Some((Some(rid), answer)) => return open.settle(&rid, Ok(answer)),
+                Some((None, _)) => return,
+                None => (
+                    whole,
+                    Failed::Broken("the worker's answer is no JSON".into()),
+                ),
+            }
+        }
     };
-    if let Some(outcome) = open.remove(&rid) {
-        // Who called may have given up.
-        let _ = outcome.send(Ok(answer));
+    if let Some(rid) = rpc::own_rid_in(beginning) {
+        open.settle(&rid, Err(otherwise));
+    }
+}
+
+impl Open {
+    fn add(&self, rid: Rid, outcome: Outcome) {
+        self.calls().insert(rid, outcome);
+    }
+
+    fn settle(&self, rid: &Rid, outcome: Result<Answer, Failed>) {
+        if let Some(waiting) = self.calls().remove(rid) {
+            // Who called may have given up.
+            let _ = waiting.send(outcome);
+        }
+    }
+
+    fn is_empty(&self) -> bool {
+        self.calls().is_empty()
+    }
+
+    /// Forgets the calls that nobody waits for, if they are many.
+    fn forget_abandoned(&self) {
+        let mut calls = self.calls();
+        if calls.len() >= 2 * MAX_OPEN {
+            calls.retain(|_, outcome| !outcome.is_closed());
+        }
+    }
+
+    fn take(&self) -> HashMap<Rid, Outcome> {
+        std::mem::take(&mut *self.calls())
+    }
+
+    fn calls(&self) -> MutexGuard<'_, HashMap<Rid, Outcome>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }

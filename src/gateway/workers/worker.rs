@@ -1,6 +1,7 @@
 //! One worker: which transport it speaks, its connection, and whether it is there.
 
 use std::net::SocketAddr;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -10,6 +11,7 @@ use tokio::time::timeout;
 
 use super::http;
 use super::socket::{ConnectError, Socket};
+use super::tls;
 use crate::gateway::rpc::Answer;
 
 /// How long connecting to a worker may take. It is on this machine or near it.
@@ -19,9 +21,16 @@ pub(super) const CONNECT_DEADLINE: Duration = Duration::from_secs(1);
 /// speaks it answers within milliseconds, and Grenache's HTTP workers never do.
 const PATIENCE: Duration = Duration::from_millis(200);
 
+/// How long a worker is given to the handshake of a WebSocket that speaks nothing else: it computes, and
+/// those who call it have deadlines of their own.
+const BUSY: Duration = Duration::from_secs(60);
+
+/// Why a worker with Grenache's `secure` cannot be called.
+const TLS: &str = "it speaks TLS (\"secure\" in Grenache), which grapes do not; run it without";
+
 /// The calls that one worker has open; one more goes elsewhere. A quarter of those that a node has,
 /// so that one worker that hangs does not make all of them wait.
-pub(super) const MAX_OPEN: usize = 256;
+pub(super) const MAX_OPEN: usize = 512;
 
 /// How long a worker that was seen, or missed, counts as there, or gone: a lookup asks this of every
 /// provider, and within it a worker that has died is still noticed by who calls it.
@@ -38,6 +47,7 @@ pub(super) struct Worker {
     /// Locked while somebody finds out whether it is there.
     probing: tokio::sync::Mutex<()>,
     seen: Mutex<Option<Seen>>,
+    has_answered: AtomicBool,
     open: Semaphore,
 }
 
@@ -71,6 +81,8 @@ pub(super) enum Failed {
     Busy,
     /// It may have run.
     Broken(String),
+    /// It has run, and its answer is longer than a message may be.
+    TooLarge,
 }
 
 /// Why a call has no answer by one transport.
@@ -89,6 +101,7 @@ impl Worker {
             socket: tokio::sync::Mutex::default(),
             probing: tokio::sync::Mutex::default(),
             seen: Mutex::default(),
+            has_answered: AtomicBool::new(false),
             open: Semaphore::new(MAX_OPEN),
         }
     }
@@ -136,6 +149,7 @@ impl Worker {
         match &called {
             Ok(_) => self.see(true),
             Err(Failed::NotSent(_)) => self.see(false),
+            Err(Failed::TooLarge) => self.see(true),
             Err(Failed::Busy | Failed::Broken(_)) => {}
         }
         called
@@ -146,23 +160,39 @@ impl Worker {
             Some(transport) => transport,
             None => self.learn().await.map_err(Failed::NotSent)?,
         };
-        for transport in [first, first.other()] {
+        // One that is busy may have let a handshake pass, and then says that it is no HTTP worker.
+        let mut patience = CONNECT_DEADLINE;
+        for transport in [first, first.other(), first] {
             let called = match transport {
                 Transport::Http => http::call(&self.http, self.at, service, payload).await,
-                Transport::Socket => self.call_by_socket(service, payload).await,
+                Transport::Socket => self.call_by_socket(service, payload, patience).await,
             };
             match called {
+                Err(Missed::OtherTransport) if transport == Transport::Http => patience = BUSY,
                 Err(Missed::OtherTransport) => {}
-                Err(Missed::Failed(failed)) => return Err(failed),
+                Err(Missed::Failed(failed)) => return Err(self.explain(failed).await),
                 Ok(answer) => {
                     *lock(&self.transport) = Some(transport);
+                    self.has_answered.store(true, Ordering::Relaxed);
                     return Ok(answer);
                 }
             }
         }
         *lock(&self.transport) = None;
         let reason = "it speaks neither of Grenache's transports";
-        Err(Failed::NotSent(reason.into()))
+        Err(self.explain(Failed::NotSent(reason.into())).await)
+    }
+
+    /// What a failure means of a worker that has never answered.
+    async fn explain(&self, failed: Failed) -> Failed {
+        let may_be_tls = match failed {
+            Failed::NotSent(_) | Failed::Broken(_) => !self.has_answered.load(Ordering::Relaxed),
+            Failed::Busy | Failed::TooLarge => false,
+        };
+        match may_be_tls && tls::is_spoken_at(self.at).await {
+            true => Failed::NotSent(TLS.into()),
+            false => failed,
+        }
     }
 
     fn transport(&self) -> Option<Transport> {
@@ -188,12 +218,17 @@ impl Worker {
         Ok(transport)
     }
 
-    async fn call_by_socket(&self, service: &str, payload: &str) -> Result<Answer, Missed> {
+    async fn call_by_socket(
+        &self,
+        service: &str,
+        payload: &str,
+        patience: Duration,
+    ) -> Result<Answer, Missed> {
         // The one that is open may be about to close; a new one is not.
-        let (socket, is_new) = self.socket().await?;
+        let (socket, is_new) = self.socket(patience).await?;
         match socket.call(service, payload).await {
             Err(Failed::NotSent(_)) if !is_new => {
-                let (socket, _) = self.socket().await?;
+                let (socket, _) = self.socket(patience).await?;
                 socket.call(service, payload).await.map_err(Missed::Failed)
             }
             called => called.map_err(Missed::Failed),
@@ -201,14 +236,14 @@ impl Worker {
     }
 
     /// The open socket, or a new one; and whether it is new.
-    async fn socket(&self) -> Result<(Arc<Socket>, bool), Missed> {
+    async fn socket(&self, patience: Duration) -> Result<(Arc<Socket>, bool), Missed> {
         let asked = Instant::now();
         let mut kept = self.socket.lock().await;
         if let Some(socket) = kept.as_ref().filter(|socket| socket.is_open()) {
             return Ok((Arc::clone(socket), false));
         }
         *kept = None;
-        match self.connect(asked, CONNECT_DEADLINE).await {
+        match self.connect(asked, patience).await {
             Ok(socket) => {
                 *kept = Some(Arc::clone(&socket));
                 Ok((socket, true))

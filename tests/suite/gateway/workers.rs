@@ -1,20 +1,27 @@
 //! Grenache's workers, one for each transport, which do with a payload what it says.
 
 use std::net::SocketAddr;
+use std::time::Duration;
 
 use futures::{SinkExt, StreamExt};
 use serde_json::{Value, json};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::task::JoinHandle;
+use tokio::time::sleep;
 use tokio_tungstenite::accept_async;
 use tokio_tungstenite::tungstenite::Message;
+
+/// How long it takes for a late answer: longer than a call does by default.
+pub(super) const LATE: Duration = Duration::from_secs(11);
 
 /// Which transport a worker speaks.
 #[derive(Clone, Copy, Debug)]
 pub(super) enum Transport {
     Socket,
     Http,
+    /// None that we do: a worker with Grenache's `secure`.
+    Tls,
 }
 
 /// A worker. Dropping it closes its port, and its connections.
@@ -40,6 +47,7 @@ impl Worker {
                 match transport {
                     Transport::Socket => open.spawn(by_socket(stream)),
                     Transport::Http => open.spawn(by_http(stream)),
+                    Transport::Tls => open.spawn(by_tls(stream)),
                 };
             }
         });
@@ -88,6 +96,8 @@ fn answer(question: &str) -> Option<String> {
         Some("both") => json!([rid, "e", "data"]).to_string(),
         Some("nothing") => json!([rid, null, null]).to_string(),
         Some("hang") => return None,
+        Some("large") => json!([rid, null, "x".repeat(3 << 20)]).to_string(),
+        Some("broken") => format!("[{rid},null,{{"),
         Some(text) => json!([rid, null, format!("Echo: {text}")]).to_string(),
         None => json!([rid, null, {"echo": payload}]).to_string(),
     })
@@ -98,10 +108,24 @@ async fn by_socket(stream: TcpStream) {
     let Ok(mut socket) = accept_async(stream).await else {
         return;
     };
+    let mut held = Vec::new();
     while let Some(Ok(message)) = socket.next().await {
         let Message::Text(question) = message else {
             continue;
         };
+        if question.contains("\"hold\"") {
+            held.push(question);
+            continue;
+        }
+        if question.contains("\"release\"") {
+            for question in held.drain(..) {
+                let answer = answer(&question).unwrap();
+                socket.send(Message::text(answer)).await.unwrap();
+            }
+        }
+        if question.contains("\"late\"") {
+            sleep(LATE).await;
+        }
         if question.contains("\"die\"") {
             return;
         }
@@ -126,6 +150,9 @@ async fn by_http(mut stream: TcpStream) {
         if body.contains("\"die\"") {
             return;
         }
+        if body.contains("\"late\"") {
+            sleep(LATE).await;
+        }
         let Some(answer) = answer(&body) else {
             continue;
         };
@@ -133,6 +160,18 @@ async fn by_http(mut stream: TcpStream) {
         let head = format!("HTTP/1.1 200 OK\r\ncontent-length: {length}\r\n\r\n");
         stream.write_all(head.as_bytes()).await.unwrap();
         stream.write_all(answer.as_bytes()).await.unwrap();
+    }
+}
+
+/// As Node, it leaves what is not TLS unanswered; a hello, for which it has no certificate, it refuses.
+async fn by_tls(mut stream: TcpStream) {
+    let mut first = [0; 512];
+    let Ok(length @ 1..) = stream.read(&mut first).await else {
+        return;
+    };
+    let record = usize::from(u16::from_be_bytes([first[3], first[4]]));
+    if first[0] == 0x16 && length == 5 + record && first[5] == 1 {
+        let _ = stream.write_all(&[0x15, 3, 3, 0, 2, 2, 40]).await;
     }
 }
 
