@@ -169,7 +169,9 @@ async fn chat_reaches_a_node_chat_at_the_other_grape() {
                         ("ann", send_signed(there, &name, text).await),
                     ];
                     for (from, chat) in chats {
-                        assert_eq!(chat.stdout, format!("Echo: {text}\n"), "{chat:?}");
+                        // Further lines of a reply are indented.
+                        let shown = text.replace('\n', "\n  ");
+                        assert_eq!(chat.stdout, format!("Echo: {shown}\n"), "{chat:?}");
                         assert_eq!(chat.code, Some(0));
                         let printed = server.program.line().await;
                         let printed: Value = serde_json::from_str(&printed).unwrap();
