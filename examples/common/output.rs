@@ -109,7 +109,7 @@ impl Output {
 /// reading and writing. A shell opens it for writing only. Other programs that start one and want none
 /// of its output open it as the library does: then the parent is no shell, or has no other output.
 #[cfg(target_os = "linux")]
-#[allow(dead_code, reason = "only chat is started for what it prints")]
+#[allow(dead_code, reason = "a grape prints nothing that is lost")]
 pub(crate) fn is_closed() -> bool {
     use std::fs::{read_link, read_to_string};
     use std::path::Path;
@@ -135,7 +135,7 @@ pub(crate) fn is_closed() -> bool {
 
 /// Elsewhere nothing tells one from the other.
 #[cfg(not(target_os = "linux"))]
-#[allow(dead_code, reason = "only chat is started for what it prints")]
+#[allow(dead_code, reason = "a grape prints nothing that is lost")]
 pub(crate) fn is_closed() -> bool {
     false
 }

@@ -26,7 +26,7 @@ use clap::Parser;
 use grapevine::{Node, Role, ServiceName};
 
 use common::flags::{self, Flags};
-use common::output::Output;
+use common::output::{self, Output};
 use common::stop::Stop;
 use common::{Failure, RUNTIME, grapes, run, shut_down};
 use talk::{Answer, DefaultGrape, Display, announce, attend};
@@ -71,6 +71,11 @@ fn main() -> ExitCode {
 }
 
 async fn serve(cli: Cli, stop: Stop) -> Result<u8, Failure> {
+    if output::is_closed() {
+        let line = "standard output is closed, so that messages would be lost: leave it open, or \
+                    write > /dev/null";
+        return Err(Failure::new(RUNTIME, line));
+    }
     let key = match cli.network.key(&stop).await {
         Ok(key) => key?,
         Err(cause) => return Ok(cause.code()),

@@ -9,9 +9,10 @@ use grapevine::error::RequestError;
 use grapevine::proto::wire::ErrorCode;
 use grapevine::{Node, Service, ServiceName};
 use rustix::process::Signal;
+use tokio::process::Command;
 
 use super::{grape, message, node, peer, send, service, short};
-use crate::process::{Program, in_time, run};
+use crate::process::{Program, in_time, path, run, run_other};
 
 /// A conversation in which others find its person.
 async fn person(name: &str, grape: &Program) -> Program {
@@ -62,6 +63,25 @@ async fn what_cannot_be_written_is_not_delivered() {
             assert!(chat.stderr.contains(reason), "{chat:?}");
             assert!(!chat.stderr.contains("delivered"), "{chat:?}");
             assert_eq!(ann.end().await.code(), Some(1));
+        }
+    })
+    .await;
+}
+
+#[cfg(target_os = "linux")]
+#[tokio::test]
+async fn who_would_lose_what_arrives_does_not_announce_a_name() {
+    in_time(async {
+        for (program, given) in [("peer", "ann"), ("chat", "--name ann")] {
+            let mut shell = Command::new("sh");
+            let program = path(program).display().to_string();
+            shell.args(["-c", &format!("{program} {given} >&-; exit $?")]);
+            let run = run_other(shell).await;
+            assert_eq!(run.code, Some(1), "{run:?}");
+            assert!(
+                run.stderr.starts_with("error: standard output is closed"),
+                "{run:?}"
+            );
         }
     })
     .await;
