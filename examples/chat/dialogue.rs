@@ -3,11 +3,13 @@
 
 use std::fmt::Display;
 
+use grapevine::error::LookupError;
 use grapevine::{Provider, ServiceName};
 
 use crate::common::output::Output;
 use crate::common::{Failure, USAGE, short};
 use crate::mail::{Change, Mail, Unsent};
+use crate::network::Network;
 use crate::patience::patiently;
 use crate::prompt::{NoLine, Prompt};
 use crate::{Cli, INTERRUPTED};
@@ -25,7 +27,8 @@ pub(crate) fn question(name: &ServiceName) -> String {
 /// How many providers are shown by their ids.
 const SHOWN: usize = 5;
 
-pub(crate) struct Dialogue {
+pub(crate) struct Dialogue<'a> {
+    network: &'a Network,
     prompt: Prompt,
     mail: Mail,
     output: Output,
@@ -49,9 +52,10 @@ enum Line {
     Leave,
 }
 
-impl Dialogue {
-    pub(crate) fn new(prompt: Prompt, mail: Mail, output: Output) -> Self {
+impl<'a> Dialogue<'a> {
+    pub(crate) fn new(network: &'a Network, prompt: Prompt, mail: Mail, output: Output) -> Self {
         Self {
+            network,
             prompt,
             mail,
             output,
@@ -272,7 +276,7 @@ impl Dialogue {
 
     /// How many answer to the name; `None`: nobody.
     async fn show_providers(&mut self, name: &ServiceName) -> Option<usize> {
-        match self.patiently(name, self.mail.node.lookup(name)).await {
+        match self.patiently(name, self.providers(name)).await {
             Ok(providers) => {
                 self.output.note(&describe(name, &providers)).await;
                 Some(providers.len())
@@ -283,6 +287,19 @@ impl Dialogue {
                 None
             }
         }
+    }
+
+    async fn providers(&self, name: &ServiceName) -> Result<Vec<Provider>, LookupError> {
+        let found = self.mail.node.lookup(name).await;
+        let is_missing = matches!(
+            found,
+            Err(LookupError::NotFound(_) | LookupError::Unreachable { .. })
+        );
+        if is_missing && self.prompt.is_typed() && self.network.offer_echo(name, &self.output).await
+        {
+            return self.mail.node.lookup(name).await;
+        }
+        found
     }
 
     async fn send(&self, name: &ServiceName, text: &str, providers: usize) -> Result<(), Unsent> {

@@ -117,7 +117,7 @@ Exit codes: 0 answered, or the conversation ended; 1 the system refused somethin
 ///
 /// Without --bootstrap: joins by the grape at /ip4/127.0.0.1/tcp/20001. Where none answers there, a
 /// conversation on a terminal starts one inside this program, with an echo peer named "echo". A message
-/// to "echo" does so too where nobody answers to that name.
+/// to "echo" does so too where nobody answers to that name; a conversation announces it then.
 #[derive(Debug, Parser)]
 #[command(name = "chat", version, after_help = AFTER_HELP)]
 struct Cli {
@@ -310,7 +310,7 @@ async fn conversation(cli: &Cli, key: &Key, stop: &Stop) -> Result<Result<u8, Fa
         let receiving = receive(network.node.clone(), name.clone(), people, output.clone());
         tokio::spawn(receiving)
     });
-    let mut dialogue = Dialogue::new(prompt, mail, output.clone());
+    let mut dialogue = Dialogue::new(&network, prompt, mail, output.clone());
     let mut held = stop.or(dialogue.hold(cli)).await;
     if let (Ok(code), Some(receiving), None) = (&mut held, receiving, &cli.to)
         && dialogue.had_no_input()

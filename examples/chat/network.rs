@@ -9,6 +9,7 @@ use grapevine::error::AnnounceError;
 use grapevine::multiaddr::Protocol;
 use grapevine::{Multiaddr, Node, Role, ServiceName};
 use tokio::net::TcpStream;
+use tokio::sync::OnceCell;
 use tokio::time::timeout;
 
 use crate::Cli;
@@ -34,6 +35,10 @@ pub(crate) struct Network {
     pub(crate) node: Node,
     /// A grape and a peer of ours, where no other grape answers.
     inside: Option<(Node, Node)>,
+    /// The grape on this machine, where it was joined.
+    default: Option<Multiaddr>,
+    /// A peer of ours at that one.
+    echo: OnceCell<Node>,
 }
 
 /// What to do if no grape is given and none answers on this machine.
@@ -77,10 +82,17 @@ impl Network {
         let listen = cli.announced().map_or_else(Vec::new, |_| all_interfaces(0));
         let builder = flags.builder(Role::Peer, key, listen.clone());
         let node = builder.spawn().await?;
-        if !is_default || otherwise == Otherwise::Wait {
-            return Ok(Self { node, inside: None });
+        if !is_default {
+            return Ok(Self::of(node));
         }
         let address = &cli.default.default_grape;
+        let joined = |node| Self {
+            default: Some(address.clone()),
+            ..Self::of(node)
+        };
+        if otherwise == Otherwise::Wait {
+            return Ok(joined(node));
+        }
         let asked = async {
             match otherwise {
                 Otherwise::EchoInside => has_echo(&node, cli.timeout).await,
@@ -88,7 +100,7 @@ impl Network {
             }
         };
         if patiently(output, || format!("the grape at {address}"), asked).await {
-            return Ok(Self { node, inside: None });
+            return Ok(joined(node));
         }
         let missing = Missing::of(&node, address).await;
         shut_down(&node).await;
@@ -99,12 +111,43 @@ impl Network {
         output.note(&missing.note(address, cli.announced())).await;
         flags.bootstrap = grape.addresses();
         let node = flags.builder(Role::Peer, key, listen).spawn().await?;
-        let inside = Some((grape, echo));
-        Ok(Self { node, inside })
+        Ok(Self {
+            inside: Some((grape, echo)),
+            ..Self::of(node)
+        })
+    }
+
+    fn of(node: Node) -> Self {
+        Self {
+            node,
+            inside: None,
+            default: None,
+            echo: OnceCell::new(),
+        }
+    }
+
+    /// Announces the echo, for a person who asks for it at the grape on this machine and finds nobody.
+    /// Returns whether it is there now and was not before.
+    pub(crate) async fn offer_echo(&self, name: &ServiceName, output: &Output) -> bool {
+        let Some(address) = self.default.clone().filter(|_| name.as_ref() == ECHO) else {
+            return false;
+        };
+        if self.echo.initialized() {
+            return false;
+        }
+        let started = timeout(ASKED, start_echo(vec![address])).await;
+        let Ok(Ok(echo)) = started else { return false };
+        let line =
+            format!("nobody answers to {ECHO}: announced a peer of that name inside this program");
+        output.note(&line).await;
+        self.echo.set(echo).is_ok()
     }
 
     /// Withdraws all names and closes all nodes.
     pub(crate) async fn leave(&self) {
+        if let Some(echo) = self.echo.get() {
+            shut_down(echo).await;
+        }
         shut_down(&self.node).await;
         if let Some((grape, echo)) = &self.inside {
             tokio::join!(shut_down(echo), shut_down(grape));
@@ -231,21 +274,24 @@ fn tcp_address(address: &Multiaddr) -> Option<SocketAddr> {
 
 /// Real nodes over loopback, as between programs.
 async fn start_inside() -> Result<(Node, Node), Failure> {
-    let loopback: Multiaddr = "/ip4/127.0.0.1/tcp/0"
-        .parse()
-        .map_err(|error| Failure::new(RUNTIME, error))?;
     let grape = Node::builder(Role::Grape)
-        .listen([loopback.clone()])
+        .listen([loopback()?])
         .spawn()
         .await?;
+    let echo = start_echo(grape.addresses()).await?;
+    Ok((grape, echo))
+}
+
+/// Announces the echo by these grapes.
+async fn start_echo(grapes: Vec<Multiaddr>) -> Result<Node, Failure> {
     let echo = Node::builder(Role::Peer)
-        .listen([loopback])
-        .bootstrap(grape.addresses())
+        .listen([loopback()?])
+        .bootstrap(grapes)
         .spawn()
         .await?;
     if !answers(&echo).await {
-        let line = "a grape inside this program cannot be reached: bring this machine's loopback \
-                    interface up, or use --bootstrap";
+        let line = "a grape on this machine cannot be reached: bring its loopback interface up, or \
+                    use --bootstrap";
         return Err(Failure::new(UNREACHABLE, line));
     }
     let name = ECHO.parse().map_err(|error| Failure::new(RUNTIME, error))?;
@@ -254,5 +300,11 @@ async fn start_inside() -> Result<(Node, Node), Failure> {
         .await
         .map_err(|error: AnnounceError| Failure::new(RUNTIME, error))?;
     tokio::spawn(service.serve(|request| attend(request, Answer::Echo, None, |_, _| None)));
-    Ok((grape, echo))
+    Ok(echo)
+}
+
+fn loopback() -> Result<Multiaddr, Failure> {
+    "/ip4/127.0.0.1/tcp/0"
+        .parse()
+        .map_err(|error| Failure::new(RUNTIME, error))
 }

@@ -148,6 +148,32 @@ async fn a_name_of_the_command_line_is_talked_to_first() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_person_finds_the_echo_where_a_grape_runs_that_has_none() {
+    in_time(async {
+        let grape = grape(&[]).await;
+        let _client1 = peer("client1", &grape).await;
+        let mut chat = chat(&["--default-grape", &grape.address]);
+        see(&mut chat, "Name: ");
+        chat.send("echo\rhello\r\rclient1\rand you\r").unwrap();
+        see(
+            &mut chat,
+            "nobody answers to echo: announced a peer of that name inside",
+        );
+        see(&mut chat, "Echo: hello\r\n");
+        see(&mut chat, "Echo: and you\r\n");
+        // Others have it while that lasts.
+        assert_eq!(send(&grape, "echo", "hi").await.stdout, "Echo: hi\n");
+        see(&mut chat, "client1> ");
+        chat.send("\x04").unwrap();
+        ends(&mut chat);
+        send(&grape, "echo", "hi")
+            .await
+            .fails(3, &super::nobody("echo"));
+    })
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_person_whom_nobody_can_find_is_told_so() {
     in_time(async {
         let mut chat = chat(&["--default-grape", super::NOBODY, "--name", "ann"]);
