@@ -127,9 +127,9 @@ impl<'a> Dialogue<'a> {
             Addressee::Writer(name, answer) => (name, 1, answer),
         };
         self.prompt.remember(&name);
-        self.mail.people.talk_to(Some(&name));
+        self.mail.people.talk_to(&name);
         let end = self.converse(&name, providers, answer).await;
-        self.mail.people.talk_to(None);
+        self.mail.people.talk_to_nobody();
         end
     }
 

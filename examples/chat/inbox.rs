@@ -25,13 +25,16 @@ pub(crate) async fn receive(node: Node, name: ServiceName, people: People, outpu
         }
     };
     output.note(&format!("announced {name}")).await;
-    let display = Display::new(output);
+    let display = Display::new(output.clone());
+    let show = async |request, people: People, display, output: Output| {
+        let remark = |from: &str, peer| people.on_arrival(from, peer);
+        attend(request, Answer::Receipt, Some(display), remark).await;
+        if let Some(writer) = people.take_unoffered() {
+            output.note(&format!("empty line: answer {writer}")).await;
+        }
+    };
     service
-        .serve(|request| {
-            let people = people.clone();
-            let remark = move |from: &str, peer| people.on_arrival(from, peer);
-            attend(request, Answer::Receipt, Some(display.clone()), remark)
-        })
+        .serve(|request| show(request, people.clone(), display.clone(), output.clone()))
         .await;
     0
 }

@@ -305,7 +305,9 @@ async fn conversation(cli: &Cli, key: &Key, stop: &Stop) -> Result<Result<u8, Fa
     };
     let mail = Mail::new(cli, network.node.clone(), output.clone(), form, cli.timeout);
     let people = mail.people.clone();
-    people.offer_by(prompt.ask_instead());
+    if prompt.is_typed() {
+        people.offer_by(prompt.ask_instead());
+    }
     let receiving = cli.announced().map(|name| {
         let receiving = receive(network.node.clone(), name.clone(), people, output.clone());
         tokio::spawn(receiving)

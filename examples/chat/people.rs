@@ -27,6 +27,8 @@ struct State {
     current: Option<ServiceName>,
     /// Who has written last and is not talked to.
     writer: Option<Writer>,
+    /// Who has written and was not offered an answer, until a person is told how to give one.
+    unoffered: Option<ServiceName>,
     /// Whom the question that is open offers to answer.
     offered: Option<Writer>,
     offer: Option<Offer>,
@@ -84,13 +86,23 @@ impl People {
         }
     }
 
-    /// Whom further lines are for.
-    pub(crate) fn talk_to(&self, name: Option<&ServiceName>) {
+    /// Further lines are for this name: for who has written under it, if it meant nobody before.
+    pub(crate) fn talk_to(&self, name: &ServiceName) {
         let mut state = self.lock();
-        state.current = name.cloned();
-        if state.writer.as_ref().map(|writer| &writer.name) == name {
-            state.writer = None;
+        state.current = Some(name.clone());
+        if let Some(writer) = state.writer.take_if(|writer| writer.name == *name) {
+            state.answer(writer);
         }
+    }
+
+    /// Further lines are for nobody yet.
+    pub(crate) fn talk_to_nobody(&self) {
+        self.lock().current = None;
+    }
+
+    /// Who has written beside a conversation: a person is to be told how to answer, once.
+    pub(crate) fn take_unoffered(&self) -> Option<ServiceName> {
+        self.lock().unoffered.take()
     }
 
     /// Somebody has written under a name. Returns what a person should know of that.
@@ -120,8 +132,9 @@ impl People {
 
     /// Who has written and is to be answered: from now on the name means them.
     pub(crate) fn take_writer(&self) -> Option<ServiceName> {
-        let writer = self.lock().writer.take()?;
-        self.answer(writer)
+        let mut state = self.lock();
+        let writer = state.writer.take()?;
+        state.answer(writer)
     }
 
     /// Whom the question that was just answered has offered to answer.
@@ -135,13 +148,8 @@ impl People {
     }
 
     /// From now on the name means who has written under it. `None` if it means somebody else already.
-    pub(crate) fn answer(&self, Writer { name, peer }: Writer) -> Option<ServiceName> {
-        let new = Partner {
-            peer,
-            is_doubtful: false,
-        };
-        let partner = *self.lock().partners.entry(name.clone()).or_insert(new);
-        (partner.peer == peer).then_some(name)
+    pub(crate) fn answer(&self, writer: Writer) -> Option<ServiceName> {
+        self.lock().answer(writer)
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {
@@ -155,10 +163,22 @@ impl State {
             Some(offer) if self.current.is_none() => offer(NAME, &question(&writer.name)),
             _ => false,
         };
+        let is_known = self.writer.as_ref() == Some(&writer);
         if is_offered {
             self.offered = Some(writer.clone());
+        } else if self.offer.is_some() && !is_known {
+            self.unoffered = Some(writer.name.clone());
         }
         self.writer = Some(writer);
+    }
+
+    fn answer(&mut self, Writer { name, peer }: Writer) -> Option<ServiceName> {
+        let new = Partner {
+            peer,
+            is_doubtful: false,
+        };
+        let partner = self.partners.entry(name.clone()).or_insert(new);
+        (partner.peer == peer).then_some(name)
     }
 }
 

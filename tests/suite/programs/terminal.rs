@@ -712,6 +712,7 @@ async fn whoever_writes_can_be_answered() {
         see(&mut bob, "client1> ");
         ann.send_line("still there?").unwrap();
         see(&mut bob, "): still there?");
+        see(&mut bob, "empty line: answer ann");
         see(&mut bob, "client1> ");
         bob.send_line("for client1").unwrap();
         see(&mut bob, "client1 (12D3..");
