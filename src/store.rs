@@ -12,6 +12,7 @@ mod prefix;
 mod providers;
 mod registry;
 mod ring;
+mod sessions;
 mod slab;
 pub(crate) mod values;
 mod weights;

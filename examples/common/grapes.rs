@@ -37,8 +37,16 @@ pub(crate) async fn tell(node: Node, output: Output) {
     let mut status = node.status();
     let start = Instant::now();
     let mut known: Vec<News> = Vec::new();
+    let mut elsewhere = false;
     loop {
-        let entries = status.borrow_and_update().bootstrap.clone();
+        let (entries, is_elsewhere) = {
+            let status = status.borrow_and_update();
+            (status.bootstrap.clone(), status.elsewhere)
+        };
+        if is_elsewhere && !elsewhere {
+            output.note(&used_elsewhere(&node.peer_id())).await;
+        }
+        elsewhere = is_elsewhere;
         known.resize_with(entries.len(), || News::new(start));
         let now = Instant::now();
         for (news, entry) in known.iter_mut().zip(&entries) {
@@ -52,6 +60,14 @@ pub(crate) async fn tell(node: Node, output: Output) {
             () = until(due) => {}
         }
     }
+}
+
+fn used_elsewhere(id: &PeerId) -> String {
+    format!(
+        "the identity {} is used by another program too, and messages reach either of the two: give each \
+         an identity file of its own",
+        short(id)
+    )
 }
 
 async fn until(due: Option<Instant>) {

@@ -38,6 +38,9 @@ pub struct Status {
     /// Whether this node has asked its way through the whole network once, so that it knows the
     /// grapes near it and some of all others. It begins half a second after it has met the first.
     pub explored: bool,
+    /// Whether a grape has heard of another running node with this node's key, so that messages to it may
+    /// reach the other one. Known within some 20 seconds, while both announce names.
+    pub elsewhere: bool,
 }
 
 impl Status {
@@ -81,6 +84,8 @@ pub(crate) struct Connectivity {
     dials: HashMap<PeerId, Vec<(ConnectionId, Vec<Multiaddr>)>>,
     addresses: Vec<Multiaddr>,
     explored: bool,
+    /// The grapes that have heard of another node with this node's key.
+    elsewhere: HashSet<PeerId>,
     status: watch::Sender<Status>,
 }
 
@@ -137,6 +142,7 @@ impl Connectivity {
             dials: HashMap::new(),
             addresses: Vec::new(),
             explored: false,
+            elsewhere: HashSet::new(),
             status,
         };
         connectivity.publish();
@@ -307,6 +313,7 @@ impl Connectivity {
         {
             self.remembered.insert(peer, told);
         }
+        self.elsewhere.remove(&peer);
         let has_spoken = told.is_some();
         let bootstrap = self.bootstraps.connected().contains(&peer);
         self.bootstraps.on_disconnected(&peer, has_spoken, now);
@@ -378,6 +385,19 @@ impl Connectivity {
         known.is_some_and(|known| known.told.is_some() && !known.keeps_announcements())
     }
 
+    /// A connected grape knows of so many other nodes with this node's key. Returns whether that is news.
+    pub(crate) fn on_told(&mut self, grape: PeerId, elsewhere: u64) -> bool {
+        let was_known = !self.elsewhere.is_empty();
+        let changed = match elsewhere > 0 && self.is_connected(&grape) {
+            true => self.elsewhere.insert(grape),
+            false => self.elsewhere.remove(&grape),
+        };
+        if changed {
+            self.publish();
+        }
+        !was_known && !self.elsewhere.is_empty()
+    }
+
     /// This node has asked its way through the whole network.
     pub(crate) fn on_explored(&mut self) {
         if !std::mem::replace(&mut self.explored, true) {
@@ -401,6 +421,7 @@ impl Connectivity {
             addresses: self.addresses.clone(),
             peers: self.peers.len(),
             explored: self.explored,
+            elsewhere: !self.elsewhere.is_empty(),
         };
         self.status.send_if_modified(|known| {
             let changed = *known != status;

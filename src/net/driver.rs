@@ -215,12 +215,16 @@ impl Driver {
     /// Withdraws every name, lets open requests finish and stops; ends within
     /// [`SHUTDOWN_DEADLINE`].
     async fn shut_down(&mut self) {
-        self.server.stop();
         let deadline = tokio::time::Instant::now() + SHUTDOWN_DEADLINE;
         let names: Vec<_> = self.discovery.announcements.names().cloned().collect();
         let serves = !names.is_empty();
+        if serves {
+            self.take_back_all(&names, deadline - SHUTDOWN_DEADLINE / 2)
+                .await;
+        }
+        self.server.stop();
         for name in names {
-            self.withdraw(&name);
+            self.server.unserve(&name);
         }
         // The last senders: every service now ends.
         self.dropped.clear();
@@ -253,6 +257,26 @@ impl Driver {
                 () = sleep_until(deadline) => break,
             }
         }
+    }
+
+    /// Withdraws names and goes on serving them until the grapes have confirmed that, so that who asks them
+    /// is not sent here to be turned away: another node may serve the same names, even under the same key.
+    async fn take_back_all(&mut self, names: &[ServiceName], deadline: tokio::time::Instant) {
+        for name in names {
+            self.take_back(name);
+        }
+        while self.withdrawing() > 0 {
+            self.carry_out_names(Instant::now());
+            let due = self.names.registrations.next_due();
+            tokio::select! {
+                event = self.swarm.select_next_some() => self.on_swarm_event(event),
+                answered = self.names.next() => self.on_names(answered),
+                () = sleep_until(due.unwrap_or_else(Instant::now).into()), if due.is_some() => {}
+                () = sleep_until(deadline) => return,
+            }
+        }
+        // Who was sent here before is on the way.
+        self.linger().await;
     }
 
     /// How many withdrawals no grape has confirmed yet.
@@ -364,9 +388,14 @@ impl Driver {
     }
 
     fn withdraw(&mut self, name: &ServiceName) {
+        self.server.unserve(name);
+        self.take_back(name);
+    }
+
+    /// Announces a name no longer.
+    fn take_back(&mut self, name: &ServiceName) {
         tracing::debug!(%name, "a name is taken back");
         self.publishing.remove(name);
-        self.server.unserve(name);
         if !self.discovery.announcements.withdraw(name) {
             return;
         }

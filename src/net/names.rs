@@ -10,6 +10,7 @@ use futures::FutureExt;
 use futures::future::BoxFuture;
 use futures::stream::{FuturesUnordered, StreamExt};
 use libp2p::{Multiaddr, PeerId};
+use rand::RngExt;
 use tokio::sync::oneshot;
 use tokio::time::{Instant, timeout_at};
 
@@ -28,8 +29,8 @@ const FIND_DEADLINE: Duration = Duration::from_secs(3);
 /// What the driver must know of an answer.
 #[derive(Debug)]
 pub(crate) enum Learned {
-    /// Nothing more: a grape was told of this node's names.
-    Told,
+    /// A grape was told of this node's names, and knows of so many other nodes with its key.
+    Told(PeerId, u64),
     /// A grape has no registry; these names were asked for.
     NoRegistry(PeerId, Vec<ServiceName>),
     /// A grape named providers of each of these names; `None`: it did not answer.
@@ -47,6 +48,8 @@ pub(crate) type Providers = Vec<(PeerId, Vec<Multiaddr>)>;
 #[derive(Debug)]
 pub(crate) struct Names {
     pub(crate) registrations: Registrations,
+    /// Tells this node from another one with its key.
+    session: u64,
     under_way: FuturesUnordered<BoxFuture<'static, Answered>>,
     /// What is asked of each grape at the end of this turn.
     sought: HashMap<PeerId, Vec<ServiceName>>,
@@ -83,6 +86,7 @@ impl Names {
     pub(crate) fn new() -> Self {
         Self {
             registrations: Registrations::new(),
+            session: rand::rng().random(),
             under_way: FuturesUnordered::new(),
             sought: HashMap::new(),
         }
@@ -136,6 +140,7 @@ impl Names {
             legacy: record.map(|record| record.legacy.envelope().to_vec()),
             withdraw: update.withdraw,
             find: Vec::new(),
+            session: Some(self.session),
         };
         let announced = (request.announce.len() == wanted).then_some(wanted);
         let asked = Asked::Update { announced };
@@ -227,8 +232,10 @@ impl Names {
         reply: Reply,
         now: time::Instant,
     ) -> Learned {
+        let mut elsewhere = 0;
         let answer = match reply {
             Reply::Read(reply) => {
+                elsewhere = reply.elsewhere;
                 let index = |number: &u64| usize::try_from(*number).ok();
                 let refused: BTreeSet<_> = reply.refused.iter().filter_map(index).collect();
                 let lease = Duration::from_millis(reply.lease);
@@ -242,7 +249,7 @@ impl Names {
             Reply::Nothing => Answer::Failed,
         };
         self.registrations.on_answer(&grape, answer, now);
-        Learned::Told
+        Learned::Told(grape, elsewhere)
     }
 
     fn on_found(

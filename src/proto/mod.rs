@@ -128,8 +128,8 @@
 //!
 //! | map | keys |
 //! | --- | --- |
-//! | payload of the request | `{"announce": [name], "record": bytes?, "legacy": bytes?, "withdraw": [name], "find": [name]}` |
-//! | payload of the reply | `{"lease": uint, "refused": [uint], "found": [[provider]], "grapes": uint}` |
+//! | payload of the request | `{"announce": [name], "record": bytes?, "legacy": bytes?, "withdraw": [name], "find": [name], "session": uint?}` |
+//! | payload of the reply | `{"lease": uint, "refused": [uint], "found": [[provider]], "grapes": uint, "elsewhere": uint?}` |
 //! | provider | `{"peer": bytes, "addresses": [bytes], "lease": uint}` |
 //!
 //! Names are taken back first, then announced, then looked up; any of the lists may be empty. They
@@ -146,6 +146,14 @@
 //! are more. A provider's `peer` is its id and its addresses are multiaddrs, both in
 //! binary; one without an address is a grape that Kademlia knows. `grapes` is how many grapes
 //! this one knows, itself included.
+//!
+//! `session` is any number that a node draws at random when it starts: it tells nodes that have copies of
+//! one key from each other. What is taken back under a session is what was announced under it, and a name
+//! that another session of the sender's has announced as well stays, with the record that came with that.
+//! Without a session a name that is taken back is gone. `elsewhere` is how many other sessions of the
+//! sender's this grape has heard of since this one began and within 15 seconds; without it, none. A message
+//! without any name tells a grape that a session is there; this program sends one to its bootstrap grapes
+//! after 10 seconds without another one.
 //!
 //! Which grapes are responsible for a name, Kademlia says: those closest to its key, 20 at most. So
 //! in a network of fewer than 20 each one keeps every name, and who knows well fewer (this program: 16)
@@ -242,6 +250,7 @@
 //! | nesting of CBOR | 128 levels |
 //! | names announced and names withdrawn in one request to a grape | 1,000 of each |
 //! | names looked up in one request | 16 |
+//! | sessions of one peer, and names of it that several may hold | 4, 2,000 |
 //! | `record`, `legacy`, and the record in a registration | 4,096; of its addresses 16 are read |
 //! | providers of one name in an answer | 64, and 61,440 bytes |
 //! | addresses of a provider | 8, of 256 bytes |

@@ -35,6 +35,10 @@ const MAX_WALKS: usize = 16;
 /// How long the grapes that a walk has found are good, while none of them fails.
 const WALK_INTERVAL: Duration = Duration::from_secs(600);
 
+/// How often a bootstrap grape is told something, if only that this node is there: it tells in turn whether
+/// another node with the same key is.
+const CHECK_IN: Duration = Duration::from_secs(10);
+
 /// The first and the longest pause before a grape that did not answer is told again. The very first
 /// time there is none: a stream that had rested closes just as it is used.
 const RETRY_MIN: Duration = Duration::from_secs(1);
@@ -139,6 +143,7 @@ struct Telling {
 struct Grape {
     /// It is told of every name, and otherwise of those that it is among the closest to.
     every: bool,
+    is_bootstrap: bool,
     closest_to: BTreeSet<Number>,
     /// `None`: it has no registry.
     ledger: Option<Ledger>,
@@ -166,6 +171,7 @@ struct Ledger {
     /// Where the round is, if one is under way.
     round: Option<Number>,
     next_round: Instant,
+    next_check_in: Instant,
 }
 
 #[derive(Debug)]
@@ -295,6 +301,7 @@ impl Registrations {
                 grape.closest_to = self.names.keys().copied().collect();
             }
             grape.every = every;
+            grape.is_bootstrap = known.is_bootstrap;
         }
         for (grape, numbers) in found_without {
             self.is_told(&grape, numbers);
@@ -736,6 +743,7 @@ impl Grape {
     fn new(now: Instant) -> Self {
         Self {
             every: false,
+            is_bootstrap: false,
             closest_to: BTreeSet::new(),
             ledger: Some(Ledger::new(now)),
             in_flight: None,
@@ -767,8 +775,9 @@ impl Grape {
             (true, _) => self.due.map_or(now, |due| due.min(now)),
             (false, true) => return None,
             (false, false) => {
-                let retry = ledger.retry;
-                retry.map_or(ledger.next_round, |at| at.min(ledger.next_round))
+                let check_in = self.is_bootstrap.then_some(ledger.next_check_in);
+                let due = ledger.retry.into_iter().chain(check_in);
+                due.fold(ledger.next_round, Instant::min)
             }
         };
         Some(self.not_before.map_or(due, |at| at.max(due)))
@@ -802,9 +811,11 @@ impl Grape {
         {
             withdraw.push(name);
         }
-        if announce.is_empty() && withdraw.is_empty() {
+        let checks_in = self.is_bootstrap && now >= ledger.next_check_in && !names.is_empty();
+        if announce.is_empty() && withdraw.is_empty() && !checks_in {
             return None;
         }
+        ledger.next_check_in = now + CHECK_IN;
         if !announce.is_empty() {
             // What it grants is not known yet: at least as long as ours do, from when it arrives.
             ledger.keeps_until = ledger.keeps_until.max(now + 2 * LEASE);
@@ -835,6 +846,7 @@ impl Ledger {
             keeps_until: now,
             round: None,
             next_round: now,
+            next_check_in: now + CHECK_IN,
         };
         ledger.next_round += ledger.renewal();
         ledger

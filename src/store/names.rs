@@ -11,8 +11,9 @@ use std::time::{Duration, Instant};
 
 use libp2p::{Multiaddr, PeerId};
 
+use super::sessions::Verdict;
 use super::{NewRecord, Origin, Prefix, Registry};
-use crate::name::ServiceName;
+use crate::name::{Key, ServiceName};
 use crate::proto::rate::RateLimit;
 use crate::proto::rendezvous::{Envelopes, Form, RecordError, SignedPeer};
 use crate::proto::wire::{MAX_PROVIDERS, NamesReply, NamesRequest, Provided};
@@ -73,10 +74,35 @@ impl Rates {
     }
 }
 
-/// What a peer has proved to have said of itself.
-struct Claim {
+/// What a peer has proved to have said of itself, and where it is connected from.
+#[derive(Clone, Debug)]
+pub(super) struct Claim {
     addresses: Vec<Multiaddr>,
     envelope: Envelopes,
+    prefix: Prefix,
+}
+
+impl Claim {
+    /// A record of a name of such a peer's.
+    fn record<'a>(
+        &'a self,
+        peer: PeerId,
+        name: &ServiceName,
+        key: &'a Key,
+        ttl: Duration,
+    ) -> NewRecord<'a> {
+        NewRecord {
+            key,
+            peer,
+            prefix: self.prefix,
+            addresses: &self.addresses,
+            origin: Origin::Rendezvous {
+                namespace: Arc::clone(name.shared()),
+                envelope: self.envelope.clone(),
+            },
+            ttl,
+        }
+    }
 }
 
 impl Registry {
@@ -97,7 +123,10 @@ impl Registry {
         if self.rates().withdrawn.take(peer, withdrawn, now) < withdrawn {
             return Err(NotTaken::TooFast);
         }
-        self.take_back(peer, &request.withdraw, now);
+        let elsewhere = request
+            .session
+            .map_or(0, |session| self.hear(peer, session, now));
+        self.take_back(peer, request, now);
         let prefix = host.map_or(Prefix::Local, Prefix::from);
         let refused = self.keep(peer, prefix, request, now)?;
         let found: Vec<_> = request
@@ -113,6 +142,28 @@ impl Registry {
             refused,
             lease: millis(self.granted()),
             grapes: self.grapes(),
+            elsewhere,
+        })
+    }
+
+    /// Somebody with a peer's key is heard of; returns how many others with it are there.
+    fn hear(&self, peer: PeerId, session: u64, now: Instant) -> u64 {
+        let is_second = self.sessions().is_second(&peer, session);
+        let claim = is_second.then(|| self.claimed(&peer)).flatten();
+        let elsewhere = self.sessions().hear(peer, session, claim, now);
+        if elsewhere > 0 {
+            tracing::debug!(%peer, elsewhere, "several nodes have one key");
+        }
+        elsewhere
+    }
+
+    /// What a peer that has registered something has said of itself.
+    fn claimed(&self, peer: &PeerId) -> Option<Claim> {
+        let store = self.providers();
+        Some(Claim {
+            addresses: store.addresses(peer),
+            envelope: store.envelope(peer)?,
+            prefix: store.prefix(peer)?,
         })
     }
 
@@ -127,31 +178,36 @@ impl Registry {
         let (names, Some(record)) = (&request.announce, &request.record) else {
             return Ok(Vec::new());
         };
-        let Some(claim) = self.verify(peer, record, request.legacy.as_deref(), now)? else {
+        let legacy = request.legacy.as_deref();
+        let Some(claim) = self.verify(peer, prefix, record, legacy, now)? else {
             return Ok((0..names.len() as u64).collect());
         };
+        let several = request
+            .session
+            .filter(|_| self.sessions().has_several(&peer));
+        if let Some(session) = several {
+            self.sessions().claim(&peer, session, claim.clone());
+        }
         let admitted = self.rates().announced.take(peer, names.len(), now);
         let ttl = self.granted();
         let mut refused = Vec::new();
         let numbered: Vec<_> = (0..).zip(&names[..admitted]).collect();
         for portion in numbered.chunks(PORTION) {
+            let mut held = Vec::new();
             let mut store = self.providers();
             for (number, name) in portion {
-                let new = NewRecord {
-                    key: &name.key(),
-                    peer,
-                    prefix,
-                    addresses: &claim.addresses,
-                    origin: Origin::Rendezvous {
-                        namespace: Arc::clone(name.shared()),
-                        envelope: claim.envelope.clone(),
-                    },
-                    ttl,
-                };
-                if let Err(error) = store.insert(new, now) {
+                let key = name.key();
+                let before = several.and_then(|_| store.held_until(&key, &peer));
+                if let Err(error) = store.insert(claim.record(peer, name, &key, ttl), now) {
                     tracing::debug!(%peer, %name, %error, "a name was refused");
                     refused.push(*number);
+                } else if let Some(session) = several {
+                    held.push((session, key, before));
                 }
+            }
+            drop(store);
+            for (session, key, before) in held {
+                self.sessions().hold(&peer, session, key, before, now + ttl);
             }
         }
         refused.extend(admitted as u64..names.len() as u64);
@@ -163,6 +219,7 @@ impl Registry {
     fn verify(
         &self,
         peer: PeerId,
+        prefix: Prefix,
         record: &[u8],
         legacy: Option<&[u8]>,
         now: Instant,
@@ -177,6 +234,7 @@ impl Registry {
             return Ok(Some(Claim {
                 addresses,
                 envelope,
+                prefix,
             }));
         }
         let cost = RECORD_COST * (1 + usize::from(legacy.is_some()));
@@ -195,15 +253,44 @@ impl Registry {
         Ok(Some(Claim {
             addresses: signed.addresses().to_vec(),
             envelope,
+            prefix,
         }))
     }
 
-    /// Drops a peer's names.
-    fn take_back(&self, peer: PeerId, names: &[ServiceName], now: Instant) {
-        for portion in names.chunks(PORTION) {
+    /// Drops a peer's names, but for those that another session of it holds.
+    fn take_back(&self, peer: PeerId, request: &NamesRequest, now: Instant) {
+        let several = request
+            .session
+            .filter(|_| self.sessions().has_several(&peer));
+        for portion in request.withdraw.chunks(PORTION) {
+            if let Some(session) = several {
+                portion
+                    .iter()
+                    .for_each(|name| self.take_back_of(peer, session, name, now));
+                continue;
+            }
             let mut store = self.providers();
             for name in portion {
                 store.withdraw(&name.key(), &peer, now);
+            }
+        }
+    }
+
+    /// Drops a name of one session of a peer's; what another one holds is from then on where that one is.
+    fn take_back_of(&self, peer: PeerId, session: u64, name: &ServiceName, now: Instant) {
+        let key = name.key();
+        let until = self.providers().held_until(&key, &peer);
+        let verdict = self.sessions().take_back(&peer, session, &key, until, now);
+        let mut store = self.providers();
+        match verdict {
+            Verdict::Gone => {
+                store.withdraw(&key, &peer, now);
+            }
+            Verdict::Held(claim, until) => {
+                let ttl = until.saturating_duration_since(now);
+                if let Err(error) = store.insert(claim.record(peer, name, &key, ttl), now) {
+                    tracing::debug!(%peer, %name, %error, "a name is not kept for another session");
+                }
             }
         }
     }
@@ -402,9 +489,9 @@ mod tests {
         let request = NamesRequest {
             announce: name.clone(),
             record: Some(scene.record.clone()),
-            legacy: None,
             withdraw: name.clone(),
             find: name,
+            ..NamesRequest::default()
         };
         assert_eq!(scene.ask(&request).unwrap().found[0].len(), 1);
     }
@@ -503,6 +590,36 @@ mod tests {
         assert_eq!(answered, 2 * LOOKUPS_PER_SECOND as usize / 16);
         scene.now += Duration::from_secs(1);
         assert!(scene.ask(&request).is_ok());
+    }
+
+    #[test]
+    fn of_two_nodes_with_one_key_each_takes_back_what_it_has_announced() {
+        let mut scene = Scene::new();
+        let name = names(1);
+        let say = |scene: &Scene, session: u64, announce: bool| {
+            let request = NamesRequest {
+                announce: name[..usize::from(announce)].to_vec(),
+                record: announce.then(|| signed(&scene.keypair, session as u16)),
+                withdraw: name[usize::from(announce)..].to_vec(),
+                session: Some(session),
+                ..NamesRequest::default()
+            };
+            scene.ask(&request).unwrap().elsewhere
+        };
+        let at = |scene: &Scene| {
+            let mut found = scene.find(&name[0]);
+            found.pop().map(|found| found.addresses[0].to_string())
+        };
+        say(&scene, 1, true);
+        scene.now += Duration::from_secs(5);
+        say(&scene, 2, true);
+        scene.now += Duration::from_secs(5);
+        assert_eq!(say(&scene, 1, true), 1, "the other one has come");
+        assert_eq!(at(&scene).as_deref(), Some("/ip4/10.0.0.1/tcp/1"));
+        say(&scene, 1, false);
+        assert_eq!(at(&scene).as_deref(), Some("/ip4/10.0.0.1/tcp/2"));
+        say(&scene, 2, false);
+        assert_eq!(at(&scene), None);
     }
 
     #[test]

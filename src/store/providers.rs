@@ -432,6 +432,17 @@ impl Providers {
             .unwrap_or_default()
     }
 
+    /// Until when a peer provides a key.
+    pub(crate) fn held_until(&self, key: &[u8], peer: &PeerId) -> Option<Instant> {
+        let record = self.records.get(self.find(key, peer)?.index())?;
+        Some(self.instant(record.expires))
+    }
+
+    /// Where a peer that provides something was connected from.
+    pub(crate) fn prefix(&self, peer: &PeerId) -> Option<Prefix> {
+        self.peer(peer).map(|(_, peer)| peer.prefix)
+    }
+
     /// What the store holds and what has happened to it.
     pub(crate) fn stats(&self) -> Stats {
         Stats {

@@ -15,8 +15,9 @@ use libp2p::{Multiaddr, PeerId};
 use tokio::sync::Notify;
 
 use super::batches;
-use super::names::Rates;
+use super::names::{Claim, Rates};
 use super::providers::Provider;
+use super::sessions::Sessions;
 use super::values::{NotKept, Values};
 use super::workers::Workers;
 use super::{Prefix, Providers};
@@ -54,6 +55,7 @@ pub(crate) struct Registry {
     values: Mutex<Values>,
     rates: Mutex<Rates>,
     batch_rates: Mutex<batches::Rates>,
+    sessions: Mutex<Sessions<Claim>>,
     /// Where this node and the grapes of its routing table can be dialled.
     places: Mutex<HashMap<PeerId, Vec<Multiaddr>>>,
     /// How many grapes this one knows, itself included.
@@ -76,6 +78,7 @@ impl Registry {
             values: Mutex::new(Values::new(now)),
             rates: Mutex::default(),
             batch_rates: Mutex::default(),
+            sessions: Mutex::new(Sessions::new(now)),
             places: Mutex::default(),
             grapes: AtomicU64::new(1),
             changed: Notify::new(),
@@ -101,6 +104,11 @@ impl Registry {
 
     pub(super) fn rates(&self) -> MutexGuard<'_, Rates> {
         self.rates.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Who of those with one key announces what.
+    pub(super) fn sessions(&self) -> MutexGuard<'_, Sessions<Claim>> {
+        self.sessions.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     pub(super) fn batch_rates(&self) -> MutexGuard<'_, batches::Rates> {
@@ -176,6 +184,7 @@ impl Registry {
         self.values().sweep(now);
         self.rates().sweep(now);
         self.batch_rates().sweep(now);
+        self.sessions().sweep(now);
         if self.workers().sweep(now) {
             self.on_changed();
         }

@@ -21,3 +21,4 @@ mod process;
 mod programs;
 #[cfg(target_os = "linux")]
 mod roaming;
+mod twins;

@@ -733,6 +733,26 @@ async fn a_restarted_grape_keeps_its_id_and_gets_its_names_back() {
 }
 
 #[tokio::test]
+async fn two_programs_with_copies_of_one_key_say_so() {
+    in_time(async {
+        let grape = grape(&[]).await;
+        let folders = [(); 2].map(|()| tempfile::tempdir().unwrap());
+        let keys = folders.each_ref().map(key_file);
+        Identity::load_or_generate(&keys[0]).unwrap();
+        std::fs::copy(&keys[0], &keys[1]).unwrap();
+        let by = |key| ["--bootstrap", &grape.address, "--identity", key];
+        let mut peer = Program::start("peer", &[&["client1"], &by(&keys[0])[..]].concat());
+        let mut chat = Program::start("chat", &[&["--name", "ann"], &by(&keys[1])[..]].concat());
+        for program in [&mut peer, &mut chat] {
+            program
+                .says_of("the identity ", "is used by another program too")
+                .await;
+        }
+    })
+    .await;
+}
+
+#[tokio::test]
 async fn a_key_file_is_used_by_one_running_program() {
     use std::os::unix::fs::PermissionsExt;
 

@@ -295,7 +295,7 @@ impl Driver {
             self.discovery.lookups.on_more_grapes();
         }
         match learned {
-            names::Learned::Told => {}
+            names::Learned::Told(grape, elsewhere) => self.on_told(grape, elsewhere),
             names::Learned::NoRegistry(grape, sought) => {
                 for name in sought {
                     self.discovery.lookups.on_no_registry(&grape, &name);
@@ -310,6 +310,17 @@ impl Driver {
                 self.discovery.lookups.on_answer(&peer, &name, serves, now);
             }
             names::Learned::NotAsked(peer, name) => self.ask_serves(peer, name),
+        }
+    }
+
+    /// A grape has been told of this node's names, and knows of so many other nodes with its key.
+    fn on_told(&mut self, grape: PeerId, elsewhere: u64) {
+        if self.connectivity.on_told(grape, elsewhere) {
+            tracing::warn!(
+                id = %self.swarm.local_peer_id(),
+                %grape,
+                "another running node has this node's key: give each an identity of its own"
+            );
         }
     }
 

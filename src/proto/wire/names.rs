@@ -37,6 +37,9 @@ const MAX_ANSWER: usize = 60 * 1_024;
 /// The bytes that surround a message's lists, about.
 const ENVELOPE: usize = 64;
 
+/// The bytes of a further key and its number, at most.
+const NUMBER: usize = 19;
+
 /// What a node tells and asks. Names are taken back first, then announced, then looked up.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct NamesRequest {
@@ -51,6 +54,9 @@ pub struct NamesRequest {
     pub withdraw: Vec<ServiceName>,
     /// Names whose providers are asked for; at most [`MAX_SOUGHT`].
     pub find: Vec<ServiceName>,
+    /// Which of perhaps several nodes with the sender's key this is: a number drawn at its start. What is
+    /// taken back is what was announced under it.
+    pub session: Option<u64>,
 }
 
 /// The answer to a [`NamesRequest`].
@@ -64,6 +70,8 @@ pub struct NamesReply {
     pub found: Vec<Vec<Provided>>,
     /// How many grapes the grape knows, itself included.
     pub grapes: u64,
+    /// How many other nodes with the sender's key the grape has heard of since the sender's session began.
+    pub elsewhere: u64,
 }
 
 /// A provider of a name, as the grape knows it.
@@ -112,6 +120,7 @@ impl NamesRequest {
             legacy,
             withdraw: names(&withdraw)?,
             find: names(&find)?,
+            session: draft.session,
         })
     }
 
@@ -141,8 +150,10 @@ impl NamesRequest {
             legacy: legacy.map(serde_bytes::Bytes::new),
             withdraw: texts(&self.withdraw),
             find: texts(&self.find),
+            session: self.session,
         };
-        encode(&shape, ENVELOPE + names + records)
+        let session = self.session.map_or(0, |_| NUMBER);
+        encode(&shape, ENVELOPE + session + names + records)
     }
 }
 
@@ -170,6 +181,7 @@ impl NamesReply {
             refused,
             found: found.collect::<Result<_, _>>()?,
             grapes,
+            elsewhere: draft.elsewhere.unwrap_or_default(),
         })
     }
 
@@ -180,7 +192,8 @@ impl NamesReply {
     pub fn encode(&self) -> Result<Vec<u8>, EncodeError> {
         check_sendable("list of refused names", self.refused.len(), MAX_NAMES)?;
         check_sendable("list of sought names", self.found.len(), MAX_SOUGHT)?;
-        let mut size = ENVELOPE + 3 * self.refused.len();
+        let elsewhere = if self.elsewhere > 0 { NUMBER } else { 0 };
+        let mut size = ENVELOPE + elsewhere + 3 * self.refused.len();
         for providers in &self.found {
             check_sendable("list of providers", providers.len(), MAX_PROVIDERS)?;
             size += 2 + providers.iter().map(Provided::size).sum::<usize>();
@@ -190,6 +203,7 @@ impl NamesReply {
             refused: &self.refused,
             found: self.found.iter().map(|of| shapes(of)).collect(),
             grapes: self.grapes,
+            elsewhere: (self.elsewhere > 0).then_some(self.elsewhere),
         };
         encode(&shape, size)
     }
@@ -258,6 +272,8 @@ struct RequestShape<'a> {
     legacy: Option<&'a serde_bytes::Bytes>,
     withdraw: Vec<&'a str>,
     find: Vec<&'a str>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    session: Option<u64>,
 }
 
 #[derive(Serialize)]
@@ -266,6 +282,8 @@ struct ReplyShape<'a> {
     refused: &'a [u64],
     found: Vec<Vec<ProvidedShape>>,
     grapes: u64,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    elsewhere: Option<u64>,
 }
 
 #[derive(Serialize)]
@@ -282,6 +300,7 @@ struct RequestDraft<'de> {
     legacy: Option<Bytes<'de>>,
     withdraw: Option<List<Text<'de>, MAX_NAMES>>,
     find: Option<List<Text<'de>, MAX_SOUGHT>>,
+    session: Option<u64>,
 }
 
 #[derive(Default)]
@@ -290,6 +309,7 @@ struct ReplyDraft<'de> {
     refused: Option<List<u64, MAX_NAMES>>,
     found: Option<List<List<Nested<ProvidedDraft<'de>>, MAX_PROVIDERS>, MAX_SOUGHT>>,
     grapes: Option<u64>,
+    elsewhere: Option<u64>,
 }
 
 #[derive(Default)]
@@ -330,6 +350,7 @@ impl<'de> Draft<'de> for RequestDraft<'de> {
             "legacy" => set(&mut self.legacy, "legacy", values),
             "withdraw" => set(&mut self.withdraw, "withdraw", values),
             "find" => set(&mut self.find, "find", values),
+            "session" => set(&mut self.session, "session", values),
             key => Err(unknown_key(key, Self::WHAT)),
         }
     }
@@ -344,6 +365,7 @@ impl<'de> Draft<'de> for ReplyDraft<'de> {
             "refused" => set(&mut self.refused, "refused", values),
             "found" => set(&mut self.found, "found", values),
             "grapes" => set(&mut self.grapes, "grapes", values),
+            "elsewhere" => set(&mut self.elsewhere, "elsewhere", values),
             key => Err(unknown_key(key, Self::WHAT)),
         }
     }

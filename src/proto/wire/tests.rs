@@ -548,6 +548,7 @@ fn names_request() -> NamesRequest {
         legacy: Some(vec![4]),
         withdraw: vec!["a".parse().expect("a name")],
         find: vec!["hé".parse().expect("a name")],
+        session: Some(7),
     }
 }
 
@@ -565,6 +566,7 @@ fn names_reply() -> NamesReply {
             vec![],
         ],
         grapes: 2,
+        elsewhere: 1,
     }
 }
 
@@ -573,8 +575,8 @@ fn messages_on_names_have_these_bytes() {
     for (request, golden) in [
         (
             names_request(),
-            "a5 68616e6e6f756e6365 81 67636c69656e7431 667265636f7264 43010203 666c6567616379 4104 \
-             687769746864726177 81 6161 6466696e64 81 6368c3a9",
+            "a6 68616e6e6f756e6365 81 67636c69656e7431 667265636f7264 43010203 666c6567616379 4104 \
+             687769746864726177 81 6161 6466696e64 81 6368c3a9 6773657373696f6e 07",
         ),
         (
             NamesRequest::default(),
@@ -585,9 +587,9 @@ fn messages_on_names_have_these_bytes() {
         assert_eq!(hex(&encoded), hex(&bytes(golden)));
         assert_eq!(NamesRequest::decode(&encoded), Ok(request));
     }
-    let golden = "a4 656c65617365 1a00015f90 6772656675736564 82 00 1903e7 65666f756e64 82 \
+    let golden = "a5 656c65617365 1a00015f90 6772656675736564 82 00 1903e7 65666f756e64 82 \
          81 a3 6470656572 5826 0024080112203b6a27bcceb6a42d62a3a8d02a6f0d73653215771de243a63ac048a18b59da29 \
-         69616464726573736573 81 48047f000001060001 656c65617365 01 80 66677261706573 02";
+         69616464726573736573 81 48047f000001060001 656c65617365 01 80 66677261706573 02 69656c73657768657265 01";
     let encoded = names_reply().encode().expect("encodes");
     assert_eq!(hex(&encoded), hex(&bytes(golden)));
     assert_eq!(NamesReply::decode(&encoded), Ok(names_reply()));
@@ -645,6 +647,7 @@ fn messages_on_names_over_a_limit_are_neither_sent_nor_read() {
         legacy: Some(vec![0; MAX_RECORD]),
         withdraw: vec![name.clone(); MAX_NAMES],
         find: vec![name.clone(); MAX_SOUGHT],
+        session: Some(u64::MAX),
     };
     let encoded = full.encode().expect("encodes");
     assert_eq!(NamesRequest::decode(&encoded), Ok(full.clone()));
@@ -698,6 +701,7 @@ fn any_names_request() -> impl Strategy<Value = NamesRequest> {
     (names(), vec(any::<u8>(), 0..64), names(), names()).prop_map(
         |(announce, record, withdraw, find)| NamesRequest {
             legacy: (announce.len() > 1).then(|| record.clone()),
+            session: (withdraw.len() > 1).then_some(find.len() as u64),
             record: (!announce.is_empty()).then_some(record),
             announce,
             withdraw,
@@ -721,6 +725,7 @@ fn any_names_reply() -> impl Strategy<Value = NamesReply> {
     (any::<u64>(), vec(256..999u64, 0..4), found, any::<u64>()).prop_map(
         |(lease, refused, found, grapes)| NamesReply {
             lease,
+            elsewhere: refused.len() as u64,
             refused,
             found,
             grapes,
