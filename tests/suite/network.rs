@@ -506,6 +506,47 @@ async fn requests_spread_over_all_providers_and_broadcast_reaches_each() {
     .await;
 }
 
+/// Who wants all waits for who stands still; who wants some does not, also beside it.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_broadcast_waits_for_all_who_are_named_and_tells_whom_it_did_not_reach() {
+    in_time(async {
+        let grape = on(Role::Grape, TCP, &[]).spawn().await.unwrap();
+        let [quick, slow] = [(); 2].map(|()| Killable::spawn(on(Role::Peer, TCP, &[&grape])));
+        for server in [&quick, &slow] {
+            server.echo("client1").await;
+        }
+        let ids = [quick.node.peer_id(), slow.node.peer_id()];
+        let options = |seconds| RequestOptions {
+            deadline: Duration::from_secs(seconds),
+            ..RequestOptions::default()
+        };
+        let client = on(Role::Peer, TCP, &[&grape]).spawn().await.unwrap();
+        let going_on = slow.stop();
+        let mut replies = client.broadcast_with(&name("client1"), "all", options(60));
+        let first = replies.next().await.unwrap().unwrap();
+        assert_eq!(first.provider, ids[0]);
+        let some = client.lookup(&name("client1")).await.unwrap();
+        assert_eq!(some.len(), 1, "{some:?}");
+        drop(going_on);
+        let second = replies.next().await.unwrap().unwrap();
+        assert_eq!(second.provider, ids[1]);
+        assert!(replies.next().await.is_none());
+
+        let client = on(Role::Peer, TCP, &[&grape]).spawn().await.unwrap();
+        let _going_on = slow.stop();
+        let replies = client.broadcast_with(&name("client1"), "all", options(2));
+        let replies: Vec<_> = replies.collect().await;
+        let unreached = RequestError::Unreached {
+            name: name("client1"),
+            provider: ids[1],
+        };
+        assert_eq!(replies.len(), 2, "{replies:?}");
+        assert_eq!(replies[0].as_ref().unwrap().provider, ids[0]);
+        assert_eq!(replies[1], Err(unreached));
+    })
+    .await;
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn a_provider_killed_in_mid_run_costs_no_request_that_may_be_retried() {
     in_time(async {
