@@ -237,7 +237,12 @@ impl Mail {
         end: Instant,
     ) -> Result<Reply, RequestError> {
         let reply = self.node.request_to(peer, to, payload, options(end)).await;
-        if let Err(RequestError::TimedOut(_) | RequestError::Busy(_)) = &reply {
+        if let Err(
+            RequestError::TimedOut(_)
+            | RequestError::Lookup(LookupError::TimedOut(_))
+            | RequestError::Busy(_),
+        ) = &reply
+        {
             self.people.doubt(to);
         }
         reply

@@ -184,6 +184,8 @@ struct Candidate {
     untried: Vec<Multiaddr>,
     /// Until when it is waited for although it is late.
     patience: Option<Instant>,
+    /// Its host has said that nobody listens at one of its addresses.
+    is_refused: bool,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -562,6 +564,16 @@ impl<Q: Copy + Eq + Hash> Lookups<Q> {
         }
     }
 
+    /// A peer's host has said that nobody listens at one of the addresses of a dial that has failed:
+    /// that the others are silent does not mean that the peer stands still.
+    pub(crate) fn on_refused(&mut self, peer: &PeerId) {
+        for lookup in self.running.values_mut() {
+            if let Some(candidate) = lookup.candidates.get_mut(peer) {
+                candidate.is_refused = true;
+            }
+        }
+    }
+
     /// A dial to a peer has failed; `others` tells whether more of them are under way.
     pub(crate) fn on_dial_failed(&mut self, peer: &PeerId, others: bool, now: Instant) {
         let (mut given_up, mut dialled) = (Vec::new(), Vec::new());
@@ -576,7 +588,7 @@ impl<Q: Copy + Eq + Hash> Lookups<Q> {
             };
             // Nobody has refused, so that it may only stand still: who wants all has it dialled again.
             let is_late = matches!(candidate.state, State::Dialling(until) if now >= until);
-            let again = is_late && !others && wants_all;
+            let again = is_late && !others && wants_all && !candidate.is_refused;
             if again {
                 candidate.untried.append(&mut candidate.tried);
             }
@@ -901,6 +913,7 @@ impl Candidate {
             tried: Vec::new(),
             untried: Vec::new(),
             patience: None,
+            is_refused: false,
         };
         candidate.add(addresses, MAX_ADDRESSES);
         candidate
@@ -1201,6 +1214,7 @@ mod tests {
     #[test]
     fn who_wants_all_is_told_whom_a_lookup_did_not_reach() {
         let (fast, refusing, silent) = (PeerId::random(), PeerId::random(), PeerId::random());
+        let gone = PeerId::random();
         for is_silent in [false, true] {
             let mut scene = Scene::new(&[]);
             let soon = scene.now + Duration::from_secs(5);
@@ -1223,10 +1237,17 @@ mod tests {
                 assert_eq!(told[0], (later, sorted([refusing, silent])));
                 continue;
             }
-            // A dial that nobody answers is tried again as long as there is time.
+            // A dial that nobody answers is tried again as long as there is time, one of which a part
+            // was refused is not.
+            scene.candidate(gone, &[A, B], false);
             scene.passes(Duration::from_secs(4));
             scene.dial_fails(silent);
             assert_eq!(scene.dials_of(silent), [[A], [A]]);
+            scene.lookups.on_refused(&gone);
+            scene.dial_fails(gone);
+            assert_eq!(scene.dials_of(gone), [[A, B]]);
+            scene.connects(gone);
+            scene.answer(gone, Some(false));
             scene.passes(Duration::from_secs(1));
             assert_eq!(scene.unreached(), [(soon, sorted([refusing, silent]))]);
             assert_eq!(scene.outcome(), None);

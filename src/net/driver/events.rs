@@ -1,5 +1,6 @@
 //! Routes what the Swarm tells, and what other nodes answer.
 
+use std::io::ErrorKind;
 use std::time::Instant;
 
 use libp2p::core::ConnectedPoint;
@@ -9,6 +10,7 @@ use libp2p::swarm::{ConnectionId, DialError, SwarmEvent};
 use libp2p::{Multiaddr, PeerId, identify, kad, ping};
 
 use super::Driver;
+use crate::error::system_error;
 use crate::limits::MAX_ADDRESSES;
 use crate::name::ServiceName;
 use crate::net::connectivity::{Connectivity, describe, without_id};
@@ -100,6 +102,9 @@ impl Driver {
         if let Some((peer, addresses)) = failed {
             let goes_on = wrong.is_some_and(|wrong| self.dial_others(peer, addresses, wrong));
             let others = goes_on || self.connectivity.dials(&peer) > 0;
+            if is_refused(error) {
+                self.discovery.lookups.on_refused(&peer);
+            }
             self.discovery.lookups.on_dial_failed(&peer, others, now);
         }
         self.after_bootstrap_change();
@@ -506,4 +511,13 @@ fn prefix(connectivity: &Connectivity, peer: &PeerId) -> Prefix {
     connectivity
         .remote_address(peer)
         .map_or(Prefix::Local, Prefix::from)
+}
+
+/// Whether the host at one of the addresses has said that nobody listens there.
+fn is_refused(error: &DialError) -> bool {
+    let DialError::Transport(errors) = error else {
+        return false;
+    };
+    let refused = |error| system_error(error) == Some(ErrorKind::ConnectionRefused);
+    errors.iter().any(|(_, error)| refused(error))
 }

@@ -275,6 +275,35 @@ async fn who_claims_the_name_of_a_partner_is_told_from_them() {
     .await;
 }
 
+/// Killed, a partner refuses TCP and says nothing by QUIC.
+#[tokio::test]
+async fn a_partner_who_was_killed_is_known_to_be_gone() {
+    in_time(async {
+        let grape = grape(&[]).await;
+        let by = ["--bootstrap", &grape.address];
+        let mut rob = Program::start("peer", &[&["rob"], &by[..]].concat());
+        assert_eq!(rob.line().await, "announced rob");
+        let mut chat = Program::start("chat", &by);
+        chat.types("rob").await;
+        chat.types("hello").await;
+        assert_eq!(chat.line().await, "Echo: hello");
+        let mallory = node(&grape).await;
+        let mut of_mallory = service(&mallory, "rob").await;
+        rob.signal(Signal::KILL);
+        rob.end().await;
+        // That a connection is broken may be known only when a letter is on its way.
+        for line in ["a secret", "", "rob", "a secret"] {
+            chat.types(line).await;
+        }
+        let asked = async { of_mallory.next().await.is_some() };
+        tokio::select! {
+            () = chat.says_of("error: line ", "answers to the name now; --any sends to them") => {}
+            _ = asked => panic!("mallory has it"),
+        }
+    })
+    .await;
+}
+
 #[tokio::test]
 async fn the_first_word_is_a_name_where_none_is_given() {
     in_time(async {
