@@ -176,8 +176,9 @@ async fn start(cli: &Cli, key: &Key, host: Option<IpAddr>) -> Result<Node, Failu
 
 async fn work(cli: &Cli, node: &Node, edges: &Edges, output: Output) {
     let heading = format!("Grape {} listens on:", node.peer_id());
+    let addresses = node.addresses();
     output.print(heading).await;
-    for address in node.addresses().iter().filter(|a| is_dialable(a)) {
+    for address in addresses.iter().filter(|a| is_dialable(a)) {
         output.print(address.to_string()).await;
     }
     if let Some(gateway) = &edges.gateway {
@@ -207,7 +208,27 @@ async fn work(cli: &Cli, node: &Node, edges: &Edges, output: Output) {
             .note("this id ends with the program; --identity FILE keeps it")
             .await;
     }
-    grapes::tell(node.clone(), output).await;
+    let grapes = grapes::tell(node.clone(), output.clone());
+    tokio::join!(grapes, tell_addresses(node, addresses, output));
+}
+
+/// Tells where this grape is dialled when that is not what was told.
+async fn tell_addresses(node: &Node, mut told: Vec<Multiaddr>, output: Output) {
+    let mut status = node.status();
+    status.mark_changed();
+    while status.changed().await.is_ok() {
+        let addresses = status.borrow_and_update().addresses.clone();
+        let gone = told.iter().filter(|address| !addresses.contains(address));
+        let new = addresses.iter().filter(|address| !told.contains(address));
+        let gone = gone.map(|address| (address, "no longer reached at"));
+        let news: Vec<_> = gone
+            .chain(new.map(|address| (address, "now reached at")))
+            .collect();
+        for (address, what) in news.into_iter().filter(|(address, _)| is_dialable(address)) {
+            output.note(&format!("{what} {address}")).await;
+        }
+        told = addresses;
+    }
 }
 
 /// Where a socket is dialled. Nobody can dial "any address".

@@ -37,7 +37,7 @@ impl Transport {
 /// A grape at 10.0.0.1, fd00::1 and 10.0.1.1, and machines beside it.
 struct Net {
     network: Network,
-    _grape: Program,
+    grape: Program,
     at_grape: Machine,
     peer: Machine,
     caller: Machine,
@@ -54,7 +54,7 @@ impl Net {
         let grape = grape(&at_grape, &[]).await;
         Self {
             network,
-            _grape: grape,
+            grape,
             at_grape,
             peer,
             caller,
@@ -170,6 +170,9 @@ async fn an_address_that_a_machine_gets_in_addition_is_announced() {
     }
     in_time(async {
         let mut net = Net::new().await;
+        net.at_grape.ip("address add 10.0.2.1/24 dev eth0").await;
+        let added = "now reached at /ip4/10.0.2.1/tcp/20001/p2p/";
+        net.grape.says(added).await;
         let _peer = net
             .peer("/ip4/0.0.0.0/tcp/0", &Transport::Tcp.at("10.0.0.1"))
             .await;

@@ -42,13 +42,14 @@ impl Carrying {
 
     /// Takes back all that is provided, as it becomes due: at once.
     pub(super) fn stop(&mut self, now: Instant) {
-        if std::mem::take(&mut self.up_to) == 0 {
-            return;
+        if std::mem::take(&mut self.up_to) > 0 {
+            self.all_at(now);
         }
-        let all: Vec<_> = self.services.keys().copied().collect();
-        for service in all {
-            self.schedule(service, now);
-        }
+    }
+
+    /// This grape has other addresses: all that is provided is due at once.
+    pub(super) fn provide_again(&mut self, now: Instant) {
+        self.all_at(now);
     }
 
     /// The next service that is due.
@@ -84,6 +85,13 @@ impl Carrying {
             self.due.remove(&(at, service));
         }
         if let Some(at) = again {
+            self.schedule(service, at);
+        }
+    }
+
+    fn all_at(&mut self, at: Instant) {
+        let all: Vec<_> = self.services.keys().copied().collect();
+        for service in all {
             self.schedule(service, at);
         }
     }
@@ -156,6 +164,23 @@ mod tests {
             carrying.on_taken_back(service, None);
             assert_eq!((carrying.poll(now), carrying.next_due()), (None, None));
         }
+    }
+
+    #[test]
+    fn what_is_provided_is_provided_again_from_another_address() {
+        let now = Instant::now();
+        let (mut workers, mut carrying) = (Workers::new(now), Carrying::default());
+        for service in [[1; 32], [2; 32]] {
+            workers.announce(&service, AT, LEASE, now).unwrap();
+        }
+        carrying.learn(&workers, now);
+        let (done, busy) = (carrying.poll(now).unwrap(), carrying.poll(now).unwrap());
+        carrying.on_provided(done, now);
+        carrying.provide_again(now);
+        // The one that is under way tells the old address.
+        carrying.on_provided(busy, now);
+        let again: BTreeSet<_> = std::iter::from_fn(|| carrying.poll(now)).collect();
+        assert_eq!(again, [done, busy].into());
     }
 
     #[test]

@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 
 use futures::future::FutureExt;
 use futures::stream::{FuturesUnordered, StreamExt};
-use libp2p::PeerId;
+use libp2p::{Multiaddr, PeerId};
 use tokio::sync::{oneshot, watch};
 use tokio::time::sleep_until;
 
@@ -35,6 +35,8 @@ pub(super) struct Teller {
     carrying: Carrying,
     /// The network is so large that names are provided in Kademlia.
     carries: bool,
+    /// Where this grape can be dialled.
+    addresses: Vec<Multiaddr>,
 }
 
 /// What a grape is told.
@@ -100,6 +102,7 @@ impl Teller {
             grapes: HashMap::new(),
             carrying: Carrying::default(),
             carries: false,
+            addresses: Vec::new(),
         }
     }
 
@@ -119,6 +122,7 @@ impl Teller {
                 telling.push(news.send(node.clone()).map(Ended::Batch).boxed());
             }
             self.carry_in(known.len(), now);
+            self.carry_from(node.addresses(), now);
             while let Some(service) = self.carrying.poll(now) {
                 telling.push(match self.serves(&service, now) {
                     true => provide(node.clone(), service).boxed(),
@@ -168,6 +172,14 @@ impl Teller {
         match self.carries {
             true => self.carrying.learn(&self.registry.workers(), now),
             false => self.carrying.stop(now),
+        }
+    }
+
+    /// What others are told of the names, they are told again when it has changed.
+    fn carry_from(&mut self, addresses: Vec<Multiaddr>, now: Instant) {
+        if self.addresses != addresses {
+            self.addresses = addresses;
+            self.carrying.provide_again(now);
         }
     }
 
