@@ -3,8 +3,8 @@
 //!
 //! ```text
 //! npm ci --prefix tests/grenache
-//! cargo build --release --examples
-//! cargo bench --bench grenache [-- calls services reach memory start rpc across]
+//! cargo build --profile dist --examples
+//! cargo bench --profile dist --bench grenache [-- calls services reach memory start rpc across]
 //! ```
 //!
 //! The grapes are the commands of both, started by the same command line; every figure of both is

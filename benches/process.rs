@@ -1,7 +1,7 @@
 //! What a whole process costs: from its start to the first echo, and the memory of a grape.
 //!
-//! `cargo bench --bench process`. The start-up is that of the program `chat` where
-//! `cargo build --release --examples` has built it, and of the same calls in this program otherwise.
+//! `cargo bench --profile dist --bench process`. The start-up is that of the program `chat` where
+//! `cargo build --profile dist --examples` has built it, and of the same calls in this program otherwise.
 
 #![allow(clippy::print_stdout, reason = "a benchmark prints its figures")]
 

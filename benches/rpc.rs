@@ -1,7 +1,7 @@
 //! Requests and replies through the public API, between two processes, over TCP and QUIC.
 //!
 //! The server is a grape that announces `echo` and answers with what it gets; it runs in a process
-//! of its own, which this program starts from itself. `cargo bench --bench rpc`, or only what one
+//! of its own, which this program starts from itself. `cargo bench --profile dist --bench rpc`, or only what one
 //! that floods does to another caller, `-- flood`.
 
 #![allow(clippy::print_stdout, reason = "a benchmark prints its figures")]

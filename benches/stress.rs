@@ -1,6 +1,6 @@
 //! A million of each message that fills a grape's store, and what that leaves of the grape.
 //!
-//! `cargo bench --bench stress` starts a grape in a process of its own for each attack, sends what it can
+//! `cargo bench --profile dist --bench stress` starts a grape in a process of its own for each attack, sends what it can
 //! within [`TIME`], and prints a table: how much was sent, how long that took, how many records the grape holds
 //! then and how much memory. Meanwhile honest nodes join, announce, look up and call; the table says how often
 //! that worked and how long it took. It ends by itself. `-- records` runs the attacks with that in their names.

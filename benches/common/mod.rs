@@ -53,8 +53,18 @@ pub(crate) fn print_heading(title: &str, name: &str, arguments: &[String]) {
         some => format!(" -- {}", some.join(" ")),
     };
     println!("\n## {title}\n");
-    println!("* Command: `cargo bench --bench {name}{rest}`");
+    println!("* Command: `cargo bench{} --bench {name}{rest}`", profile());
     println!("* Machine: {}", machine());
+}
+
+/// The profile that this program was built with, as a flag of cargo; nothing for the default one.
+fn profile() -> String {
+    let own = std::env::current_exe().unwrap_or_default();
+    let folder = own.ancestors().nth(2).and_then(|folder| folder.file_name());
+    match folder.and_then(|name| name.to_str()) {
+        Some(name) if name != "release" => format!(" --profile {name}"),
+        _ => String::new(),
+    }
 }
 
 pub(crate) fn machine() -> String {

@@ -1,7 +1,7 @@
 //! Announcing and looking up: against one grape in a process of its own, and in networks of grapes
 //! inside this process.
 //!
-//! `cargo bench --bench discovery`, or only one grape, `-- grape`, only what a grape's registry of names
+//! `cargo bench --profile dist --bench discovery`, or only one grape, `-- grape`, only what a grape's registry of names
 //! costs, `-- registry`, or only networks, of some sizes: `-- 10 100`. 1,000 must be asked for: they take
 //! a quarter of an hour to join on two cores, and 5 GiB.
 

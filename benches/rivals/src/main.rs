@@ -4,7 +4,7 @@
 //! every contender once under one load, so that a machine that drifts does so for all of them; ratios
 //! are taken within a round.
 //!
-//! `cargo run --release -p rivals`, behind `--`:
+//! `cargo run --profile dist -p rivals`, behind `--`:
 //! * parts of contenders' ids, to run only those: `tcp`, `grapevine`, `tonic`;
 //! * `--threads=2` gives each process two threads. It has one otherwise, so that client and server do not
 //!   take each other's cores on a machine with two. On Node.js, Grenache always has one;
@@ -120,7 +120,7 @@ fn measure(options: &Options, arguments: &[String]) {
         some => format!(" -- {}", some.join(" ")),
     };
     println!("\n## RPC echo over loopback, Grapevine and others\n");
-    println!("* Command: `cargo run --release -p rivals{rest}`");
+    println!("* Command: `cargo run --profile dist -p rivals{rest}`");
     println!(
         "* Machine: {}; threads of each process: {}",
         common::machine(),
