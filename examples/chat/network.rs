@@ -13,7 +13,7 @@ use tokio::sync::OnceCell;
 use tokio::time::timeout;
 
 use crate::Cli;
-use crate::common::flags::all_interfaces;
+use crate::common::flags::{Flags, all_interfaces};
 use crate::common::key::Key;
 use crate::common::output::Output;
 use crate::common::{Failure, RUNTIME, shut_down};
@@ -107,8 +107,14 @@ impl Network {
         if otherwise == Otherwise::Fail {
             return Err(Failure::new(UNREACHABLE, missing.failure(address)));
         }
-        let (grape, echo) = start_inside().await?;
+        let network = Self::inside(flags, key, listen).await?;
         output.note(&missing.note(address, cli.announced())).await;
+        Ok(network)
+    }
+
+    /// Starts a network inside this program, and the node in it.
+    async fn inside(mut flags: Flags, key: &Key, listen: Vec<Multiaddr>) -> Result<Self, Failure> {
+        let (grape, echo) = start_inside().await?;
         flags.bootstrap = grape.addresses();
         let node = flags.builder(Role::Peer, key, listen).spawn().await?;
         Ok(Self {
