@@ -12,16 +12,19 @@ use futures::future::{BoxFuture, FutureExt};
 use futures::stream::{self, BoxStream, FuturesUnordered, Stream, StreamExt};
 use libp2p::PeerId;
 use tokio::sync::oneshot;
-use tokio::time::{Instant, timeout_at};
+use tokio::time::{Instant, timeout, timeout_at};
 
 use super::seeking::Seeking;
 use super::{Closed, Node};
 use crate::error::{LookupError, RequestError};
-use crate::limits::{MAX_REQUEST_TIME, REQUEST_DEADLINE};
+use crate::limits::{MAX_REQUEST_TIME, REQUEST_DEADLINE, SHUTDOWN_DEADLINE};
 use crate::name::ServiceName;
 use crate::net::{Command, Lane, Link, Outbound, Outcome, Question, Sought, Waiter};
 use crate::proto::routes::Pick;
 use crate::proto::wire::{ErrorCode, MAX_PAYLOAD, RemoteError};
+
+/// How often it is looked whether a peer that is shutting down is gone, at least.
+const GONE: Duration = Duration::from_millis(20);
 
 /// How a request is made.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -121,6 +124,8 @@ struct Call<'a> {
     asked: Option<PeerId>,
     /// What the last attempt that failed has to say.
     failure: Option<RequestError>,
+    /// A provider that is shutting down.
+    leaving: Option<PeerId>,
 }
 
 /// What an attempt leads to.
@@ -274,6 +279,16 @@ pub(super) async fn call_peer(
     }
 }
 
+/// Returns when a peer that is shutting down has no connection any more, or has not closed it in time.
+async fn gone(node: &Node, peer: PeerId) {
+    let mut status = node.status();
+    let end = Instant::now() + 2 * SHUTDOWN_DEADLINE;
+    while node.routes().is_connected(&peer) && Instant::now() < end {
+        // The status may be told before the routes are.
+        let _ = timeout(GONE, status.changed()).await;
+    }
+}
+
 impl<'a> Message<'a> {
     fn new(node: &'a Node, service: &'a Arc<str>, payload: Bytes, time: Duration) -> Self {
         let begun = Instant::now();
@@ -398,6 +413,7 @@ impl<'a> Call<'a> {
             tried: Vec::new(),
             asked: None,
             failure: None,
+            leaving: None,
         }
     }
 
@@ -419,8 +435,26 @@ impl<'a> Call<'a> {
         result
     }
 
-    /// Tries the providers that are known, then those that a fresh lookup finds.
+    /// Tries all providers; once more when one that was leaving is gone: another node may have its key, and
+    /// is not asked as long as the connection with the one that leaves stands.
     async fn try_all(&mut self) -> Result<Reply, RequestError> {
+        let result = self.try_each().await;
+        let (Err(error), Some(leaving)) = (&result, self.leaving.take()) else {
+            return result;
+        };
+        if !error.is_retryable() {
+            return result;
+        }
+        let gone = gone(self.message.node, leaving);
+        if self.message.wait(gone).await.is_none() {
+            return result;
+        }
+        self.tried.clear();
+        self.try_each().await
+    }
+
+    /// Tries the providers that are known, then those that a fresh lookup finds.
+    async fn try_each(&mut self) -> Result<Reply, RequestError> {
         if let Some(result) = self.try_known().await {
             return result;
         }
@@ -517,7 +551,7 @@ impl<'a> Call<'a> {
         }
     }
 
-    fn judge(&self, provider: PeerId, outcome: Outcome) -> Verdict {
+    fn judge(&mut self, provider: PeerId, outcome: Outcome) -> Verdict {
         match outcome {
             Outcome::Answered(Ok(payload)) => Verdict::Over(Ok(Reply { provider, payload })),
             Outcome::Answered(Err(error)) => self.judge_error(provider, error),
@@ -538,7 +572,10 @@ impl<'a> Call<'a> {
     }
 
     /// The remote says whether it has run the request.
-    fn judge_error(&self, provider: PeerId, error: RemoteError) -> Verdict {
+    fn judge_error(&mut self, provider: PeerId, error: RemoteError) -> Verdict {
+        if error.code == ErrorCode::ShuttingDown {
+            self.leaving = Some(provider);
+        }
         match error.code {
             ErrorCode::Busy => Verdict::Next(RequestError::Busy(self.name.clone())),
             ErrorCode::UnknownService | ErrorCode::ShuttingDown => {

@@ -1089,6 +1089,31 @@ mod tests {
     }
 
     #[test]
+    fn a_bootstrap_grape_hears_of_this_node_also_between_renewals() {
+        let grapes = grapes(2);
+        let mut scene = Scene::new(&[]);
+        let kinds = grapes.iter().map(|grape| Known {
+            is_bootstrap: *grape == grapes[0],
+            ..known(*grape)
+        });
+        let (kinds, now) = (kinds.collect::<Vec<_>>(), scene.now);
+        scene.registrations.on_grapes(&kinds, Scope::All, now);
+        scene.now += CHECK_IN;
+        assert_eq!(scene.update(), None, "there is nothing to take back");
+        scene.announce([1]);
+        scene.settle();
+        scene.now += CHECK_IN;
+        let expected = Update {
+            grape: grapes[0],
+            announce: Vec::new(),
+            withdraw: Vec::new(),
+        };
+        assert_eq!(scene.update(), Some(expected));
+        assert_eq!(scene.answer(&grapes[0], taken()), []);
+        assert_eq!(scene.update(), None);
+    }
+
+    #[test]
     fn all_names_are_renewed_within_a_third_of_the_lease_that_the_grape_grants() {
         let grapes = grapes(2);
         let mut scene = Scene::new(&grapes);

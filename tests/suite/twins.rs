@@ -83,6 +83,28 @@ async fn whoever_stays_of_two_nodes_with_one_key_is_found_while_the_other_leaves
 }
 
 #[tokio::test]
+async fn a_conversation_with_the_one_that_leaves_goes_on_with_the_other() {
+    in_time(async {
+        let identity = Identity::generate();
+        let grape = grape().await;
+        let old = twin(&identity, &grape, "old").await;
+        let caller = Node::builder(Role::Peer).bootstrap(grape.addresses());
+        let caller = caller.spawn().await.unwrap();
+        let ask = || async {
+            let reply = caller.request(&name(), "hello").await.unwrap();
+            reply.text().unwrap().to_owned()
+        };
+        assert_eq!(ask().await, "old");
+        let _new = twin(&identity, &grape, "new").await;
+        let leaving = tokio::spawn(async move { old.shutdown().await });
+        while ask().await != "new" {}
+        leaving.await.unwrap();
+        assert_eq!(ask().await, "new");
+    })
+    .await;
+}
+
+#[tokio::test]
 async fn each_of_two_nodes_with_one_key_hears_of_the_other_and_that_it_has_left() {
     in_time(async {
         let identity = Identity::generate();
