@@ -3,6 +3,10 @@
 //! This page is meant to be enough to write a client in another language. Sizes are in bytes, text is
 //! UTF-8, and every limit is one that a receiver enforces.
 //!
+//! `tests/vectors.json` has test vectors of all of it but the registry of grapes, made by other
+//! libraries than this crate's; `tests/interop` has clients in JavaScript, Python and Rust, each made of
+//! another implementation of libp2p.
+//!
 //! # Protocols
 //!
 //! | for | id | what it is |
@@ -279,4 +283,6 @@ pub(crate) mod rate;
 pub(crate) mod registrations;
 pub(crate) mod rendezvous;
 pub(crate) mod routes;
+#[cfg(test)]
+mod vectors;
 pub mod wire;
