@@ -60,6 +60,8 @@ export class Peer {
       transports: [isQuic ? quic() : tcp()],
       connectionEncrypters: [noise()],
       streamMuxers: [yamux()],
+      // By default 5 a second from one host: here all are on one.
+      connectionManager: { inboundConnectionThreshold: 1_000 },
       services: {
         identify: identify(),
         ping: ping(),
