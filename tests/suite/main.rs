@@ -4,6 +4,7 @@
 
 #[cfg(feature = "gateway")]
 mod border;
+mod conformance;
 #[cfg(feature = "gateway")]
 mod gateway;
 mod grenache;
