@@ -39,6 +39,10 @@ pub const AGENT_VERSION: &str = concat!("grapevine/", env!("CARGO_PKG_VERSION"))
 /// then. Three renewals fit in, so that one lost message does not make a living peer disappear.
 pub const LEASE: Duration = Duration::from_secs(90);
 
+/// How long a grape asks a provider that announced itself by Kademlia whether it lives, instead of
+/// forgetting it when a lease ends: as long as Kademlia's specification lets such a record live.
+pub const KADEMLIA_VALIDITY: Duration = Duration::from_secs(48 * 3_600);
+
 /// A lease is renewed when this part of it has passed.
 pub const RENEWALS_PER_LEASE: u32 = 3;
 

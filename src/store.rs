@@ -24,7 +24,7 @@ use std::time::Duration;
 pub(crate) use batches::BatchRefused;
 pub(crate) use names::NotTaken;
 pub(crate) use prefix::Prefix;
-pub(crate) use providers::{NewRecord, Origin, Parting, Providers, Stats};
+pub(crate) use providers::{Due, NewRecord, Origin, Parting, Providers, Stats, Upkeep};
 pub(crate) use registry::{Records, Registry};
 
 /// Nanoseconds since a table was made.

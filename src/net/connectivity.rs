@@ -6,6 +6,7 @@
 
 use std::collections::{HashMap, HashSet};
 use std::io;
+use std::net::IpAddr;
 use std::time::Instant;
 
 use libp2p::core::ConnectedPoint;
@@ -373,10 +374,22 @@ impl Connectivity {
             return Vec::new();
         };
         known.dialled_back = true;
-        let hosts: HashSet<_> = known.connections.values().map(host).collect();
-        let is_its_own = |address: &&Multiaddr| is_plain(address) && hosts.contains(&host(address));
-        let its_own = tells.iter().filter(is_its_own).take(MAX_ADDRESSES);
-        its_own.cloned().collect()
+        self.hosts(peer).own(tells)
+    }
+
+    /// The hosts that a peer is connected from.
+    pub(crate) fn hosts(&self, peer: &PeerId) -> Hosts {
+        let known = self.peers.get(peer);
+        let remotes = known
+            .into_iter()
+            .flat_map(|known| known.connections.values());
+        Hosts(remotes.map(host).collect())
+    }
+
+    /// Whether there are so many connections that those are closed that can be made again: half of as
+    /// many as others may open.
+    pub(crate) fn is_crowded(&self, inbound: u32) -> bool {
+        self.peers.len() > inbound as usize / 2
     }
 
     /// Whether a peer has said what it speaks, and is no grape by that.
@@ -428,6 +441,19 @@ impl Connectivity {
             *known = status;
             changed
         });
+    }
+}
+
+/// The hosts of a peer.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Hosts(HashSet<Option<IpAddr>>);
+
+impl Hosts {
+    /// Those of the addresses that a peer tells that are at its own hosts, and lead nowhere else.
+    pub(crate) fn own(&self, tells: &[Multiaddr]) -> Vec<Multiaddr> {
+        let is_own = |address: &&Multiaddr| is_plain(address) && self.0.contains(&host(address));
+        let own = tells.iter().filter(is_own).take(MAX_ADDRESSES);
+        own.cloned().collect()
     }
 }
 

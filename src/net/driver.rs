@@ -2,6 +2,7 @@
 //! decide, and passes on what one learns and another needs. It waits nowhere but in its `select!`.
 
 mod actions;
+mod checks;
 mod events;
 mod listen;
 
@@ -17,6 +18,7 @@ use tokio::sync::{mpsc, oneshot, watch};
 use tokio::time::sleep_until;
 use void::Void;
 
+use super::checks::Checks;
 use super::connectivity::{Connectivity, KnownGrape};
 use super::discovery::{self, Discovery, Waiter};
 use super::forms::Forms;
@@ -111,6 +113,8 @@ pub(super) async fn start(settings: Settings) -> Result<Handle, SpawnError> {
         records: RateLimit::new(RECORDS_PER_SECOND),
         puts: RateLimit::new(VALUES_PER_SECOND),
         registrar: settings.registrar,
+        inbound: settings.limits.inbound_connections,
+        checks: Checks::new(now),
         grapes: Grapes::new(now),
         known_grapes,
         routes: Arc::clone(&routes),
@@ -161,6 +165,10 @@ struct Driver {
     records: RateLimit,
     puts: RateLimit,
     registrar: bool,
+    /// The connections that others may open.
+    inbound: u32,
+    /// The providers that are being asked whether they live.
+    checks: Checks,
     grapes: Grapes,
     known_grapes: watch::Sender<Vec<KnownGrape>>,
     routes: Arc<Routes<Link>>,
@@ -495,7 +503,8 @@ impl Driver {
             self.discovery.lookups.next_deadline(),
             self.grapes.next_due(),
         ];
-        let due = due.into_iter().flatten().min();
+        let checks = self.registrar.then(|| self.checks.next_turn());
+        let due = due.into_iter().flatten().chain(checks).min();
         due.unwrap_or(self.housekeeping)
             .min(self.housekeeping)
             .min(self.keep_alive)
@@ -508,6 +517,9 @@ impl Driver {
         self.discovery.lookups.on_time(now);
         if self.grapes.poll_exploration(now) && self.needs_to_look() {
             self.look_around();
+        }
+        if self.registrar && now >= self.checks.next_turn() {
+            self.check_providers(now);
         }
         if now >= self.keep_alive {
             self.keep_alive(now);

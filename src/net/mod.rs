@@ -1,11 +1,12 @@
 //! Carries what [`proto`](crate::proto) decides: the only place that knows libp2p's Swarm.
 //!
 //! One task owns the Swarm and runs the [driver](driver). Each concern is a struct with private
-//! state: [discovery], [names], [rendezvous], [values], [rpc], [connectivity]. They do not know each other; what one
+//! state: [discovery], [names], [rendezvous], [values], [checks], [rpc], [connectivity]. They do not know each other; what one
 //! learns and another needs goes up to the driver and down again. Nothing in the loop waits but its
 //! `select!`, and every channel, table and frame has a bound.
 
 mod admission;
+mod checks;
 pub(crate) mod connectivity;
 pub(crate) mod discovery;
 mod dns;

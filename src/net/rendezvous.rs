@@ -21,13 +21,14 @@ use libp2p::{Multiaddr, PeerId};
 
 use crate::limits::{LEASE, MAX_CANDIDATES, MAX_STREAMS_TO_PEER, MIN_LEASE};
 use crate::name::ServiceName;
+use crate::net::connectivity::Hosts;
 use crate::net::turns::Turns;
 use crate::proto::rate::RateLimit;
 use crate::proto::rendezvous::{
     Codec, Cookie, Envelopes, Form, Malformed, Namespace, Page, RecordError, Registration, Request,
     Response, SignedPeer, Status, Ttl, page_len,
 };
-use crate::store::{NewRecord, Origin, Prefix, Providers};
+use crate::store::{NewRecord, Origin, Prefix, Providers, Upkeep};
 
 /// The rendezvous behaviour of the Swarm.
 pub(crate) type Behaviour = request_response::Behaviour<Codec>;
@@ -99,6 +100,7 @@ struct Discovery {
 pub(crate) struct Asker {
     /// Where the connection comes from.
     pub(crate) prefix: Prefix,
+    pub(crate) hosts: Hosts,
     /// The form of records that it reads, once that is known.
     pub(crate) reads: Option<Form>,
 }
@@ -428,7 +430,7 @@ impl Rendezvous {
                 record,
                 ttl,
             } => Response::Registered(if admitted {
-                register(store, asker.prefix, peer, &namespace, &record, ttl, now)
+                register(store, &asker, peer, &namespace, &record, ttl, now)
             } else {
                 Err(Status::Unavailable)
             }),
@@ -481,7 +483,7 @@ fn form_of(store: &Providers, peer: &PeerId) -> Option<Form> {
 
 fn register(
     store: &mut Providers,
-    prefix: Prefix,
+    asker: &Asker,
     peer: PeerId,
     namespace: &Namespace,
     record: &SignedPeer,
@@ -492,18 +494,23 @@ fn register(
         return Err(Status::NotAuthorized);
     }
     let key = key_of(namespace).ok_or(Status::InvalidNamespace)?;
-    let asked = ttl.unwrap_or(Ttl::DEFAULT).into();
+    let asked: Duration = ttl.unwrap_or(Ttl::DEFAULT).into();
     let granted = store.lease().min(asked).max(MIN_LEASE);
     let new = NewRecord {
         key: &key,
         peer,
-        prefix,
+        prefix: asker.prefix,
         addresses: record.addresses(),
         origin: Origin::Rendezvous {
             namespace: namespace.as_str().into(),
             envelope: Envelopes::from(record),
         },
         ttl: granted,
+        // Who has asked for more than a lease may renew it as late as that.
+        upkeep: Upkeep::Asked {
+            longest: asked,
+            own: &asker.hosts.own(record.addresses()),
+        },
     };
     match store.insert(new, now) {
         Ok(()) => Ok(Ttl::from_secs(granted.as_secs())),

@@ -43,6 +43,20 @@
 //! What Kademlia or a grape answers is a claim of whoever answered. A provider is believed when it has
 //! been dialled, has proved its peer id, and says that it [serves the name](#the-serves-question).
 //!
+//! # Leases
+//!
+//! A grape keeps what is announced for a lease: 90 seconds, or fewer where its operator says so. Who
+//! announces by requests on [names](#names-at-grapes) renews after a third of it.
+//!
+//! Who announces by Kademlia or rendezvous may renew as late as those have it. When half of a lease or
+//! less is left, the grape asks the provider whether it [serves the name](#the-serves-question), of a
+//! name that it does not know with the payload `keep-alive`: over the connection that stands, or by a dial
+//! to one of the announced addresses at the host that the announcement came from. A provider that
+//! answers, with an error or without, has another lease; one that answers 0 for a name that was asked of
+//! is forgotten for that name; one that does not answer is asked again, and gone when its lease ends. So it
+//! goes on for 48 hours after an announcement by Kademlia, and for the TTL that a registration has asked
+//! for. A grape that is restarted has forgotten all: have more than one, or announce more often.
+//!
 //! # Frames and calls
 //!
 //! A stream of `/grapevine/rpc/1.0.0` carries frames: the length of the content as an unsigned varint

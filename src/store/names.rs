@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 use libp2p::{Multiaddr, PeerId};
 
 use super::sessions::Verdict;
-use super::{NewRecord, Origin, Prefix, Registry};
+use super::{NewRecord, Origin, Prefix, Registry, Upkeep};
 use crate::name::{Key, ServiceName};
 use crate::proto::rate::RateLimit;
 use crate::proto::rendezvous::{Envelopes, Form, RecordError, SignedPeer};
@@ -101,6 +101,7 @@ impl Claim {
                 envelope: self.envelope.clone(),
             },
             ttl,
+            upkeep: Upkeep::Renewed,
         }
     }
 }
@@ -297,7 +298,7 @@ impl Registry {
 
     /// The providers of a name, this grape and those that carry requests for it included.
     fn named(&self, name: &ServiceName, now: Instant) -> Vec<Provided> {
-        let providers = self.providers_of(&name.key(), MAX_PROVIDERS, now);
+        let providers = self.providers_of(&name.key(), Some(name.shared()), MAX_PROVIDERS, now);
         let provided = providers.into_iter().map(|provider| {
             let lease = millis(provider.expires.saturating_duration_since(now));
             Provided::new(provider.peer, provider.addresses, lease)
@@ -634,6 +635,7 @@ mod tests {
                 addresses: &[],
                 origin: Origin::Kademlia,
                 ttl: LEASE,
+                upkeep: Upkeep::Renewed,
             };
             scene.registry.providers().insert(new, scene.now).is_ok()
         };

@@ -16,6 +16,8 @@
 //!
 //! What it leaves to others: whether a record is true, who may announce it, and how often.
 
+mod upkeep;
+
 use std::{
     collections::hash_map::RandomState,
     collections::{BTreeMap, HashMap, HashSet},
@@ -45,6 +47,8 @@ use super::slab::Slab;
 use super::weights::{Weight, Weights};
 use super::withdrawn::Withdrawn;
 use super::{Nanos, Prefix, nanos};
+pub(crate) use upkeep::Due;
+use upkeep::{NEVER, OfAsked};
 
 /// Bytes of a key: room for the multihash of any common hash; a name's has 34.
 const MAX_KEY: usize = 64;
@@ -81,6 +85,20 @@ pub(crate) enum Origin {
     },
 }
 
+/// What keeps a record when its lease has ended.
+#[derive(Clone, Copy, Debug)]
+pub(crate) enum Upkeep<'a> {
+    /// Its peer, which renews it.
+    Renewed,
+    /// This grape: for so long at most it asks the peer before a lease ends whether it lives.
+    Asked {
+        longest: Duration,
+        /// Those of its addresses that are at the host that it has come from. An empty list leaves
+        /// those known so far.
+        own: &'a [Multiaddr],
+    },
+}
+
 /// A record to insert: `peer` provides `key` for `ttl`.
 #[derive(Clone, Debug)]
 pub(crate) struct NewRecord<'a> {
@@ -96,6 +114,8 @@ pub(crate) struct NewRecord<'a> {
     pub(crate) origin: Origin,
     /// The lease, cut to the longest one that is granted.
     pub(crate) ttl: Duration,
+    /// What keeps it after that.
+    pub(crate) upkeep: Upkeep<'a>,
 }
 
 /// Why a record was not stored.
@@ -130,6 +150,8 @@ pub(crate) enum Parting {
 /// Live providers of a key, in the order in which they are worth asking.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub(crate) struct Sample {
+    /// The name behind the key is known.
+    pub(crate) is_named: bool,
     /// Those that are connected.
     pub(crate) near: Vec<Provider>,
     pub(crate) far: Vec<Provider>,
@@ -215,6 +237,8 @@ pub(crate) struct Providers {
     records: Slab<Record>,
     by_id: Index,
     by_expiry: Heap<OfAll>,
+    /// The peers that are asked whether they live.
+    by_due: Heap<OfAsked>,
     by_sequence: BTreeMap<NonZeroU64, RecordSlot>,
     weights: Weights,
     withdrawn: Withdrawn,
@@ -252,6 +276,7 @@ impl Providers {
             records: Slab::default(),
             by_id: Index::default(),
             by_expiry: Heap::default(),
+            by_due: Heap::default(),
             by_sequence: BTreeMap::new(),
             weights: Weights::default(),
             withdrawn: Withdrawn::default(),
@@ -350,7 +375,10 @@ impl Providers {
             return Sample::default();
         };
         let preferred = self.preferred(key, limit, self.nanos(now), |_| true);
-        let mut sample = Sample::default();
+        let mut sample = Sample {
+            is_named: key.namespace.is_some(),
+            ..Sample::default()
+        };
         for (_, record) in preferred {
             let kind = match record.standing {
                 Standing::Near => &mut sample.near,
@@ -478,7 +506,21 @@ impl Providers {
         if let Origin::Rendezvous { namespace, .. } = &new.origin {
             self.register(slot, namespace, lease);
         }
+        if let Upkeep::Asked { longest, .. } = new.upkeep {
+            self.ask_until(slot, now.saturating_add(nanos(longest)));
+        }
         Ok(())
+    }
+
+    /// A record is prolonged until then, while its peer lives.
+    fn ask_until(&mut self, slot: RecordSlot, until: Nanos) {
+        let Some(record) = self.records.get_mut(slot.index()) else {
+            return;
+        };
+        let until = u32::try_from(until / 1_000_000_000).unwrap_or(u32::MAX);
+        record.asked_until = until.max(record.asked_until);
+        let (peer, ends) = (record.id.peer, record.expires);
+        self.watch(peer, ends);
     }
 
     fn check_sizes(&self, new: &NewRecord<'_>) -> Result<(), Refused> {
@@ -530,6 +572,7 @@ impl Providers {
             id,
             expires,
             sequence: None,
+            asked_until: 0,
             ttl_seconds: 0,
             standing: Standing::when_heard(peer),
             links: Links::default(),
@@ -554,6 +597,8 @@ impl Providers {
             prefix: new.prefix,
             payload,
             is_connected: self.connected.contains(&new.peer),
+            due: NEVER,
+            in_asked: 0,
             near: 0,
             records: Heap::default(),
             registrations: 0,
@@ -677,8 +722,17 @@ impl Providers {
             Some(known) if addresses.is_empty() => known.addresses.clone(),
             _ => addresses,
         };
+        let own = match (new.upkeep, known) {
+            (Upkeep::Asked { own, .. }, _) if !own.is_empty() => {
+                let own = addresses::plain(&new.peer, own);
+                own.filter(|own| addresses.contains(own)).collect()
+            }
+            (_, Some(known)) => known.own.clone(),
+            (_, None) => Box::default(),
+        };
         Payload {
             addresses,
+            own,
             envelope,
         }
     }
@@ -724,7 +778,7 @@ impl Providers {
         let sequence = NonZeroU64::new(self.next_sequence);
         self.next_sequence = self.next_sequence.saturating_add(1);
         let earlier = mem::replace(&mut record.sequence, sequence);
-        record.ttl_seconds = u32::try_from(ttl.as_secs()).unwrap_or(u32::MAX);
+        record.ttl_seconds = u16::try_from(ttl.as_secs()).unwrap_or(u16::MAX);
         if let Some(sequence) = sequence {
             self.by_sequence.insert(sequence, slot);
         }
@@ -908,6 +962,7 @@ impl Providers {
         if peer.records.len() == 0 {
             let hash = self.hasher.hash_one(peer.id);
             self.by_peer.remove(hash, slot.0);
+            self.by_due.remove(slot.0, &mut self.peers);
             self.peers.remove(slot.0);
         }
         self.weights.change(slot, before, after);
@@ -1007,6 +1062,7 @@ impl Providers {
             addresses: &record.addresses,
             origin: Origin::Kademlia,
             ttl,
+            upkeep: Upkeep::Renewed,
         };
         self.insert(new, now)
             .map_err(|_| store::Error::MaxProvidedKeys)
@@ -1082,7 +1138,10 @@ struct Record {
     expires: Nanos,
     /// The number of the last registration; none when the record came by Kademlia only.
     sequence: Option<NonZeroU64>,
-    ttl_seconds: u32,
+    /// Until when it is prolonged while its peer lives, in seconds as leases are kept in
+    /// nanoseconds; 0: it is not.
+    asked_until: u32,
+    ttl_seconds: u16,
     standing: Standing,
     /// The other records of the key and of the same standing.
     links: Links,
@@ -1205,6 +1264,9 @@ struct Peer {
     prefix: Prefix,
     payload: Payload,
     is_connected: bool,
+    /// When it is asked whether it lives, and its place among all that are.
+    due: Nanos,
+    in_asked: u32,
     records: Heap<OfPeer>,
     /// How many of them are near.
     near: u32,
@@ -1239,12 +1301,15 @@ impl Peer {
 #[derive(Debug)]
 struct Payload {
     addresses: Box<[Multiaddr]>,
+    /// Where it is asked whether it lives.
+    own: Box<[Multiaddr]>,
     envelope: Option<Envelopes>,
 }
 
 impl Payload {
     fn load(&self) -> u32 {
-        let addresses: usize = self.addresses.iter().map(Multiaddr::len).sum();
+        let addresses = self.addresses.iter().chain(&self.own);
+        let addresses: usize = addresses.map(Multiaddr::len).sum();
         let bytes = addresses + self.envelope.as_ref().map_or(0, Envelopes::len);
         u32::try_from(bytes / BYTES_PER_LOAD).unwrap_or(u32::MAX)
     }
@@ -1369,6 +1434,7 @@ mod tests {
             addresses: &[],
             origin: Origin::Kademlia,
             ttl: 90 * SECOND,
+            upkeep: Upkeep::Renewed,
         }
     }
 
@@ -1440,6 +1506,8 @@ mod tests {
             let near = peer.records.slots().filter(is_near).count();
             assert_eq!(near, peer.near as usize);
             assert!(peer.is_connected || near == 0);
+            let is_watched = store.by_due.slots().any(|watched| watched == slot.0);
+            assert_eq!(is_watched, peer.due != NEVER);
             assert!(peer.records.len() <= store.bounds.per_peer);
             weights.change(slot, Weight::none(peer.prefix), peer.weight());
             assert!(weights.of(peer.prefix) as usize <= store.bounds.per_prefix);

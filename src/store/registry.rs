@@ -191,13 +191,25 @@ impl Registry {
     }
 
     /// Up to `limit` providers of a key of Kademlia's, those first that are worth asking most: this
-    /// node, who is connected, the grapes that carry requests to workers, and all others.
-    pub(super) fn providers_of(&self, key: &[u8], limit: usize, now: Instant) -> Vec<Provider> {
+    /// node, who is connected, the grapes that carry requests to workers, and all others. `name` is the
+    /// name behind it, if that is known.
+    pub(super) fn providers_of(
+        &self,
+        key: &[u8],
+        name: Option<&Arc<str>>,
+        limit: usize,
+        now: Instant,
+    ) -> Vec<Provider> {
         let carriers = self.carriers(key, limit, now);
         let (own, lease, mut sample) = {
-            let store = self.providers();
+            let mut store = self.providers();
             let own = store.own(key).map(|own| own.provider);
-            (own, store.lease(), store.sample(key, limit, now))
+            let sample = store.sample(key, limit, now);
+            if let Some(name) = name.filter(|_| !sample.is_named) {
+                // Who announced no more than the key can then be asked whether it serves the name.
+                store.name(key, name);
+            }
+            (own, store.lease(), sample)
         };
         // However many are connected, workers are found as well.
         let rest = usize::from(!carriers.is_empty()) + usize::from(own.is_some());
@@ -285,7 +297,7 @@ impl RecordStore for Records {
     fn providers(&self, key: &RecordKey) -> Vec<ProviderRecord> {
         let providers = self
             .0
-            .providers_of(key.as_ref(), KADEMLIA_ANSWER, Instant::now());
+            .providers_of(key.as_ref(), None, KADEMLIA_ANSWER, Instant::now());
         let record = |provider: Provider| ProviderRecord {
             key: key.clone(),
             provider: provider.peer,
@@ -311,7 +323,7 @@ mod tests {
     use crate::limits::LEASE;
     use crate::name::ServiceName;
     use crate::proto::wire::MAX_ADDRESS;
-    use crate::store::{NewRecord, Origin};
+    use crate::store::{NewRecord, Origin, Upkeep};
 
     struct Scene {
         registry: Arc<Registry>,
@@ -342,6 +354,7 @@ mod tests {
                 addresses,
                 origin: Origin::Kademlia,
                 ttl: LEASE,
+                upkeep: Upkeep::Renewed,
             };
             self.registry.providers().insert(new, self.now).unwrap();
             peer

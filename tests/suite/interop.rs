@@ -10,7 +10,7 @@ use std::time::Duration;
 use futures::future::join_all;
 use futures::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, StreamExt};
 use grapevine::error::{LookupError, RequestError};
-use grapevine::limits::{LEASE, SERVES_DEADLINE};
+use grapevine::limits::{LEASE, MIN_LEASE, SERVES_DEADLINE};
 use grapevine::{Multiaddr, Node, PeerId, RequestOptions, Role, ServiceName};
 use libp2p::kad::store::MemoryStore;
 use libp2p::multiaddr::Protocol;
@@ -20,6 +20,7 @@ use libp2p::{
     StreamProtocol, Swarm, SwarmBuilder, identify, identity, kad, noise, rendezvous, tcp, yamux,
 };
 use prost::Message as _;
+use tokio::sync::watch;
 use tokio::time::timeout;
 
 const DEADLINE: Duration = Duration::from_secs(30);
@@ -268,6 +269,59 @@ mod stock_rendezvous {
             register(&mut two, &grape, "room").await;
             let (new, _) = discover(&mut two, &grape, "room", Some(cookie)).await;
             assert_eq!(peers(&new), [*two.local_peer_id()]);
+        })
+        .await;
+    }
+
+    #[derive(NetworkBehaviour)]
+    struct Provider {
+        rendezvous: client::Behaviour,
+        rpc: request_response::Behaviour<by_hand::Codec>,
+    }
+
+    #[tokio::test]
+    async fn a_provider_that_registered_for_hours_is_discovered_as_long_as_it_lives() {
+        in_time(async {
+            let grape = Node::builder(Role::Grape).listen([any_port()]);
+            let grape = grape.lease(MIN_LEASE).spawn().await.unwrap();
+            let mut provider = stock(|keypair| Provider {
+                rendezvous: client::Behaviour::new(keypair.clone()),
+                rpc: by_hand::behaviour(),
+            });
+            listen(&mut provider).await;
+            connect(&mut provider, &grape).await;
+            let behaviour = &mut provider.behaviour_mut().rendezvous;
+            let two_hours = Some(7_200);
+            behaviour
+                .register(namespace("client1"), grape.peer_id(), two_hours)
+                .unwrap();
+            // It is asked once in a lease, or twice.
+            for _ in 0..6 {
+                let (request, channel) = until(&mut provider, |event| match event {
+                    SwarmEvent::Behaviour(ProviderEvent::Rpc(
+                        request_response::Event::Message {
+                            message:
+                                Message::Request {
+                                    request, channel, ..
+                                },
+                            ..
+                        },
+                    )) => Some((request, channel)),
+                    _ => None,
+                })
+                .await;
+                let reply = by_hand::answer_to(&request, &[1]);
+                let rpc = &mut provider.behaviour_mut().rpc;
+                rpc.send_response(channel, reply).unwrap();
+            }
+            let id = *provider.local_peer_id();
+            let (mut client, _) = client(&grape).await;
+            let (found, _) = discover(&mut client, &grape, "client1", None).await;
+            assert_eq!(peers(&found), [id]);
+            drop(provider);
+            while grape.metrics().stored > 0 {
+                tokio::task::yield_now().await;
+            }
         })
         .await;
     }
@@ -748,14 +802,20 @@ mod stock_kademlia {
 
     /// A stock provider that is about to announce `client1` to a grape.
     async fn provider(grape: &Node) -> Swarm<Provider> {
+        provider_at(std::slice::from_ref(grape)).await
+    }
+
+    async fn provider_at(grapes: &[Node]) -> Swarm<Provider> {
         let mut provider = stock(|keypair| Provider {
             kad: kademlia(keypair),
             rpc: by_hand::behaviour(),
             identify: identify(keypair),
         });
         listen(&mut provider).await;
-        know(&mut provider.behaviour_mut().kad, grape);
         let kad = &mut provider.behaviour_mut().kad;
+        for grape in grapes {
+            know(kad, grape);
+        }
         kad.start_providing(client1_key()).unwrap();
         provider
     }
@@ -888,6 +948,147 @@ mod stock_kademlia {
                 );
                 client.shutdown().await;
             }
+        })
+        .await;
+    }
+
+    /// Grapes with the shortest lease, each of which knows the first.
+    async fn grapes(count: usize) -> Vec<Node> {
+        let mut grapes: Vec<Node> = Vec::new();
+        for _ in 0..count {
+            let grape = Node::builder(Role::Grape).listen([any_port()]);
+            let known = grapes.first().map(Node::addresses).unwrap_or_default();
+            let grape = grape.lease(MIN_LEASE).bootstrap(known);
+            grapes.push(grape.spawn().await.unwrap());
+        }
+        grapes
+    }
+
+    /// Echoes, answers the question whether a name is served with this, and counts how often it is
+    /// asked.
+    async fn serve_and_say(
+        mut provider: Swarm<Provider>,
+        serves: Option<u8>,
+        asked: watch::Sender<usize>,
+    ) -> Infallible {
+        loop {
+            let event = provider.select_next_some().await;
+            let SwarmEvent::Behaviour(ProviderEvent::Rpc(request_response::Event::Message {
+                message:
+                    Message::Request {
+                        request, channel, ..
+                    },
+                ..
+            })) = event
+            else {
+                continue;
+            };
+            let question = b"grapevine/serves";
+            let is_asked = request.windows(question.len()).any(|part| part == question);
+            let reply = match serves.filter(|_| is_asked) {
+                Some(serves) => by_hand::answer_to(&request, &[serves]),
+                None => by_hand::serve("client1", &request),
+            };
+            asked.send_modify(|asked| *asked += usize::from(is_asked));
+            let _ = provider.behaviour_mut().rpc.send_response(channel, reply);
+        }
+    }
+
+    /// Announces `client1` once, to all grapes, and is cut off from them if it is to be dialled.
+    async fn announced_once(grapes: &[Node], is_dialled: bool) -> Swarm<Provider> {
+        let mut provider = provider_at(grapes).await;
+        until(&mut provider, |event| match event {
+            SwarmEvent::Behaviour(ProviderEvent::Kad(event)) => is_provided(&event).then_some(()),
+            _ => None,
+        })
+        .await;
+        let have_it = || grapes.iter().all(|grape| grape.metrics().stored == 1);
+        while !have_it() {
+            // It is sent in the background.
+            let _ = timeout(Duration::from_millis(10), provider.select_next_some()).await;
+        }
+        for grape in grapes.iter().filter(|_| is_dialled) {
+            provider.disconnect_peer_id(grape.peer_id()).unwrap();
+        }
+        provider
+    }
+
+    #[tokio::test]
+    async fn a_provider_that_announced_once_is_found_as_long_as_it_lives() {
+        in_time(async {
+            let cases = [(1, false), (1, true), (2, false), (2, true)];
+            let all = cases.map(|(count, is_dialled)| async move {
+                let grapes = grapes(count).await;
+                let provider = announced_once(&grapes, is_dialled).await;
+                let id = *provider.local_peer_id();
+                let (sender, mut asked) = watch::channel(0);
+                let serving = tokio::spawn(serve_and_say(provider, None, sender));
+                // Three leases at least: it is asked once in a lease by each grape, or twice.
+                asked.wait_for(|asked| *asked >= 6 * count).await.unwrap();
+                for grape in &grapes {
+                    let client = peer(grape).await;
+                    let found = client.lookup(&client1()).await;
+                    let found = found.map(|live| live[0].peer);
+                    assert_eq!(found, Ok(id), "{count} {is_dialled}");
+                }
+                serving.abort();
+                while grapes.iter().any(|grape| grape.metrics().stored > 0) {
+                    tokio::task::yield_now().await;
+                }
+            });
+            join_all(all).await;
+        })
+        .await;
+    }
+
+    #[tokio::test]
+    async fn a_provider_that_says_that_it_does_not_serve_a_name_is_forgotten() {
+        in_time(async {
+            let grapes = grapes(1).await;
+            let provider = announced_once(&grapes, false).await;
+            let (sender, asked) = watch::channel(0);
+            tokio::spawn(serve_and_say(provider, Some(0), sender));
+            // So that the grape knows which name the key is of.
+            let client = peer(&grapes[0]).await;
+            assert!(client.lookup(&client1()).await.is_err());
+            while grapes[0].metrics().stored > 0 {
+                tokio::task::yield_now().await;
+            }
+            assert_eq!(
+                grapes[0].metrics().expired,
+                0,
+                "dropped before its lease ended"
+            );
+            assert!(*asked.borrow() >= 2, "by the client and by the grape");
+        })
+        .await;
+    }
+
+    #[tokio::test]
+    async fn a_provider_that_makes_up_addresses_makes_no_grape_dial_there() {
+        in_time(async {
+            let grapes = grapes(1).await;
+            let bystander = tokio::net::TcpListener::bind("127.0.0.2:0").await.unwrap();
+            let at = bystander.local_addr().unwrap();
+            let mut provider = stock(|keypair| Provider {
+                kad: kademlia(keypair),
+                rpc: by_hand::behaviour(),
+                identify: identify(keypair),
+            });
+            let address = format!("/ip4/127.0.0.2/tcp/{}", at.port()).parse().unwrap();
+            provider.add_external_address(address);
+            know(&mut provider.behaviour_mut().kad, &grapes[0]);
+            let kad = &mut provider.behaviour_mut().kad;
+            kad.start_providing(client1_key()).unwrap();
+            while grapes[0].metrics().stored == 0 {
+                let _ = timeout(Duration::from_millis(10), provider.select_next_some()).await;
+            }
+            drop(provider);
+            while grapes[0].metrics().stored > 0 {
+                tokio::task::yield_now().await;
+            }
+            let dialled = timeout(Duration::ZERO, bystander.accept()).await;
+            assert!(dialled.is_err(), "{dialled:?}");
         })
         .await;
     }
@@ -1366,15 +1567,25 @@ mod by_hand {
         [vec![0xa2], entries.concat()].concat()
     }
 
-    /// A server of one echo, which knows no reserved service. It finds what it needs in a request at
-    /// the places where the one writer it is tested with puts them: id, service, payload.
-    pub(super) fn serve(name: &str, request: &[u8]) -> Vec<u8> {
-        let id_len = match request[4] {
+    /// A reply to a request, of the one writer that this is tested with.
+    pub(super) fn answer_to(request: &[u8], payload: &[u8]) -> Vec<u8> {
+        ok_to(id_of(request), payload)
+    }
+
+    fn id_of(request: &[u8]) -> &[u8] {
+        let len = match request[4] {
             0x18 => 2,
             0x19 => 3,
             _ => 1,
         };
-        let (id, service) = request[4..].split_at(id_len);
+        &request[4..4 + len]
+    }
+
+    /// A server of one echo, which knows no reserved service. It finds what it needs in a request at
+    /// the places where the one writer it is tested with puts them: id, service, payload.
+    pub(super) fn serve(name: &str, request: &[u8]) -> Vec<u8> {
+        let id = id_of(request);
+        let service = &request[4 + id.len()..];
         let service = &service[text("service").len()..];
         let Some(payload) = service.strip_prefix(text(name).as_slice()) else {
             return error_to(id, "unknown-service", "");

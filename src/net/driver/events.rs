@@ -11,7 +11,7 @@ use libp2p::{Multiaddr, PeerId, identify, kad, ping};
 
 use super::Driver;
 use crate::error::system_error;
-use crate::limits::MAX_ADDRESSES;
+use crate::limits::{KADEMLIA_VALIDITY, MAX_ADDRESSES};
 use crate::name::ServiceName;
 use crate::net::connectivity::{Connectivity, describe, without_id};
 use crate::net::discovery::{self, Discovery};
@@ -19,12 +19,12 @@ use crate::net::forms;
 use crate::net::names;
 use crate::net::rendezvous;
 use crate::net::rpc::link::Lane;
-use crate::net::rpc::single::Serves;
 use crate::net::swarm::BehaviourEvent;
 use crate::proto::addresses;
 use crate::proto::announce::Place;
+use crate::proto::capabilities::Capability;
 use crate::proto::lookup::Source;
-use crate::store::{NewRecord, Origin, Prefix};
+use crate::store::{NewRecord, Origin, Prefix, Upkeep};
 
 impl Driver {
     pub(super) fn on_swarm_event(&mut self, event: SwarmEvent<BehaviourEvent>) {
@@ -96,6 +96,7 @@ impl Driver {
             }
             _ => {}
         }
+        self.on_check_dialled(connection, false);
         let failed = self
             .connectivity
             .on_dial_failed(connection, peer, failure, now);
@@ -145,6 +146,7 @@ impl Driver {
             self.routes.on_connected(peer);
             self.names.registrations.on_connected(&peer, now);
         }
+        self.on_check_dialled(connection, true);
         if endpoint.is_dialer() {
             self.on_answered(peer, endpoint.get_remote_address(), now);
         }
@@ -219,6 +221,7 @@ impl Driver {
                     &mut self.registry.providers(),
                     |peer| rendezvous::Asker {
                         prefix: prefix(connectivity, peer),
+                        hosts: connectivity.hosts(peer),
                         reads: forms.of(peer),
                     },
                     event,
@@ -229,8 +232,8 @@ impl Driver {
             BehaviourEvent::Single(event) => {
                 let behaviour = &mut self.swarm.behaviour_mut().single;
                 self.requests.on_event(behaviour, event);
-                while let Some(Serves(peer, name, serves)) = self.requests.poll_answered() {
-                    self.discovery.lookups.on_answer(&peer, &name, serves, now);
+                while let Some(answered) = self.requests.poll_answered() {
+                    self.on_answered_question(answered, now);
                 }
             }
             BehaviourEvent::Identify(identify::Event::Received { peer_id, info, .. }) => {
@@ -358,6 +361,18 @@ impl Driver {
             return;
         }
         let prefix = prefix(&self.connectivity, &record.provider);
+        let own = self
+            .connectivity
+            .hosts(&record.provider)
+            .own(&record.addresses);
+        let upkeep = match self.connectivity.can(&record.provider, Capability::Names) {
+            // A grape renews what it announces for its workers, and does not take it back.
+            true => Upkeep::Renewed,
+            false => Upkeep::Asked {
+                longest: KADEMLIA_VALIDITY,
+                own: &own,
+            },
+        };
         let mut store = self.registry.providers();
         let new = NewRecord {
             key: record.key.as_ref(),
@@ -366,6 +381,7 @@ impl Driver {
             addresses: &record.addresses,
             origin: Origin::Kademlia,
             ttl: store.lease(),
+            upkeep,
         };
         if let Err(error) = store.insert(new, now) {
             tracing::debug!(peer = %record.provider, %error, "a provider record was refused");

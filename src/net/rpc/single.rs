@@ -22,6 +22,7 @@ use tokio::time::{Instant, timeout, timeout_at};
 use super::Outcome;
 use crate::limits::{FRAME_DEADLINE, MAX_QUESTIONS_TO_PEER, SERVES_DEADLINE};
 use crate::name::ServiceName;
+use crate::net::checks::Verdict;
 use crate::net::turns::Turns;
 use crate::proto::frame::{read_frame, write_frame};
 use crate::proto::wire::{self, Reply, RequestRef};
@@ -44,13 +45,14 @@ pub(crate) struct Outbound {
     pub(crate) slot: OwnedSemaphorePermit,
 }
 
-/// A peer said whether it serves a name; `None`: it did not answer.
+/// What a question of this node's own has led to.
 #[derive(Debug)]
-pub(crate) struct Serves(
-    pub(crate) PeerId,
-    pub(crate) ServiceName,
-    pub(crate) Option<bool>,
-);
+pub(crate) enum Answered {
+    /// A peer said whether it serves a name; `None`: it did not answer.
+    Serves(PeerId, ServiceName, Option<bool>),
+    /// A peer was asked whether it lives, of a name if one is known.
+    Alive(PeerId, Option<ServiceName>, Verdict),
+}
 
 /// The requests that have a stream of their own.
 #[derive(Debug)]
@@ -60,13 +62,14 @@ pub(crate) struct Requests {
     /// Each with the time until which it may be answered.
     questions: Turns<(Question, Instant)>,
     /// The questions that have been answered, or given up.
-    answered: VecDeque<Serves>,
+    answered: VecDeque<Answered>,
 }
 
 /// What this node asks a peer of its own accord.
 #[derive(Debug)]
 enum Question {
     Serves(ServiceName),
+    Alive(Option<ServiceName>),
     /// Nobody waits for the answer.
     KeepAlive,
 }
@@ -124,6 +127,22 @@ impl Requests {
         again
     }
 
+    /// Asks a peer whether it lives, by the question whether it serves a name. Without a name any answer
+    /// will do.
+    pub(crate) fn ask_whether_alive(
+        &mut self,
+        behaviour: &mut Behaviour,
+        peer: PeerId,
+        name: Option<ServiceName>,
+    ) {
+        self.question(behaviour, peer, Question::Alive(name));
+    }
+
+    /// Whether a peer is being asked anything.
+    pub(crate) fn is_asking(&self, peer: &PeerId) -> bool {
+        self.questions.is_busy(peer)
+    }
+
     /// Asks a peer something, so that neither side takes the connection for idle.
     pub(crate) fn keep_alive(&mut self, behaviour: &mut Behaviour, peer: PeerId) {
         self.question(behaviour, peer, Question::KeepAlive);
@@ -145,8 +164,10 @@ impl Requests {
         deadline: Instant,
     ) {
         let payload = match &question {
-            Question::Serves(name) => Bytes::copy_from_slice(name.as_ref().as_bytes()),
-            Question::KeepAlive => Bytes::from_static(b"keep-alive"),
+            Question::Serves(name) | Question::Alive(Some(name)) => {
+                Bytes::copy_from_slice(name.as_ref().as_bytes())
+            }
+            Question::Alive(None) | Question::KeepAlive => Bytes::from_static(b"keep-alive"),
         };
         let call = Call {
             id: self.next_id(),
@@ -160,7 +181,7 @@ impl Requests {
     }
 
     /// The next answer to a question.
-    pub(crate) fn poll_answered(&mut self) -> Option<Serves> {
+    pub(crate) fn poll_answered(&mut self) -> Option<Answered> {
         self.answered.pop_front()
     }
     /// Handles what the behaviour tells.
@@ -205,7 +226,7 @@ impl Requests {
     /// A peer is gone: what waits for its turn is not asked.
     fn give_up(&mut self, peer: PeerId) {
         for (question, _) in self.questions.give_up(&peer) {
-            self.on_answer(peer, question, None);
+            self.on_answer(peer, question, Outcome::NotSent(String::new()));
         }
     }
 
@@ -215,7 +236,7 @@ impl Requests {
             if Instant::now() < deadline {
                 return self.ask(behaviour, peer, question, deadline);
             }
-            self.on_answer(peer, question, None);
+            self.on_answer(peer, question, Outcome::NotSent(String::new()));
         }
     }
 
@@ -248,18 +269,30 @@ impl Requests {
                 let _ = caller.send(outcome);
             }
             Some(Open::Question(peer, question)) => {
-                self.on_answer(peer, question, outcome.serves());
+                // Before whoever learns it looks whether anything else is asked.
                 self.next_question(behaviour, peer);
+                self.on_answer(peer, question, outcome);
             }
             None => {}
         }
     }
 
-    fn on_answer(&mut self, peer: PeerId, question: Question, serves: Option<bool>) {
-        match question {
-            Question::Serves(name) => self.answered.push_back(Serves(peer, name, serves)),
-            Question::KeepAlive => {}
-        }
+    fn on_answer(&mut self, peer: PeerId, question: Question, outcome: Outcome) {
+        let answered = match question {
+            Question::Serves(name) => Answered::Serves(peer, name, outcome.serves()),
+            Question::Alive(name) => Answered::Alive(peer, name, verdict(&outcome)),
+            Question::KeepAlive => return,
+        };
+        self.answered.push_back(answered);
+    }
+}
+
+/// What an answer says of whether a provider lives. Who answers with an error lives as well.
+fn verdict(outcome: &Outcome) -> Verdict {
+    match outcome {
+        Outcome::Answered(Ok(serves)) if *serves != [1] => Verdict::Disowns,
+        Outcome::Answered(_) => Verdict::Lives,
+        Outcome::NotSent(_) | Outcome::Broken(_) | Outcome::TimedOut => Verdict::Silent,
     }
 }
 
