@@ -29,7 +29,7 @@ use super::body::{self, BodyError};
 use super::{Config, rpc, values};
 use crate::http::{self, Ends};
 use crate::node::{Directory, Found, Full, Node, NotKnown};
-use crate::proto::wire::MAX_FOUND;
+use crate::proto::wire::{MAX_FOUND, Withdrawn};
 
 /// A grape that has just started does not say yet that nobody serves a name: services that start with
 /// it are about to announce themselves, and Grenache's clients remember an empty answer for 10 seconds.
@@ -37,6 +37,10 @@ const YOUNG: Duration = Duration::from_secs(5);
 
 /// How long such an answer is held back: well within the 2.5 seconds that Link 1.0.0 waits.
 const HELD: Duration = Duration::from_millis(1_500);
+
+/// What is said where another grape does not take a worker back, or has not said that it does.
+const STILL_NAMED: &str = "ERR_GRAPE_UNANNOUNCE: another grape still names it; close its port first, \
+                           or unannounce it there";
 
 /// How long a body may take to arrive.
 const BODY_DEADLINE: Duration = Duration::from_secs(10);
@@ -138,8 +142,11 @@ async fn unannounce(
 ) -> Result<Response, Failure> {
     let text = payload.text();
     let (service, at) = worker(&text, ends)?;
-    let was_announced = api.directory.withdraw(&service, at);
-    Ok(json(if was_announced { "1" } else { "0" }))
+    match api.directory.withdraw(&service, at).await {
+        Withdrawn::Gone => Ok(json("1")),
+        Withdrawn::Unknown => Ok(json("0")),
+        Withdrawn::Left => Err(Failure::said(STILL_NAMED)),
+    }
 }
 
 async fn lookup(

@@ -86,6 +86,11 @@ impl Workers {
                 Carried::Call(name, inbound) => {
                     tasks.spawn(async move { workers.call(&name, inbound.into()).await });
                 }
+                Carried::Withdraw(withdrawal) => {
+                    tasks.spawn(async move {
+                        workers.directory.withdraw_for_other(withdrawal).await;
+                    });
+                }
                 Carried::Asks(name, question) => {
                     if !questions.add(&name, question) {
                         continue;

@@ -37,7 +37,7 @@ pub(crate) use rpc::Outcome;
 pub(crate) use rpc::kept::Question;
 pub(crate) use rpc::link::{Lane, Link};
 pub(crate) use rpc::replies::Responder;
-pub(crate) use rpc::serve::{Carried, Inbound, Server, ServesQuestion};
+pub(crate) use rpc::serve::{Carried, Inbound, Server, ServesQuestion, Withdrawal};
 pub(crate) use rpc::single::Outbound;
 
 use crate::error::{AnnounceError, SpawnError};

@@ -8,6 +8,7 @@ mod carrying;
 mod looks;
 mod teller;
 mod told;
+mod withdrawing;
 
 use std::net::SocketAddr;
 use std::sync::{Arc, OnceLock};
@@ -15,7 +16,7 @@ use std::time::{Duration, Instant};
 
 use futures::stream::{FuturesUnordered, StreamExt};
 use libp2p::PeerId;
-use tokio::sync::{Semaphore, mpsc, oneshot};
+use tokio::sync::{Semaphore, mpsc, oneshot, watch};
 use tokio::time::timeout;
 
 use super::{Node, call};
@@ -62,6 +63,8 @@ pub(super) struct Shared {
     queries: Semaphore,
     /// Set once the other grapes are told of this one's workers.
     telling: OnceLock<()>,
+    /// The last change of this grape's workers that all of them have confirmed.
+    confirmed: watch::Sender<u64>,
 }
 
 impl Default for Shared {
@@ -69,6 +72,7 @@ impl Default for Shared {
         Self {
             queries: Semaphore::new(MAX_VALUE_QUERIES),
             telling: OnceLock::new(),
+            confirmed: watch::Sender::new(0),
         }
     }
 }
@@ -133,16 +137,6 @@ impl Directory {
             self.registry.on_changed();
         }
         Ok(())
-    }
-
-    /// A worker of this grape is gone; says whether it was known.
-    pub(crate) fn withdraw(&self, service: &str, at: SocketAddr) -> bool {
-        let service = name::digest(service);
-        let withdrawn = self.registry.workers().withdraw(&service, at);
-        if withdrawn {
-            self.registry.on_changed();
-        }
-        withdrawn
     }
 
     /// Who serves a name: of the workers a fair sample of at most `limit`. If this grape knows of some,

@@ -247,6 +247,13 @@
 //! worker of a name, or knows 16 other grapes or more, looks the name up and asks its providers for their
 //! workers. So two grapes need not agree on how many there are.
 //!
+//! A worker may be taken back at another grape than it announced itself at. That one asks those that name it, by
+//! a request to the service `grapevine/withdraw`: a request to the registry with at most 64 changes, all
+//! without `lease`, and nothing to find. They mean the receiver's own workers, and a loopback address the
+//! sender's host. The reply's payload is one byte: 1 when they are gone and the other grapes have confirmed
+//! it, 0 when none was announced there, 2 when some are left. A grape takes its worker back for a sender on the worker's
+//! host, or on its own; for any other only if nobody listens at the worker's address.
+//!
 //! # Values
 //!
 //! A value is what BEP 44 puts into BitTorrent's DHT: a record of Kademlia's under the 20 bytes of its

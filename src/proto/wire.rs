@@ -26,7 +26,10 @@ pub use names::{
     MAX_ADDRESS, MAX_NAMES, MAX_PROVIDERS, MAX_RECORD, MAX_SOUGHT, NAMES, NamesReply, NamesRequest,
     Provided,
 };
-pub use registry::{Batch, BatchReply, Change, Digest, MAX_CHANGES, MAX_FIND, MAX_FOUND, REGISTRY};
+pub use registry::{
+    Batch, BatchReply, Change, Digest, MAX_CHANGES, MAX_FIND, MAX_FOUND, MAX_WITHDRAWN, REGISTRY,
+    WITHDRAW, Withdrawn,
+};
 pub use rpc::{
     ErrorCode, MAX_CODE, MAX_MESSAGE, MAX_SERVICE, OtherCode, RemoteError, Reply, ReplyRef,
     Request, RequestRef, SERVES, salvage_id,

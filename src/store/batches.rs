@@ -118,12 +118,7 @@ impl Registry {
         for portion in changes.chunks(PORTION) {
             let mut workers = self.workers();
             for change in portion {
-                let mut change = *change;
-                if let Some(host) = host
-                    && change.at.ip().is_loopback()
-                {
-                    change.at.set_ip(host.to_canonical());
-                }
+                let change = change.seen_from(host);
                 refused += usize::from(workers.apply(grape, prefix, &change, now).is_err());
             }
         }

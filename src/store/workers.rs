@@ -256,6 +256,24 @@ impl Workers {
         grapes.map(|grape| grape.peer).collect()
     }
 
+    /// The other grapes at which one of these workers of a service announced itself.
+    pub(crate) fn grapes_of(
+        &self,
+        service: &Digest,
+        workers: &[SocketAddr],
+        now: Instant,
+    ) -> Vec<PeerId> {
+        let is_one = |worker: &&Worker| workers.contains(&worker.at.into());
+        let mut slots: Vec<_> = self
+            .live(service, now)
+            .filter(is_one)
+            .map(|worker| worker.grape)
+            .collect();
+        draw(&mut slots, usize::MAX);
+        let grapes = slots.iter().filter_map(|slot| self.grapes.get(*slot));
+        grapes.map(|grape| grape.peer).collect()
+    }
+
     /// What has changed after that number, and the number up to which the changes go: at most
     /// `limit` of them, oldest first.
     pub(crate) fn changes(&self, after: u64, limit: usize, now: Instant) -> (Vec<Change>, u64) {

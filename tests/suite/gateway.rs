@@ -618,6 +618,68 @@ async fn a_worker_that_stops_announcing_itself_is_gone_after_its_lease() {
     .await;
 }
 
+/// What a grape answers to `/unannounce` or `/lookup`.
+async fn asked(gateway: &Gateway, path: &str, data: &Value) -> String {
+    let body = json!({"rid": "r", "data": data}).to_string();
+    post(gateway.api_address(), path, &body).await.text().into()
+}
+
+/// Grapes with an API each.
+async fn gateways(testnet: &Testnet) -> Vec<Gateway> {
+    let mut gateways = Vec::new();
+    for grape in testnet.grapes() {
+        let config = Config {
+            api: "127.0.0.1:0".parse().unwrap(),
+            ..Config::default()
+        };
+        gateways.push(Gateway::spawn(grape.clone(), config).await.unwrap());
+    }
+    gateways
+}
+
+#[tokio::test]
+async fn a_worker_is_taken_back_at_any_grape_from_all_of_them() {
+    in_time(async {
+        let testnet = Testnet::new(3).await.unwrap();
+        let gateways = gateways(&testnet).await;
+        for name in ["client1", "two words"] {
+            // At one grape, and at two after a client has gone on by another one.
+            for (announced_at, taken_back_at) in [
+                (&[0][..], 0),
+                (&[0], 1),
+                (&[0, 1], 1),
+                (&[0, 1], 2),
+                (&[0, 1, 2], 0),
+            ] {
+                let worker = Worker::start(Transport::Socket).await;
+                let announce = json!([name, worker.at.port()]);
+                for index in announced_at {
+                    let answer = asked(&gateways[*index], "/announce", &announce).await;
+                    assert_eq!(answer, "1");
+                }
+                let expected = json!([worker.at]).to_string();
+                for gateway in &gateways {
+                    while asked(gateway, "/lookup", &json!(name)).await != expected {}
+                }
+                let taken_back = &gateways[taken_back_at];
+                let answer = asked(taken_back, "/unannounce", &announce).await;
+                assert_eq!(answer, "1", "{announced_at:?} {taken_back_at}");
+                // At once, at each of them.
+                for grape in testnet.grapes() {
+                    assert_eq!(
+                        grape.metrics().workers,
+                        0,
+                        "{announced_at:?} {taken_back_at}"
+                    );
+                }
+                let answer = asked(taken_back, "/unannounce", &announce).await;
+                assert_eq!(answer, "0");
+            }
+        }
+    })
+    .await;
+}
+
 #[tokio::test]
 async fn a_body_is_as_long_as_it_may_be() {
     in_time(async {
@@ -1564,15 +1626,11 @@ async fn a_peer_that_never_answers_delays_no_lookup_that_finds_workers() {
 #[tokio::test]
 async fn in_a_large_network_only_the_responsible_grapes_know_and_all_find() {
     in_time(async {
-        // More than Kademlia's replication factor: no grape is told of every worker.
-        let testnet = Testnet::new(30).await.unwrap();
+        // So many that each knows enough others to tell not all of them of its workers.
+        let testnet = Testnet::new(36).await.unwrap();
         for grape in testnet.grapes() {
             let mut status = grape.status();
             status.wait_for(|status| status.explored).await.unwrap();
-            // One that knows fewer yet takes the network for a smaller one.
-            while grape.metrics().grapes < 29 {
-                tokio::task::yield_now().await;
-            }
         }
         let api = "127.0.0.1:0".parse().unwrap();
         let gateway = |index: usize| {
@@ -1601,6 +1659,9 @@ async fn in_a_large_network_only_the_responsible_grapes_know_and_all_find() {
         let caller = testnet.peer().await.unwrap();
         let reply = caller.request(&"client1".parse().unwrap(), "hello").await;
         assert_eq!(reply.unwrap().text(), Ok("Echo: hello"));
+        let announced = json!(["client1", worker.at.port()]);
+        assert_eq!(ask("/unannounce", announced).await, "1");
+        assert_eq!(testnet.grapes()[3].metrics().workers, 0);
     })
     .await;
 }

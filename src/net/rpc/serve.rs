@@ -26,7 +26,10 @@ use crate::limits::{FRAME_DEADLINE, Limits, MAX_SERVED_STREAMS};
 use crate::metrics::Metrics;
 use crate::name::ServiceName;
 use crate::proto::frame::{FrameError, FrameReader};
-use crate::proto::wire::{self, Batch, ErrorCode, NamesRequest, RemoteError, Request, RequestRef};
+use crate::proto::wire::{
+    self, Batch, Change, ErrorCode, MAX_WITHDRAWN, NamesRequest, RemoteError, Request, RequestRef,
+    Withdrawn,
+};
 use crate::store::{BatchRefused, NotTaken, Registry};
 
 /// What is said to whoever calls a name that nobody serves here.
@@ -102,6 +105,23 @@ pub(crate) enum Carried {
     Asks(ServiceName, ServesQuestion),
     /// To serve a request for the name.
     Call(ServiceName, Inbound),
+    /// To take back workers that are gone.
+    Withdraw(Withdrawal),
+}
+
+/// Workers of this grape's that another one asks to take back. Dropping it answers with an error.
+#[derive(Debug)]
+pub(crate) struct Withdrawal {
+    pub(crate) workers: Vec<Change>,
+    /// Where the other grape is.
+    pub(crate) host: Option<IpAddr>,
+    responder: Responder,
+}
+
+impl Withdrawal {
+    pub(crate) fn answer(self, withdrawn: Withdrawn) {
+        self.responder.answer(Ok(withdrawn.encode()));
+    }
 }
 
 /// Whether a name is served. Dropping it says that nobody knows.
@@ -290,6 +310,39 @@ impl Server {
         });
     }
 
+    /// Takes back workers of this grape's for another grape, which was told that they are gone.
+    fn on_withdraw(&self, remote: Remote, payload: &[u8], mut responder: Responder) {
+        let refuse = |code, message: &str| Err(RemoteError::new(code, message));
+        if self.registry.is_none() {
+            return responder.answer(refuse(ErrorCode::UnknownService, NOT_SERVED));
+        }
+        let is_withdrawal = |batch: &Batch| {
+            batch.changes.len() <= MAX_WITHDRAWN
+                && batch.changes.iter().all(|change| change.lease.is_none())
+        };
+        let Some(batch) = Batch::decode(payload).ok().filter(is_withdrawal) else {
+            return responder.answer(refuse(ErrorCode::BadRequest, "no withdrawal of workers"));
+        };
+        if !responder.admit(payload.len()) {
+            return responder.answer(refuse(ErrorCode::Busy, "too many requests are open"));
+        }
+        let carrier = self.carrier.read().unwrap_or_else(PoisonError::into_inner);
+        let Some(carrier) = carrier.as_ref() else {
+            // It takes no workers.
+            return responder.answer(Ok(Withdrawn::Unknown.encode()));
+        };
+        let workers = batch.changes.iter();
+        let withdrawal = Withdrawal {
+            workers: workers
+                .map(|change| change.seen_from(remote.host))
+                .collect(),
+            host: remote.host,
+            responder,
+        };
+        // A full queue drops it.
+        drop(carrier.try_send(Carried::Withdraw(withdrawal)));
+    }
+
     /// Keeps, takes back and finds names for another node.
     fn on_names(&self, remote: Remote, payload: &[u8], responder: Responder) {
         self.answer_short(responder, |registry| {
@@ -449,6 +502,7 @@ fn dispatch(
     }
     match request.service {
         wire::REGISTRY => return server.on_batch(remote, request.payload, responder),
+        wire::WITHDRAW => return server.on_withdraw(remote, request.payload, responder),
         wire::NAMES => return server.on_names(remote, request.payload, responder),
         _ => {}
     }

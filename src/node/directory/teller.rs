@@ -130,6 +130,9 @@ impl Teller {
                 });
             }
             let due = due.into_iter().chain(self.carrying.next_due()).min();
+            let confirmed = self.grapes.values().filter_map(Told::confirmed).min();
+            let shared = &node.shared.directory;
+            shared.confirmed.send_replace(confirmed.unwrap_or(u64::MAX));
             drop(node);
             tokio::select! {
                 () = self.registry.changed() => {}

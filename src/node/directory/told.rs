@@ -62,6 +62,12 @@ impl Told {
         };
     }
 
+    /// The last change that it has confirmed, if it can be told at all.
+    pub(super) fn confirmed(&self) -> Option<u64> {
+        let can_be_told = self.connected.is_some() && !self.lacks_registry;
+        can_be_told.then_some(self.up_to)
+    }
+
     pub(super) fn is_busy(&self) -> bool {
         self.busy
     }

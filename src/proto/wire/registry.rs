@@ -13,6 +13,13 @@ use crate::name::SHA2_256;
 /// The reserved service by which grapes tell each other which workers they have.
 pub const REGISTRY: &str = "grapevine/registry";
 
+/// The reserved service by which a grape asks another one to take back workers that announced
+/// themselves there: a [`Batch`] of changes without a lease. The answer is one byte, of [`Withdrawn`].
+pub const WITHDRAW: &str = "grapevine/withdraw";
+
+/// The workers in one such request, at most.
+pub const MAX_WITHDRAWN: usize = 64;
+
 /// The changes in one message, at most: 80 KB of them.
 pub const MAX_CHANGES: usize = 1_000;
 
@@ -37,6 +44,37 @@ pub struct Change {
     pub at: SocketAddr,
     /// How many milliseconds to keep it; none of one that is gone.
     pub lease: Option<u64>,
+}
+
+/// What became of workers that were to be taken back.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Withdrawn {
+    /// None of them was announced there.
+    Unknown,
+    /// They are gone, and the grapes that this one knows have confirmed it.
+    Gone,
+    /// Some are still named.
+    Left,
+}
+
+impl Withdrawn {
+    /// Reads an answer; anything else than one of ours takes nothing back.
+    pub fn decode(payload: &[u8]) -> Self {
+        match payload {
+            [0] => Self::Unknown,
+            [1] => Self::Gone,
+            _ => Self::Left,
+        }
+    }
+
+    /// Writes the answer.
+    pub fn encode(self) -> Vec<u8> {
+        vec![match self {
+            Self::Unknown => 0,
+            Self::Gone => 1,
+            Self::Left => 2,
+        }]
+    }
 }
 
 /// What a grape tells and asks.
@@ -132,6 +170,18 @@ impl BatchReply {
             found: found.collect(),
         };
         encode(&shape, size)
+    }
+}
+
+impl Change {
+    /// The same as told by a grape on that host, which means itself by a loopback address.
+    pub(crate) fn seen_from(mut self, host: Option<IpAddr>) -> Self {
+        if let Some(host) = host
+            && self.at.ip().is_loopback()
+        {
+            self.at.set_ip(host.to_canonical());
+        }
+        self
     }
 }
 
