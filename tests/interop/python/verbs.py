@@ -8,7 +8,7 @@ import time
 import vectors
 import wire
 
-ATTEMPTS = 3
+ATTEMPTS = 20
 NOT_FOUND, UNREACHABLE, TIMED_OUT, REFUSED, USAGE = 3, 4, 5, 7, 2
 
 
