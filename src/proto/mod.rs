@@ -67,7 +67,8 @@
 //!
 //! A node has at most 31 streams with single requests open to another one, and of the rendezvous
 //! protocol as many: there are implementations that take 32 of one protocol on a connection and reset
-//! the next. Further requests wait their turn, or go over a stream that is kept. A grape or peer of
+//! the next. So close your side when the other has closed its own and the last reply has left: until then
+//! the stream counts. Further requests wait their turn, or go over a stream that is kept. A grape or peer of
 //! this project accepts 160 on a connection.
 //!
 //! | map | keys |

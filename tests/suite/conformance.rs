@@ -5,6 +5,7 @@
 //! `docs/interop.md`: a test fails if its own differs, and with `GRAPEVINE_WRITE_INTEROP=1` writes it.
 
 mod driver;
+mod provider;
 mod table;
 
 use std::time::Duration;

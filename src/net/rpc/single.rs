@@ -11,9 +11,10 @@ use std::collections::{HashMap, VecDeque};
 use std::io;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
 
 use bytes::Bytes;
-use futures::io::{AsyncRead, AsyncWrite};
+use futures::io::{AsyncRead, AsyncReadExt, AsyncWrite};
 use libp2p::request_response::{self, Message, OutboundFailure, OutboundRequestId};
 use libp2p::{PeerId, StreamProtocol};
 use tokio::sync::{OwnedSemaphorePermit, oneshot};
@@ -26,6 +27,10 @@ use crate::net::checks::Verdict;
 use crate::net::turns::Turns;
 use crate::proto::frame::{read_frame, write_frame};
 use crate::proto::wire::{self, Reply, RequestRef};
+
+/// How long a stream may take to close behind its reply: its place is then another's. js-libp2p closes it
+/// in a later turn than it replies.
+const CLOSING: Duration = Duration::from_millis(100);
 
 /// The request-response behaviour of the Swarm.
 pub(crate) type Behaviour = request_response::Behaviour<Codec>;
@@ -344,6 +349,9 @@ impl request_response::Codec for Codec {
         if reply.id != id && !refused {
             return Err(io::Error::other("the reply's id is of another request"));
         }
+        // The remote counts the stream until it has closed its side too. One that does not is not waited
+        // for.
+        let _ = timeout(CLOSING, io.read(&mut [0])).await;
         Ok(reply)
     }
 

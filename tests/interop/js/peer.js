@@ -73,7 +73,11 @@ export class Peer {
         })
       }
     })
-    await peer.libp2p.handle(wire.RPC, stream => peer.#answer(lpStream(stream, { maxDataLength: wire.MAX_FRAME })))
+    await peer.libp2p.handle(wire.RPC, async stream => {
+      await peer.#answer(lpStream(stream, { maxDataLength: wire.MAX_FRAME }))
+      // Until then js-libp2p counts it among the 32 that it takes on a connection.
+      await stream.close()
+    })
     peer.grapes = []
     for (const address of bootstrap) {
       const grape = multiaddr(address)
@@ -297,7 +301,7 @@ export class Peer {
         await frames.write(this.#reply(request))
       }
     } catch {
-      await frames.unwrap().unwrap?.()?.close?.()
+      // The caller has closed its side.
     }
   }
 
