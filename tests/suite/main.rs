@@ -2,10 +2,8 @@
 #![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
 #![allow(clippy::print_stderr, reason = "a test says what it could not test")]
 
-#[cfg(feature = "gateway")]
 mod border;
 mod conformance;
-#[cfg(feature = "gateway")]
 mod gateway;
 mod grenache;
 // What it measures is read from Linux's /proc.

@@ -58,7 +58,7 @@ fn missing() -> Option<String> {
 }
 
 fn folder() -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/interop")
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("interop")
 }
 
 impl Library {
@@ -123,7 +123,7 @@ pub(super) async fn check_vectors(library: Library) {
     let mut command = library.command();
     command.args([
         "vectors",
-        concat!(env!("CARGO_MANIFEST_DIR"), "/tests/vectors.json"),
+        concat!(env!("CARGO_MANIFEST_DIR"), "/vectors.json"),
     ]);
     let run = crate::process::run_other(command).await;
     assert_eq!(run.code, Some(0), "{}: {}", library.name(), run.stderr);

@@ -7,7 +7,7 @@ use std::{env, fs};
 
 use super::driver::Library;
 
-const PAGE: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/docs/interop.md");
+const PAGE: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../docs/interop.md");
 
 /// Set to write what came out into the page.
 const WRITES: &str = "GRAPEVINE_WRITE_INTEROP";

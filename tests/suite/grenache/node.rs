@@ -56,7 +56,7 @@ fn version() -> Option<u32> {
 
 pub(super) fn script(name: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR"))
-        .join("tests/grenache")
+        .join("grenache")
         .join(name)
 }
 
