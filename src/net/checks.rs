@@ -19,8 +19,9 @@ use crate::store::{Due, Prefix};
 const MAX_ASKED: usize = 256;
 const MAX_DIALLED: usize = 64;
 
-/// Those of one network that are dialled at once: half of all.
-const MAX_DIALLED_OF_PREFIX: usize = MAX_DIALLED / 2;
+/// Those of one network that are dialled at once: it takes eight networks whose hosts keep a grape waiting
+/// to take all the room.
+const MAX_DIALLED_OF_PREFIX: usize = MAX_DIALLED / 8;
 
 /// How many at most are begun in a turn, and how soon after one turn the next comes if there are more.
 /// 500 a second, a fortieth of a core over connections that stand.
@@ -56,8 +57,8 @@ pub(crate) struct Over {
     pub(crate) lives: bool,
     /// The provider can be dialled for the next one.
     pub(crate) is_dialable: bool,
-    /// It was dialled for this one.
-    pub(crate) was_dialled: bool,
+    /// The connection that was made for this one.
+    pub(crate) dialled: Option<ConnectionId>,
 }
 
 /// The checks under way.
@@ -75,7 +76,7 @@ struct Check {
     /// The questions without an answer.
     open: usize,
     lives: bool,
-    was_dialled: bool,
+    dialled: Option<ConnectionId>,
 }
 
 impl Checks {
@@ -152,7 +153,7 @@ impl Checks {
             self.checks.remove(&peer);
             return None;
         }
-        check.was_dialled = true;
+        check.dialled = Some(connection);
         Some((peer, check.due.names.clone()))
     }
 
@@ -168,7 +169,7 @@ impl Checks {
         Some(Over {
             lives: check.lives,
             is_dialable: !check.due.own.is_empty(),
-            was_dialled: check.was_dialled,
+            dialled: check.dialled,
         })
     }
 
@@ -176,7 +177,7 @@ impl Checks {
         let check = Check {
             open: due.names.len().max(1),
             lives: false,
-            was_dialled: false,
+            dialled: None,
             due,
         };
         self.checks.insert(check.due.peer, check);
@@ -221,8 +222,18 @@ mod tests {
         };
         let of_first = (0..100).filter(|_| dialled(&mut checks, 1)).count();
         assert_eq!(of_first, MAX_DIALLED_OF_PREFIX);
-        let of_second = (0..100).filter(|_| dialled(&mut checks, 2)).count();
-        assert_eq!(of_first + of_second, MAX_DIALLED);
+        let mut others = 2..=u8::MAX;
+        let of_others = others.by_ref().map(|network| {
+            let of_one = (0..100).filter(|_| dialled(&mut checks, network));
+            of_one.count()
+        });
+        let of_others: usize = of_others.take_while(|of_one| *of_one > 0).sum();
+        assert_eq!(of_first + of_others, MAX_DIALLED);
+        assert_eq!(
+            others.start(),
+            &(2 + 8),
+            "as many networks take all there is"
+        );
         // Who is connected needs no dial.
         let near = due(1, 0);
         assert_eq!(checks.begin(near, true), Begun::Ask(vec![]));
@@ -265,7 +276,7 @@ mod tests {
                 assert_eq!(checks.on_verdict(&peer, *verdict), None);
             }
             let over = checks.on_verdict(&peer, *last).unwrap();
-            assert_eq!((over.lives, over.was_dialled), (lives, true));
+            assert_eq!((over.lives, over.dialled), (lives, Some(connection)));
             assert_eq!(checks.on_verdict(&peer, Lives), None, "nothing is asked");
         }
     }

@@ -3,7 +3,7 @@
 //! Who has got another address comes back by another connection, and what is sent over the first one is
 //! lost until it is found to be dead: after six seconds over QUIC, and after twenty over TCP. So a
 //! connection beside which its peer opens another is asked for a sign of life at once. One that
-//! does not answer within [`PROBE_TIMEOUT`] is closed; nothing is lost by that, since the newer one stands.
+//! does not answer within [`PROBE_TIMEOUT`] is closed, with the requests under way on it; the newer one stands.
 
 use std::collections::{HashMap, VecDeque};
 use std::convert::Infallible;

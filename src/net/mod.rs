@@ -151,11 +151,14 @@ pub(crate) async fn start(settings: Settings) -> Result<Handle, SpawnError> {
     driver::start(settings).await
 }
 
-/// The host part of an address. In-process ones have none, and are all one host.
+/// The host that an address leads to: the last one that it names, which is what transports dial, so that
+/// nobody passes for another host by an address of their own making. In-process ones have none, and are
+/// all one host; nor has one by a name.
 fn host(address: &Multiaddr) -> Option<IpAddr> {
-    address.iter().find_map(|part| match part {
+    let hosts = address.iter().filter_map(|part| match part {
         Protocol::Ip4(ip) => Some(ip.into()),
         Protocol::Ip6(ip) => Some(IpAddr::from(ip).to_canonical()),
         _ => None,
-    })
+    });
+    hosts.last()
 }

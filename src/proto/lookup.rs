@@ -186,6 +186,8 @@ struct Candidate {
     patience: Option<Instant>,
     /// Its host has said that nobody listens at one of its addresses.
     is_refused: bool,
+    /// It was asked once more after a question that was cut off.
+    is_asked_again: bool,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -608,12 +610,14 @@ impl<Q: Copy + Eq + Hash> Lookups<Q> {
         }
     }
 
-    /// A candidate said whether it serves the name; `None`: it did not answer.
+    /// A candidate said whether it serves the name; `None`: it did not answer. `connected` tells whether a
+    /// connection with it stands.
     pub(crate) fn on_answer(
         &mut self,
         peer: &PeerId,
         name: &ServiceName,
         serves: Option<bool>,
+        connected: bool,
         now: Instant,
     ) {
         let Some(lookup) = self.running.get_mut(name) else {
@@ -627,11 +631,15 @@ impl<Q: Copy + Eq + Hash> Lookups<Q> {
         let (State::Asked(until) | State::LateAnswer(until)) = candidate.state else {
             return;
         };
-        // It took the question and is slow, or stands still for a while.
-        if serves.is_none() && now >= until && is_waited_for {
+        // It took the question and is slow, or stands still for a while; or the question went with one of
+        // its connections, and another stands.
+        let is_late = now >= until;
+        let is_cut_off = connected && !candidate.is_asked_again;
+        if serves.is_none() && (is_late || is_cut_off) && is_waited_for {
+            candidate.is_asked_again |= !is_late;
             let until = candidate.ask(name, *peer, now, &mut self.steps);
             let mut wake_at = until;
-            if !wants_all {
+            if is_late && !wants_all {
                 candidate.state = State::LateAnswer(until);
                 wake_at = candidate.be_patient(now);
             }
@@ -914,6 +922,7 @@ impl Candidate {
             untried: Vec::new(),
             patience: None,
             is_refused: false,
+            is_asked_again: false,
         };
         candidate.add(addresses, MAX_ADDRESSES);
         candidate
@@ -1048,7 +1057,8 @@ mod tests {
         }
 
         fn answer(&mut self, peer: PeerId, serves: Option<bool>) {
-            self.lookups.on_answer(&peer, &self.name, serves, self.now);
+            self.lookups
+                .on_answer(&peer, &self.name, serves, false, self.now);
             self.collect();
         }
 
@@ -1299,6 +1309,28 @@ mod tests {
             assert_eq!(scene.outcome(), None);
             scene.passes(LATE);
             assert_eq!(scene.outcome(), Some(&Outcome::Unreachable(1)));
+        }
+    }
+
+    #[test]
+    fn one_whose_question_went_with_a_connection_is_asked_once_more_by_another() {
+        let peer = PeerId::random();
+        for (again, expected) in [
+            (Some(true), Outcome::Live(vec![peer])),
+            (None, Outcome::Unreachable(1)),
+        ] {
+            let mut scene = Scene::new(&[]);
+            scene.candidate(peer, &[], true);
+            scene.query_ends(1);
+            for serves in [None, again] {
+                assert_eq!(scene.outcome(), None);
+                scene
+                    .lookups
+                    .on_answer(&peer, &scene.name, serves, true, scene.now);
+                scene.collect();
+            }
+            scene.passes(LOOKUP_SETTLE);
+            assert_eq!(scene.outcome(), Some(&expected));
         }
     }
 

@@ -34,11 +34,13 @@ impl From<IpAddr> for Prefix {
 
 impl From<&Multiaddr> for Prefix {
     fn from(address: &Multiaddr) -> Self {
-        match address.iter().next() {
-            Some(Protocol::Ip4(v4)) => IpAddr::V4(v4).into(),
-            Some(Protocol::Ip6(v6)) => IpAddr::V6(v6).into(),
-            _ => Self::Local,
-        }
+        // The last host is the one that transports dial.
+        let hosts = address.iter().filter_map(|part| match part {
+            Protocol::Ip4(v4) => Some(IpAddr::V4(v4)),
+            Protocol::Ip6(v6) => Some(IpAddr::V6(v6)),
+            _ => None,
+        });
+        hosts.last().map_or(Self::Local, Self::from)
     }
 }
 
@@ -55,6 +57,10 @@ mod tests {
             (
                 "/ip6/2001:db8:1:2::3/tcp/1",
                 Prefix::V6([0x20, 0x01, 0x0d, 0xb8, 0, 1]),
+            ),
+            (
+                "/ip4/127.0.0.1/ip4/192.0.2.77/tcp/1",
+                Prefix::V4([192, 0, 2]),
             ),
             ("/memory/1", Prefix::Local),
             ("/dns/example.org/tcp/1", Prefix::Local),

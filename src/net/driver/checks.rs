@@ -76,7 +76,10 @@ impl Driver {
     pub(super) fn on_answered_question(&mut self, answered: Answered, now: Instant) {
         match answered {
             Answered::Serves(peer, name, serves) => {
-                self.discovery.lookups.on_answer(&peer, &name, serves, now);
+                let connected = self.connectivity.is_connected(&peer);
+                self.discovery
+                    .lookups
+                    .on_answer(&peer, &name, serves, connected, now);
             }
             Answered::Alive(peer, name, verdict) => {
                 self.on_verdict(peer, name.as_ref(), verdict, now);
@@ -110,8 +113,14 @@ impl Driver {
     fn part_with(&mut self, peer: PeerId, over: &Over) {
         let crowd = over.is_dialable && self.connectivity.is_crowded(self.inbound);
         let is_used = self.routes.link(peer).load() > 0 || self.requests.is_asking(&peer);
-        if (over.was_dialled || crowd) && !is_used {
-            // Only fails when the peer is gone already.
+        if is_used {
+            return;
+        }
+        // The peer may be gone already, and may have connected by itself meanwhile.
+        if let Some(dialled) = over.dialled {
+            self.swarm.close_connection(dialled);
+        }
+        if crowd {
             let _ = self.swarm.disconnect_peer_id(peer);
         }
     }

@@ -315,7 +315,10 @@ impl Driver {
                 }
             }
             names::Learned::Serves(peer, name, serves) => {
-                self.discovery.lookups.on_answer(&peer, &name, serves, now);
+                let connected = self.connectivity.is_connected(&peer);
+                self.discovery
+                    .lookups
+                    .on_answer(&peer, &name, serves, connected, now);
             }
             names::Learned::NotAsked(peer, name) => self.ask_serves(peer, name),
         }

@@ -26,7 +26,7 @@ use crate::name::ServiceName;
 use crate::net::checks::Verdict;
 use crate::net::turns::Turns;
 use crate::proto::frame::{read_frame, write_frame};
-use crate::proto::wire::{self, Reply, RequestRef};
+use crate::proto::wire::{self, ErrorCode, RemoteError, Reply, RequestRef};
 
 /// How long a stream may take to close behind its reply: its place is then another's. js-libp2p closes it
 /// in a later turn than it replies.
@@ -212,7 +212,8 @@ impl Requests {
                 if matches!(
                     error,
                     OutboundFailure::ConnectionClosed | OutboundFailure::DialFailure
-                ) {
+                ) && !behaviour.is_connected(&peer)
+                {
                     self.give_up(peer);
                 }
                 let outcome = self.failure(&request_id, &error);
@@ -256,6 +257,16 @@ impl Requests {
             return Outcome::TimedOut;
         }
         match error {
+            // Who says that it does not speak the protocol lives.
+            OutboundFailure::UnsupportedProtocols
+                if matches!(
+                    self.open.get(id),
+                    Some(Open::Question(_, Question::Alive(_)))
+                ) =>
+            {
+                let refusal = RemoteError::new(ErrorCode::UnknownService, String::new());
+                Outcome::Answered(Err(refusal))
+            }
             OutboundFailure::UnsupportedProtocols => {
                 Outcome::NotSent("the peer does not speak Grapevine's RPC".into())
             }

@@ -6,6 +6,7 @@
 //! the worker's host, or on this one. For any other only if nobody listens at the worker's address, so
 //! that a stranger takes nothing away that is of use.
 
+use std::io::ErrorKind;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::time::{Duration, Instant};
 
@@ -89,8 +90,8 @@ impl Directory {
 
     /// Whether a client on that host could take the worker back by itself.
     fn may_withdraw(&self, host: Option<IpAddr>, worker: SocketAddr) -> bool {
-        // One without a host is in this process.
-        host.is_none_or(|host| {
+        // Where nothing is known of the host, it may be any.
+        host.is_some_and(|host| {
             let host = host.to_canonical();
             host.is_loopback() || host == worker.ip() || self.own_hosts().contains(&host)
         })
@@ -195,11 +196,11 @@ impl Directory {
     }
 }
 
-/// Whether somebody listens at any of these addresses.
+/// Whether somebody may listen at any of these addresses: only a host that refuses says that nobody does.
 async fn is_any_there(addresses: &[SocketAddr]) -> bool {
     let probes = addresses.iter().map(|at| async move {
         let connected = timeout(PROBE_DEADLINE, TcpStream::connect(at)).await;
-        matches!(connected, Ok(Ok(_)))
+        !matches!(connected, Ok(Err(error)) if error.kind() == ErrorKind::ConnectionRefused)
     });
     join_all(probes).await.contains(&true)
 }
