@@ -49,7 +49,7 @@ pub fn quote(text: &str) -> String {
 
 /// Whether `c` draws nothing by itself: Unicode's general category Cf (format, with the bidi controls)
 /// or its property Default_Ignorable_Code_Point (zero-width characters, fillers, variation selectors).
-pub(crate) fn is_hidden(c: char) -> bool {
+pub fn is_hidden(c: char) -> bool {
     let code = u32::from(c);
     HIDDEN
         .binary_search_by(|&(first, last)| {

@@ -211,7 +211,10 @@ impl<'a> Dialogue<'a> {
                         match self.confirm(&change).await {
                             Line::Leave => return Line::Leave,
                             Line::Empty => answer = Some(text),
-                            _ => self.output.note("not sent").await,
+                            _ => {
+                                self.mail.people.trust(name);
+                                self.output.note("not sent").await;
+                            }
                         }
                         continue;
                     }

@@ -274,6 +274,7 @@ async fn one_message(
     match sent? {
         // The reply is lost, although it came.
         Ok(()) if stop.cause() == Some(Cause::Unwritable) => Err(Cause::Unwritable),
+        Ok(()) if stop.cause() == Some(Cause::Unread) => Ok(Err(unread("the reply is lost"))),
         sent => Ok(sent.map(|()| 0).map_err(Failure::from)),
     }
 }
@@ -326,7 +327,16 @@ async fn conversation(cli: &Cli, key: &Key, stop: &Stop) -> Result<Result<u8, Fa
     }
     drop(dialogue);
     network.leave().await;
-    Ok(Ok(held?))
+    match held {
+        Err(Cause::Unread) => Ok(Err(unread("what follows was not sent"))),
+        held => Ok(Ok(held?)),
+    }
+}
+
+/// Who writes to somebody needs to know what becomes of it; who only receives may stop being read.
+fn unread(what: &str) -> Failure {
+    let line = format!("nobody reads standard output any more: {what}");
+    Failure::new(RUNTIME, line)
 }
 
 fn wrong(kind: ErrorKind, what: &dyn Display) -> ! {

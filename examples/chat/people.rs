@@ -86,6 +86,11 @@ impl People {
         }
     }
 
+    /// The partner of this name is asked again, although the last message had no answer.
+    pub(crate) fn trust(&self, name: &ServiceName) {
+        self.lock().trust(name, None);
+    }
+
     /// Further lines are for this name: for who has written under it, if it meant nobody before.
     pub(crate) fn talk_to(&self, name: &ServiceName) {
         let mut state = self.lock();
@@ -118,6 +123,7 @@ impl People {
         {
             return Some(format!("not the {known} you talk to"));
         }
+        state.trust(&name, Some(peer));
         if state.current.as_ref() != Some(&name) {
             state.on_writer(Writer { name, peer });
         }
@@ -158,6 +164,14 @@ impl People {
 }
 
 impl State {
+    /// Somebody who is heard from, or whom nobody else is to replace, may be asked again.
+    fn trust(&mut self, name: &ServiceName, peer: Option<PeerId>) {
+        let is_meant = |partner: &&mut Partner| peer.is_none_or(|peer| partner.peer == peer);
+        if let Some(partner) = self.partners.get_mut(name).filter(is_meant) {
+            partner.is_doubtful = false;
+        }
+    }
+
     fn on_writer(&mut self, writer: Writer) {
         let is_offered = match &self.offer {
             Some(offer) if self.current.is_none() => offer(NAME, &question(&writer.name)),

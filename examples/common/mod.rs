@@ -16,7 +16,7 @@ use std::time::Duration;
 
 use grapevine::error::SpawnError;
 use grapevine::identity::IdentityError;
-use grapevine::text::sanitise_line;
+use grapevine::text::{is_hidden, sanitise_line};
 use grapevine::{Node, PeerId};
 use terminal_size::{Width, terminal_size};
 use tracing_subscriber::filter::Targets;
@@ -107,7 +107,12 @@ pub(crate) fn complain(message: &str) {
 
 /// One line on stderr.
 pub(crate) fn note(line: &str) {
-    output::to_stderr(&format!("{}\n", sanitise_line(line)));
+    let line = sanitise_line(line);
+    let shown = match io::stderr().is_terminal() {
+        true => wrapped(&line),
+        false => line.into_owned(),
+    };
+    output::to_stderr(&format!("{shown}\n"));
 }
 
 /// Text as the rows of a terminal. What does not fit is continued indented, as further lines are: a row
@@ -120,7 +125,13 @@ pub(crate) fn wrapped(text: &str) -> String {
         return text.into();
     };
     let options = textwrap::Options::new(columns.into()).subsequent_indent("  ");
-    let text = text.replace('\t', "    ");
+    // What draws nothing is as wide as each terminal likes.
+    let is_drawn = |c: &char| matches!(c, '\u{200c}' | '\u{200d}') || !is_hidden(*c);
+    let text: String = text
+        .replace('\t', "    ")
+        .chars()
+        .filter(is_drawn)
+        .collect();
     let rows = text.split('\n').map(|line| textwrap::fill(line, &options));
     rows.collect::<Vec<_>>().join("\n")
 }

@@ -13,6 +13,7 @@ mod screen;
 mod terminal;
 
 use std::io::{self, IsTerminal, Write};
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 
 use rustix::fs::fstat;
@@ -100,7 +101,12 @@ impl Editor {
         let reader = Arc::clone(&editor);
         std::thread::Builder::new()
             .name("keys".into())
-            .spawn(move || reader.read())?;
+            .spawn(move || {
+                // Without this thread nothing is read, and a raw terminal has no keys to leave by.
+                if catch_unwind(AssertUnwindSafe(|| reader.read())).is_err() {
+                    reader.end();
+                }
+            })?;
         Ok(Some(editor))
     }
 

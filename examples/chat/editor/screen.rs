@@ -14,6 +14,9 @@ const CLEAR: &str = "\r\x1b[J";
 /// Of a terminal that does not tell its size.
 const COLUMNS: usize = 80;
 
+/// The bytes of a grapheme that is drawn as one: the longest emoji take some 40.
+const LONGEST: usize = 256;
+
 /// How large the terminal is, in characters.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Size {
@@ -167,6 +170,13 @@ impl Layout {
                 _ if shown.chars().any(char::is_control) => {
                     for c in shown.chars() {
                         self.put_control(c);
+                    }
+                }
+                // A grapheme may be as long as a text, and its width more than what one is counted by.
+                _ if shown.len() > LONGEST => {
+                    for c in shown.chars() {
+                        let c = c.to_string();
+                        self.put(&c, self.widths.width(&c).into());
                     }
                 }
                 _ => self.put(shown, self.widths.width(shown).into()),

@@ -186,6 +186,32 @@ async fn a_reply_that_nobody_can_get_is_a_failure() {
     .await;
 }
 
+#[cfg(unix)]
+#[tokio::test]
+async fn who_stops_reading_replies_is_not_told_that_all_is_well() {
+    in_time(async {
+        let chat = path("chat");
+        let chat = format!("{} --default-grape {NOBODY} --to echo", chat.display());
+        for (script, what) in [
+            (
+                format!("{{ {chat} hello; echo $? >&2; }} | true"),
+                "the reply is lost",
+            ),
+            (
+                format!("seq 1000 | {{ {chat}; echo $? >&2; }} | head -1"),
+                "what follows was not sent",
+            ),
+        ] {
+            let mut command = Command::new("sh");
+            command.args(["-c", &script]);
+            let run = run_other(command).await;
+            let says = format!("error: nobody reads standard output any more: {what}\n1\n");
+            assert!(run.stderr.ends_with(&says), "{run:?}");
+        }
+    })
+    .await;
+}
+
 #[tokio::test]
 async fn a_file_that_never_ends_keeps_no_program_from_ending() {
     in_time(async {
