@@ -107,12 +107,7 @@ pub(crate) fn complain(message: &str) {
 
 /// One line on stderr.
 pub(crate) fn note(line: &str) {
-    let line = sanitise_line(line);
-    let shown = match io::stderr().is_terminal() {
-        true => wrapped(&line),
-        false => line.into_owned(),
-    };
-    output::to_stderr(&format!("{shown}\n"));
+    output::to_stderr(&format!("{}\n", sanitise_line(line)));
 }
 
 /// Text as the rows of a terminal. What does not fit is continued indented, as further lines are: a row

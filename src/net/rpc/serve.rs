@@ -91,7 +91,8 @@ impl Route {
     }
 }
 
-/// Another node, and the host its connection comes from.
+/// Another node, and the host its connection comes from: none in this process, the unspecified one where it
+/// was dialled by a name.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Remote {
     pub(crate) peer: PeerId,

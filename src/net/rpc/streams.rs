@@ -13,6 +13,7 @@ use std::collections::{HashMap, VecDeque};
 use std::convert::Infallible;
 use std::future::{self, Ready};
 use std::iter::Cloned;
+use std::net::{IpAddr, Ipv4Addr};
 use std::slice;
 use std::sync::Arc;
 use std::task::{Context, Poll};
@@ -20,6 +21,7 @@ use std::task::{Context, Poll};
 use libp2p::core::Endpoint;
 use libp2p::core::transport::PortUse;
 use libp2p::core::upgrade::{InboundUpgrade, ReadyUpgrade, UpgradeInfo};
+use libp2p::multiaddr::Protocol;
 use libp2p::swarm::handler::{
     ConnectionEvent, DialUpgradeError, FullyNegotiatedInbound, FullyNegotiatedOutbound,
 };
@@ -86,7 +88,9 @@ impl Behaviour {
             // Before anything is said over it.
             registry.providers().on_connected(peer);
         }
-        let host = host(remote);
+        let is_here = matches!(remote.iter().next(), Some(Protocol::Memory(_)));
+        let unknown = (!is_here).then_some(IpAddr::V4(Ipv4Addr::UNSPECIFIED));
+        let host = host(remote).or(unknown);
         Handler {
             remote: Remote { peer, host },
             server: Arc::clone(&self.server),

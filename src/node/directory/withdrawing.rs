@@ -90,8 +90,8 @@ impl Directory {
 
     /// Whether a client on that host could take the worker back by itself.
     fn may_withdraw(&self, host: Option<IpAddr>, worker: SocketAddr) -> bool {
-        // Where nothing is known of the host, it may be any.
-        host.is_some_and(|host| {
+        // One without a host is in this process. Of an unspecified one nothing is known: it may be any.
+        host.is_none_or(|host| {
             let host = host.to_canonical();
             host.is_loopback() || host == worker.ip() || self.own_hosts().contains(&host)
         })

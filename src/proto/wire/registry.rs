@@ -176,7 +176,7 @@ impl BatchReply {
 impl Change {
     /// The same as told by a grape on that host, which means itself by a loopback address.
     pub(crate) fn seen_from(mut self, host: Option<IpAddr>) -> Self {
-        if let Some(host) = host
+        if let Some(host) = host.filter(|host| !host.is_unspecified())
             && self.at.ip().is_loopback()
         {
             self.at.set_ip(host.to_canonical());

@@ -32,8 +32,6 @@ fn chat(arguments: &[&str]) -> OsSession {
         .env("TERM", "xterm");
     let mut session = Session::spawn(command).unwrap();
     session.set_expect_timeout(Some(DEADLINE));
-    // So wide that what is said stands in one row.
-    session.get_process_mut().set_window_size(300, 24).unwrap();
     session
 }
 
