@@ -22,11 +22,9 @@ mod turns;
 mod values;
 mod yamux;
 
-use std::net::IpAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
-use libp2p::multiaddr::Protocol;
 use libp2p::{Multiaddr, PeerId};
 use tokio::sync::{mpsc, oneshot, watch};
 
@@ -45,6 +43,7 @@ use crate::identity::Identity;
 use crate::limits::Limits;
 use crate::metrics::Metrics;
 use crate::name::{Key, ServiceName};
+use crate::proto::addresses::host;
 use crate::proto::bep44::Target;
 use crate::proto::routes::Routes;
 use crate::store::Registry;
@@ -149,16 +148,4 @@ pub(crate) struct Handle {
 /// Starts a node's driver; returns when it listens on every address.
 pub(crate) async fn start(settings: Settings) -> Result<Handle, SpawnError> {
     driver::start(settings).await
-}
-
-/// The host that an address leads to: the last one that it names, which is what transports dial, so that
-/// nobody passes for another host by an address of their own making. In-process ones have none, and are
-/// all one host; nor has one by a name.
-fn host(address: &Multiaddr) -> Option<IpAddr> {
-    let hosts = address.iter().filter_map(|part| match part {
-        Protocol::Ip4(ip) => Some(ip.into()),
-        Protocol::Ip6(ip) => Some(IpAddr::from(ip).to_canonical()),
-        _ => None,
-    });
-    hosts.last()
 }

@@ -5,6 +5,7 @@
 //! go-libp2p before 0.26 does not dial an address that has it.
 
 use std::collections::HashSet;
+use std::net::IpAddr;
 
 use libp2p::multiaddr::Protocol;
 use libp2p::{Multiaddr, PeerId};
@@ -20,6 +21,18 @@ pub(crate) fn plain<'a>(
     addresses
         .filter_map(|address| without_id(peer, address))
         .filter(move |address| seen.insert(address.clone()))
+}
+
+/// The host that an address leads to: the last one that it names, which is what transports dial, so that
+/// nobody passes for another host by an address of their own making. In-process ones have none, and are
+/// all one host; nor has one by a name.
+pub(crate) fn host(address: &Multiaddr) -> Option<IpAddr> {
+    let hosts = address.iter().filter_map(|part| match part {
+        Protocol::Ip4(ip) => Some(ip.into()),
+        Protocol::Ip6(ip) => Some(IpAddr::from(ip).to_canonical()),
+        _ => None,
+    });
+    hosts.last()
 }
 
 fn without_id(peer: &PeerId, address: &Multiaddr) -> Option<Multiaddr> {

@@ -3,7 +3,8 @@
 use std::net::IpAddr;
 
 use libp2p::Multiaddr;
-use libp2p::multiaddr::Protocol;
+
+use crate::proto::addresses;
 
 /// The network that a peer belongs to when the store is shared out: what one holder of addresses
 /// gets for free, a /24 of IPv4 or a /48 of IPv6.
@@ -34,13 +35,7 @@ impl From<IpAddr> for Prefix {
 
 impl From<&Multiaddr> for Prefix {
     fn from(address: &Multiaddr) -> Self {
-        // The last host is the one that transports dial.
-        let hosts = address.iter().filter_map(|part| match part {
-            Protocol::Ip4(v4) => Some(IpAddr::V4(v4)),
-            Protocol::Ip6(v6) => Some(IpAddr::V6(v6)),
-            _ => None,
-        });
-        hosts.last().map_or(Self::Local, Self::from)
+        addresses::host(address).map_or(Self::Local, Self::from)
     }
 }
 
